@@ -1,0 +1,391 @@
+"""What it learns from: the built-in world of coloured shapes, and the user's own images and texts.
+
+A source of data, whichever it is, is indexed: `image(i)` is a picture, `caption(i, rng)` one of its captions,
+`question(i, rng)` one of its questions with the answer. `World` draws scenes, endless and free; `Records` reads the
+user's files. The world also judges: `read_scene` recovers the objects of a drawn image without any network, and
+`telling_holds` says whether a sentence is true of a scene.
+"""
+import colorsys
+import json
+import os
+import re
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# ---------------------------------------------------------------- the world
+
+SIDE = 64  # pixels; four cells of 32 x 32, at most one object in each
+SIZES = {"small": (6.0, 7.0), "large": (10.5, 11.8)}  # radius in pixels, from .. to
+COLORS = {"red": 0, "yellow": 52, "green": 125, "cyan": 180, "blue": 222, "purple": 285}  # hue in degrees
+SHAPES = ("circle", "square", "triangle", "cross")
+PLACES = ("top left", "top right", "bottom left", "bottom right")  # the cells, row by row
+RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1)}  # axis (0 rows), direction
+HELD = {("yellow", "triangle"), ("purple", "circle"), ("cyan", "square")}  # colour-shape pairs kept for testing
+KINDS = ("color", "shape", "size", "count", "exists", "where", "relation", "compare")
+
+
+def pick(rng, options):
+    return options[rng.integers(len(options))]
+
+
+class Thing(NamedTuple):
+    size: str
+    color: str
+    shape: str
+    cell: int  # 0..3, index into PLACES
+
+    def __str__(self):
+        return f"{self.size} {self.color} {self.shape}"
+
+
+def related(a, relation, b):
+    """Is cell a in that relation to cell b? By rows and columns: top left is above bottom right, and left of it."""
+    axis, direction = RELATIONS[relation]
+    a, b = divmod(a, 2)[axis], divmod(b, 2)[axis]
+    return (a - b) * direction > 0
+
+
+def distance(shape, x, y, r):
+    """Signed distance in pixels, negative inside, of points (x right, y down) to a shape of radius r at the origin."""
+    if shape == "circle":
+        return np.hypot(x, y) - r
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.88 * r
+    if shape == "triangle":  # equilateral, point up, about its centroid
+        return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r
+    x, y = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))  # cross: two bars, folded into one
+    return np.maximum(x - r, y - 0.36 * r)
+
+
+GRID_Y, GRID_X = np.mgrid[0:SIDE, 0:SIDE] + 0.5
+
+
+class World:
+    """Scenes of one to three objects, 64x64. Scene i is a function of (seed, i) alone.
+
+    pairs: "train" never shows a HELD colour-shape pair, "held" shows at least one in every scene."""
+    def __init__(self, seed=0, pairs="train"):
+        self.seed, self.pairs = seed, pairs
+
+    def __len__(self):
+        return 2 ** 62
+
+    def scene(self, i):
+        """-> the objects, a list of Thing, and how they look: centre, radius, RGB of each, and of the background."""
+        rng = np.random.default_rng([self.seed, self.pairs == "held", i])
+        things, looks = [], []
+        cells = rng.permutation(4)
+        for k in range(pick(rng, (1, 2, 3))):
+            while True:
+                color, shape = pick(rng, list(COLORS)), pick(rng, SHAPES)
+                held = (color, shape) in HELD
+                if held != (self.pairs == "held") and (held or k == 0):
+                    continue
+                if all((color, shape) != (t.color, t.shape) for t in things):
+                    break
+            size, cell = pick(rng, list(SIZES)), int(cells[k])
+            r = rng.uniform(*SIZES[size])
+            room = min(5.0, 15.5 - 1.14 * r)
+            center = (cell % 2 * 32 + 16 + rng.uniform(-room, room), cell // 2 * 32 + 16 + rng.uniform(-room, room))
+            hue, saturation, value = COLORS[color] + rng.uniform(-6, 6), rng.uniform(.75, .92), rng.uniform(.8, .95)
+            rgb = colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value)
+            things.append(Thing(size, color, shape, cell))
+            looks.append((center, r, rgb))
+        background = rng.uniform(0.86, 0.97) + rng.uniform(-0.02, 0.02, 3)
+        return things, looks, background
+
+    def image(self, i):
+        """-> (64,64,3) uint8."""
+        things, looks, background = self.scene(i)
+        canvas = np.broadcast_to(background, (SIDE, SIDE, 3)).copy()
+        for thing, ((cx, cy), r, rgb) in zip(things, looks):
+            part = np.s_[thing.cell // 2 * 32:thing.cell // 2 * 32 + 32, thing.cell % 2 * 32:thing.cell % 2 * 32 + 32]
+            inside = np.clip(0.5 - distance(thing.shape, GRID_X[part] - cx, GRID_Y[part] - cy, r), 0, 1)[..., None]
+            canvas[part] += inside * (np.array(rgb) - canvas[part])
+        return (canvas * 255 + 0.5).astype(np.uint8)
+
+    def caption(self, i, rng):
+        return tell(self.scene(i)[0], rng)
+
+    def question(self, i, rng, kind=None):
+        """-> question, answer; with `kind`, of that kind, or None where the scene allows none."""
+        things = self.scene(i)[0]
+        while True:
+            asked = ask(things, kind or pick(rng, KINDS), rng)
+            if asked or kind:
+                return asked
+
+
+def tell(things, rng):
+    """One true caption that names every object once: in any order, with or without places and relations."""
+    order = [things[k] for k in rng.permutation(len(things))]
+    a = [f"a {thing}" for thing in order]
+    at = [f"{noun} in the {PLACES[thing.cell]}" for noun, thing in zip(a, order)]
+    if len(order) == 1:
+        said = [a[0], at[0]]
+    else:
+        pair = f"{a[0]} {pick(rng, [r for r in RELATIONS if related(order[0].cell, r, order[1].cell)])} {a[1]}"
+        said = [pair, pair, f"{a[0]} and {a[1]}", f"{at[0]} and {at[1]}"]
+    if len(order) == 3:
+        rest = f"{a[1]} and {a[2]}"
+        said = [f"{pair} and {a[2]}", f"{pair} and {at[2]}", f"{at[0]}, {rest}", f"{a[0]}, {rest}"]
+    return pick(rng, ["", "", "", "there is "]) + pick(rng, said)
+
+
+def understand(text):
+    """A caption -> the objects it names, as "size color shape" strings, and what it claims of them, as (k, place) and
+    (k, relation, k+1). None if it is not a sentence of this world."""
+    noun = rf"(?:a|one) ((?:{'|'.join(SIZES)}) (?:{'|'.join(COLORS)}) (?:{'|'.join(SHAPES)}))"
+    text = re.sub(r"\s+", " ", text.lower().strip().rstrip("."))
+    parts = re.split(noun, re.sub("^there (is|are) ", "", text))
+    between, nouns, claims = parts[0::2], parts[1::2], []
+    if not nouns or between[0]:
+        return None
+    for k, words in enumerate(between[1:]):
+        words = words.strip()
+        place = re.match(rf"(?:in|at) the ({'|'.join(PLACES)})\b ?", words)
+        if place:
+            claims.append((k, place[1]))
+            words = words[place.end():]
+        last = k == len(nouns) - 1
+        if words in RELATIONS and not place and not last:
+            claims.append((k, words, k + 1))
+        elif words not in ({""} if last else {"and", ",", ", and"}):
+            return None
+    return nouns, claims
+
+
+def telling_holds(text, things):
+    """Is the caption wholly true: every object named once, none that is not there, every place and relation right?"""
+    understood = understand(text)
+    if understood is None:
+        return False
+    nouns, claims = understood
+    cell = {str(thing): thing.cell for thing in things}
+    if sorted(nouns) != sorted(map(str, things)) or len(cell) != len(things):
+        return False
+    return all(PLACES[cell[nouns[c[0]]]] == c[1] if len(c) == 2 else related(cell[nouns[c[0]]], c[1], cell[nouns[c[2]]])
+               for c in claims)
+
+
+def plural(shape):
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def refer(thing, things, rng, hide=()):
+    """A phrase that fits this object alone, naming some of its size, colour and shape ("the red shape", "the small
+    one" is "the small shape"), or None after a few tries. `hide`: what it must not give away."""
+    for _ in range(6):
+        fields = [f for f in ("size", "color", "shape") if f not in hide and rng.random() < .55]
+        if fields and sum(all(getattr(o, f) == getattr(thing, f) for f in fields) for o in things) == 1:
+            words = [getattr(thing, f) for f in fields]
+            return " ".join(words if "shape" in fields else [*words, "shape"])
+
+
+def ask(things, kind, rng):
+    """One question of that kind with its only right answer, or None where this scene (or this try) allows none."""
+    thing = pick(rng, things)
+    the = refer(thing, things, rng, hide=(kind,))
+    if the is None:
+        return None
+    if kind == "color":
+        return pick(rng, [f"what color is the {the}?", f"what is the color of the {the}?"]), thing.color
+    if kind == "shape":
+        return pick(rng, [f"what shape is the {the.replace('shape', 'thing')}?",
+                     f"what is the {the.replace('shape', 'thing')}?"]), thing.shape
+    if kind == "size":
+        return pick(rng, [f"what size is the {the}?", f"how big is the {the}?"]), thing.size
+    if kind == "where":
+        return f"where is the {the}?", PLACES[thing.cell]
+    if kind == "count":
+        color, shape = pick(rng, [thing.color, pick(rng, list(COLORS))]), pick(rng, [thing.shape, pick(rng, SHAPES)])
+        return pick(rng, [("how many shapes are there?", str(len(things))),
+                     (f"how many {color} shapes are there?", str(sum(o.color == color for o in things))),
+                     (f"how many {plural(shape)} are there?", str(sum(o.shape == shape for o in things)))])
+    if kind == "exists":
+        size, color, shape = ((thing.size, thing.color, thing.shape) if rng.random() < .5 else
+                              (pick(rng, list(SIZES)), pick(rng, list(COLORS)), pick(rng, SHAPES)))
+        if rng.random() < .5 and len(things) > 1:  # the tempting mistake: two objects' features mixed
+            color, shape = thing.color, pick(rng, things).shape
+        size, color = pick(rng, [("", color), (size, color), (size, "")])
+        there = any(o.shape == shape and size in ("", o.size) and color in ("", o.color) for o in things)
+        wanted = " ".join(word for word in (size, color, shape) if word)
+        return pick(rng, [f"is there a {wanted}?", f"do you see a {wanted}?"]), "yes" if there else "no"
+    if kind == "relation":
+        relation = pick(rng, list(RELATIONS))
+        found = [o for o in things if related(o.cell, relation, thing.cell)]
+        if len(found) > 1 or not found and rng.random() < .75:
+            return None
+        return f"what is {relation} the {the}?", str(found[0]) if found else "nothing"
+    if kind == "compare":
+        other = pick(rng, things)
+        that = refer(other, things, rng)
+        if other is thing or that is None:
+            return None
+        want, feature = rng.random() < .5, pick(rng, ["color", "shape", "size"])
+        relation, bigger = pick(rng, list(RELATIONS)), pick(rng, ["bigger", "smaller"])
+        claims = [(f"is the {the} {relation} the {that}?", related(thing.cell, relation, other.cell)),
+                  (f"is the {the} {bigger} than the {that}?",
+                   (thing.size, other.size) == (("large", "small") if bigger == "bigger" else ("small", "large"))),
+                  (f"are the {the} and the {that} the same {feature}?",
+                   getattr(thing, feature) == getattr(other, feature))]
+        true_or_false = [claim for claim in claims if claim[1] == want]  # so that half the answers are yes
+        question, truth = pick(rng, true_or_false or claims)
+        return question, "yes" if truth else "no"
+
+
+def read_scene(image):
+    """Recover the objects of a picture of the world, without any network. (64,64,3) uint8 -> list of Thing; one whose
+    outline is no shape of the world has shape "unknown".
+
+    What differs from the border's colour is foreground; each connected patch of it is one object: its hue gives the
+    colour, the best-fitting outline of equal area gives shape and radius, its centre gives the cell."""
+    image = image.astype(float)
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    foreground = abs(image - np.median(border, axis=0)).max(axis=2) > 48
+    label = np.where(foreground, np.arange(1, SIDE * SIDE + 1).reshape(SIDE, SIDE), 0)
+    while True:  # every pixel takes the largest label among itself and its neighbours, until nothing changes
+        pad = np.pad(label, 1)
+        spread = np.maximum.reduce([label, pad[2:, 1:-1], pad[:-2, 1:-1], pad[1:-1, 2:], pad[1:-1, :-2]])
+        spread = np.where(foreground, spread, 0)
+        if (spread == label).all():
+            break
+        label = spread
+    things = []
+    for one in np.unique(label[label > 0]):
+        mask = label == one
+        area = mask.sum()
+        if area < 16:  # specks; the smallest object has 60 pixels
+            continue
+        ys, xs = np.nonzero(mask)
+        cy, cx = ys.mean() + 0.5, xs.mean() + 0.5
+        best, shape, r = 0.0, "unknown", (area / 3.0) ** 0.5
+        for candidate in SHAPES:
+            unit = (distance(candidate, GRID_X - 32, GRID_Y - 32, 16.0) < 0).sum() / 256
+            radius = (area / unit) ** 0.5
+            outline = distance(candidate, GRID_X - cx, GRID_Y - cy, radius) < 0
+            overlap = (outline & mask).sum() / (outline | mask).sum()
+            if overlap > max(best, 0.7):
+                best, shape, r = overlap, candidate, radius
+        red, green, blue = np.median(image[mask], axis=0) / 255
+        hue = colorsys.rgb_to_hsv(red, green, blue)[0] * 360
+        color = min(COLORS, key=lambda name: abs((hue - COLORS[name] + 180) % 360 - 180))
+        size = "small" if r < (SIZES["small"][1] + SIZES["large"][0]) / 2 else "large"
+        things.append(Thing(size, color, shape, int(cy > 32) * 2 + int(cx > 32)))
+    return things
+
+# ---------------------------------------------------------------- texts as tokens
+
+
+def prompt_ids(tokenizer, question, length):
+    """"Q: {question} A:" as ids, without EOS. A question that leaves no room for an answer loses its end, not the
+    "A:" that asks for one: a third of the text, at most eight tokens, is kept free."""
+    room = length - min(8, length // 3)
+    asks = tokenizer.encode("A:")[:-1]
+    return tokenizer.encode(f"Q: {question}")[:-1][:room - len(asks)] + asks
+
+
+def question_ids(tokenizer, question, answer, length):
+    """-> ids (length) and how many of them are the question, which is never masked. All after it may be: the answer
+    and the EOS tokens that follow, by which the model learns to stop."""
+    prompt = prompt_ids(tokenizer, question, length)
+    return prompt + tokenizer.encode(answer, length - len(prompt)), len(prompt)
+
+
+# ---------------------------------------------------------------- the user's images and texts
+
+
+def load_image(path, size):
+    """Any picture file -> RGB image of size x size: turned upright by its EXIF note, transparency on white, shorter
+    side resized (bicubic), centre cropped. Raises ValueError if it cannot be read as a picture."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey
+                image = Image.fromarray((np.asarray(image).astype(float) / 257).clip(0, 255).astype(np.uint8))
+            if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        empty = os.path.isfile(path) and os.path.getsize(path) == 0
+        raise ValueError(f"{path}: cannot be read as an image "
+                         f"({'the file is empty' if empty else str(error).splitlines()[0]})") from None
+
+
+def to_pixels(images):
+    """A list of (H,W,3) uint8 arrays or PIL images -> float32 array (B,3,H,W) in [-1,1]."""
+    return np.stack([np.asarray(image) for image in images]).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+
+
+def to_images(pixels):
+    """(B,3,H,W) tensor in [-1,1] -> (B,H,W,3) uint8 array."""
+    pixels = np.asarray(pixels.float().cpu()).clip(-1, 1).transpose(0, 2, 3, 1)
+    return ((pixels + 1) * 127.5 + 0.5).astype(np.uint8)
+
+
+class Records:
+    """The user's data: a JSONL file of {"image": path, "caption": text} and/or {"image", "question", "answer"}, paths
+    relative to the file; or a folder of images, whose caption is the .txt of the same name or, without one, the name
+    of the folder they lie in. Every record is checked when it is opened; a bad one is named with its line."""
+    def __init__(self, path, size):
+        self.path, self.size = path, size
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{path}: no such file or folder to train on")
+        self.rows = self._folder() if os.path.isdir(path) else self._jsonl()
+        if not self.rows:
+            raise ValueError(f"{path}: holds no images")
+
+    def _folder(self):
+        rows = []
+        for folder, _, names in sorted(os.walk(self.path)):
+            for name in sorted(names):
+                stem, extension = os.path.splitext(os.path.join(folder, name))
+                if extension.lower() not in Image.registered_extensions():
+                    continue
+                text = os.path.basename(os.path.abspath(folder)).replace("_", " ")
+                if os.path.exists(stem + ".txt"):
+                    with open(stem + ".txt", encoding="utf-8") as f:
+                        text = f.read().strip()
+                rows.append({"image": os.path.join(folder, name), "caption": text})
+        return rows
+
+    def _jsonl(self):
+        rows, base = [], os.path.dirname(self.path)
+        with open(self.path, encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                where = f"{self.path}, line {number}"
+                try:
+                    row = json.loads(line)
+                    row["image"] = os.path.join(base, row["image"])
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{where}: not valid JSON ({error})") from None
+                except (KeyError, TypeError):
+                    raise ValueError(f'{where}: want {{"image": path, "caption": text}}') from None
+                if not os.path.isfile(row["image"]):
+                    raise FileNotFoundError(f"{where}: no such image: {row['image']}")
+                if not ("caption" in row or ("question" in row and "answer" in row)):
+                    raise ValueError(f'{where}: has neither "caption" nor "question" with "answer"')
+                rows.append(row)
+        return rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def image(self, i):
+        return np.asarray(load_image(self.rows[i]["image"], self.size))
+
+    def caption(self, i, rng):
+        """Its caption; a record that has none is told by its question and answer."""
+        row = self.rows[i]
+        return row["caption"] if "caption" in row else f"{row['question']} {row['answer']}"
+
+    def question(self, i, rng):
+        row = self.rows[i]
+        return (row["question"], row["answer"]) if "question" in row else None

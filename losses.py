@@ -1,0 +1,109 @@
+"""What is learned: the two diffusions, their corruption and their losses. Equation numbers are the D-DiT paper's.
+
+Images, continuous: x_t = (1-t) x + t noise, and the network learns the velocity noise - x (flow matching).
+Text, discrete: every token is replaced by the mask token with probability 1 - alpha(t), and the network learns to
+put it back (masked diffusion). Times run from 0 (clean) to 1 (nothing left) in both.
+
+References:
+  Li et al., Dual Diffusion (D-DiT), arXiv 2501.00289
+  Sahoo et al., Masked Diffusion Language Models, arXiv 2406.07524: the weight of Eq. 7 and the SUBS parametrisation
+  Esser et al., SD3, arXiv 2403.03206: logit-normal times
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+EPS = 1e-3  # what alpha keeps at t = 1, and the smallest text time, where Eq. 7's weight 1/t is largest
+
+
+def alpha(t):
+    """The share of tokens still readable at time t, log-linear schedule."""
+    return 1 - (1 - EPS) * t
+
+
+def stratified_times(n, eps=EPS, generator=None):
+    """(n,) times in [eps, 1], one in each of n equal strata, in random order: the same offset in every stratum
+    (antithetic), so that a batch covers the whole range and the loss varies less."""
+    u = torch.rand(1, generator=generator)
+    t = (u + torch.randperm(n, generator=generator)) / n
+    return eps + (1 - eps) * t
+
+
+def mask_tokens(tokens, t, maskable, mask_id, generator=None):
+    """Forward process of masked diffusion, Eq. 4: each maskable token turns into `mask_id` independently.
+
+    tokens (B,L) long, t (B,), maskable (B,L) bool -> noisy (B,L), masked (B,L) bool: what was hidden."""
+    masked = (torch.rand(tokens.shape, generator=generator) < 1 - alpha(t)[:, None]) & maskable
+    return torch.where(masked, mask_id, tokens), masked
+
+
+def masked_diffusion_loss(logits, tokens, masked, t):
+    """Eq. 7: cross-entropy at the masked positions, weighted by -alpha'(t) / (1 - alpha(t)), which is 1/t for the
+    log-linear schedule, over batch x length.
+
+    logits (B,L,V), or (N,V) at the N masked positions in row order; tokens, masked (B,L); t (B,) -> scalar.
+    The last of the V outputs is the mask token. SUBS: it has probability zero, and tokens that are not masked are
+    carried over, so they cost nothing."""
+    logits = logits[masked] if logits.ndim == 3 else logits
+    nats = F.cross_entropy(logits[:, :-1].float(), tokens[masked], reduction="none")
+    weight = (1 / t)[:, None].expand(tokens.shape)[masked]
+    return (weight * nats).sum() / tokens.numel()  # Eq. 7
+
+
+def logit_normal_times(n, mean=0.0, std=1.0, generator=None):
+    """(n,) image times in (0,1): the sigmoid of a normal, most of them in the middle, where the task is hardest."""
+    return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
+
+
+def noise_latents(latents, noise, t):
+    """Forward process of flow matching, Eq. 2: a straight line from image to noise. (B,C,H,W), same, (B,)."""
+    t = t[:, None, None, None]
+    return (1 - t) * latents + t * noise  # Eq. 2
+
+
+def flow_matching_loss(velocity, latents, noise):
+    """Eq. 3: mean squared error against the line's direction, noise - latents; all (B,C,H,W)."""
+    return F.mse_loss(velocity.float(), noise - latents)  # Eq. 3
+
+
+class Corruption(NamedTuple):
+    """Every random choice of one training step. Drawn for the whole global batch, on the CPU, then cut into parts,
+    so that the result does not depend on how many processes share the step."""
+    image_t: torch.Tensor  # (B,)
+    noise: torch.Tensor    # (B,C,H,W)
+    text_t: torch.Tensor   # (B,)
+    noisy: torch.Tensor    # (B,L) tokens, some masked
+    masked: torch.Tensor   # (B,L) bool
+
+    def rows(self, part):
+        return Corruption(*(x[part] for x in self))
+
+
+def corrupt(latents_shape, tokens, maskable, mask_id, generator=None) -> Corruption:
+    """latents_shape (B,C,H,W), tokens (B,L), maskable (B,L) bool -> the step's times, noise and masks."""
+    n = latents_shape[0]
+    text_t = stratified_times(n, generator=generator)
+    return Corruption(logit_normal_times(n, generator=generator), torch.randn(latents_shape, generator=generator),
+                      text_t, *mask_tokens(tokens, text_t, maskable, mask_id, generator=generator))
+
+
+def joint_loss(ddit, t5, latents, captions, tokens, corruption, text_weight=0.2):
+    """Eq. 9, both losses in one forward pass -> total, image loss, text loss (scalars).
+
+    latents (B,C,H,W) clean; captions (B,L) what the image half reads; tokens (B,L) what the text half learns to
+    write (captions again, or questions with answers); corruption: from `corrupt`, of the same rows.
+
+    The image half is (noisy latents, clean text, t), the text half (clean latents, masked text, 0). They have the
+    same shapes, so they are stacked along the batch: T5 and the transformer run once."""
+    n, (image_t, noise, text_t, noisy, masked) = len(latents), corruption
+    device = latents.device
+    noise, masked_text = noise.to(device), noisy.to(device)
+    stacked = torch.cat([noise_latents(latents, noise, image_t.to(device)), latents])
+    times = torch.cat([image_t, torch.zeros(n)]).to(device)
+    states = t5(torch.cat([captions, masked_text]))
+    predict = torch.cat([torch.zeros_like(masked), masked])  # stays on the CPU: indexing by it need not wait
+    velocity, logits = ddit(stacked, times, states, predict=predict, draw=n)
+    image_loss = flow_matching_loss(velocity, latents, noise)
+    text_loss = masked_diffusion_loss(logits, tokens, masked.to(device), text_t.to(device))
+    return image_loss + text_weight * text_loss, image_loss, text_loss  # Eq. 9

@@ -1,0 +1,187 @@
+"""Reading text: T5's SentencePiece tokenizer and the encoder half of T5 v1.1.
+
+The encoder knows nothing of diffusion. It is handed tokens of which some are the mask token, like any other token,
+and returns one vector a token; the transformer does the rest.
+
+References:
+  Raffel et al., T5, arXiv 1910.10683; v1.1 (gated GELU, no weight sharing) after Shazeer, arXiv 2002.05202
+  Zhang & Sennrich, RMSNorm, arXiv 1910.07467
+  Kudo & Richardson, SentencePiece, arXiv 1808.06226
+"""
+import io
+import math
+import re
+import string
+from dataclasses import dataclass
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+SENTINELS = 100  # <extra_id_0> ... <extra_id_99>, counted down from the top of the vocabulary
+
+
+class Tokenizer:
+    """Text to ids and back. Ids: the SentencePiece model's own pieces (pad 0, end of sequence 1, unknown 2), then
+    the 100 sentinels, the last of which, `<extra_id_0>`, serves as the mask token.
+
+    The sentinels live outside the SentencePiece model, so nothing a user types can become one.
+    """
+    def __init__(self, model: bytes):
+        """`model`: the bytes of a `spiece.model` file. Raises ValueError if they are not one."""
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError("the tokenizer is not a SentencePiece model (T5's is named spiece.model)") from error
+        self.model = model
+        self.eos_id = self.pieces.eos_id()
+        self.vocab_size = len(self.pieces) + SENTINELS
+        self.mask_id = self.vocab_size - 1
+
+    def encode(self, text: str, length: int | None = None) -> list[int]:
+        """-> ids ending in EOS; with `length`, exactly that many: cut (EOS kept) or padded with further EOS."""
+        ids = self.pieces.encode(text) + [self.eos_id]
+        if length is not None:
+            ids = ids[:length - 1] + [self.eos_id] * max(1, length - len(ids) + 1)
+        return ids
+
+    def decode(self, ids) -> str:
+        """Ids -> text, up to the first EOS. Sentinels are spelt out as T5 does, `<extra_id_7>`."""
+        text, run = [], []
+        for i in [int(i) for i in ids] + [self.eos_id]:
+            if i < len(self.pieces) and i != self.eos_id:
+                run.append(i)
+                continue
+            text.append(self.pieces.decode(run))
+            run = []
+            if i == self.eos_id:
+                break
+            text.append(f"<extra_id_{self.mask_id - i}>")
+        return " ".join(part for part in text if part)
+
+    def unseen_words(self, text: str) -> list[str]:
+        """The words that this vocabulary can only spell out nearly letter by letter, or not at all."""
+        def spelt(word):
+            ids = self.pieces.encode(word)
+            return self.pieces.unk_id() in ids or len(ids) > max(1, len(word) / 2)
+        return [word for word in re.findall(r"\w+", text.replace("_", " ")) if spelt(word)]
+
+    @classmethod
+    def train(cls, lines, vocab_size: int) -> "Tokenizer":
+        """A new one of at most `vocab_size` pieces, from an iterator of text lines, numbered as T5's are. By byte-pair
+        merges, unlike T5's own: on a small vocabulary they keep every frequent word whole."""
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+            required_chars=string.ascii_letters + string.digits + ".,?!:;'-", minloglevel=2, num_threads=1)
+        return cls(model.getvalue())
+
+
+@dataclass
+class T5Config:
+    """The defaults are T5-XXL's encoder."""
+    d_model: int = 4096
+    num_layers: int = 24
+    num_heads: int = 64
+    d_kv: int = 64
+    d_ff: int = 10240
+    vocab_size: int = 32128
+    buckets: int = 32
+    max_distance: int = 128
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, eps=1e-6)
+
+
+def relative_position_bucket(distance, buckets, max_distance):
+    """Key position minus query position -> bucket: half the buckets for each direction; in each half, one bucket a
+    distance up to a quarter of them all, then ever wider ones (logarithmically) up to `max_distance`."""
+    half, exact = buckets // 2, buckets // 4
+    near = distance.abs()
+    far = exact + (torch.log(near.clamp(min=1) / exact) / math.log(max_distance / exact) * (half - exact)).long()
+    return (distance > 0) * half + torch.where(near < exact, near, far.clamp(max=half - 1))
+
+
+class SelfAttention(nn.Module):
+    """T5's: no 1/sqrt(d) (it is folded into the initialisation), no bias, positions as a bias on the scores."""
+    def __init__(self, cfg, has_relative_bias):
+        super().__init__()
+        self.cfg, inner = cfg, cfg.num_heads * cfg.d_kv
+        self.q, self.k, self.v = (nn.Linear(cfg.d_model, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, cfg.d_model, bias=False)
+        if has_relative_bias:
+            self.relative_attention_bias = nn.Embedding(cfg.buckets, cfg.num_heads)
+
+    def position_bias(self, length, device):
+        at = torch.arange(length, device=device)
+        bucket = relative_position_bucket(at[None, :] - at[:, None], self.cfg.buckets, self.cfg.max_distance)
+        return rearrange(self.relative_attention_bias(bucket), "q k heads -> 1 heads q k")
+
+    def forward(self, x, bias):
+        q, k, v = (rearrange(f(x), "b l (h d) -> b h l d", h=self.cfg.num_heads) for f in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.o(rearrange(out, "b h l d -> b l (h d)"))
+
+
+class DenseGated(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.wi_0 = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
+        self.wi_1 = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
+        self.wo = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+
+    def forward(self, x):
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+
+
+class Block(nn.Module):
+    """Module names are the checkpoint's: `layer.0` attends, `layer.1` is the feed-forward."""
+    def __init__(self, cfg, first):
+        super().__init__()
+        attend = nn.ModuleDict({"SelfAttention": SelfAttention(cfg, first), "layer_norm": RMSNorm(cfg.d_model)})
+        dense = nn.ModuleDict({"DenseReluDense": DenseGated(cfg), "layer_norm": RMSNorm(cfg.d_model)})
+        self.layer = nn.ModuleList([attend, dense])
+
+    def forward(self, x, bias):
+        attend, dense = self.layer
+        x = x + attend["SelfAttention"](attend["layer_norm"](x), bias)
+        return x + dense["DenseReluDense"](dense["layer_norm"](x))
+
+
+class T5Encoder(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = nn.ModuleDict({
+            "block": nn.ModuleList(Block(config, first=i == 0) for i in range(config.num_layers)),
+            "final_layer_norm": RMSNorm(config.d_model)})
+        self.init_weights()
+
+    def init_weights(self):
+        """As T5's authors did: every matrix's deviation is one over the root of its fan-in, q's smaller by the root
+        of d_kv, which is the attention scale left out above."""
+        c = self.config
+        for name, p in self.named_parameters():
+            std = {"q": (c.d_model * c.d_kv) ** -0.5, "o": (c.num_heads * c.d_kv) ** -0.5, "wo": c.d_ff ** -0.5,
+                   "shared": 1.0}.get(name.split(".")[-2], c.d_model ** -0.5)
+            if p.ndim == 2:
+                nn.init.normal_(p, std=std)
+
+    def forward(self, tokens):
+        """Tokens (B,L), long -> states (B,L,d_model). No attention mask: padding is text too (it is EOS)."""
+        x = self.shared(tokens)
+        blocks = self.encoder["block"]
+        bias = blocks[0].layer[0]["SelfAttention"].position_bias(tokens.shape[1], tokens.device)
+        for block in blocks:
+            x = block(x, bias)
+        return self.encoder["final_layer_norm"](x)

@@ -1,0 +1,109 @@
+"""The losses against closed forms, exhaustive enumeration and statistical bounds."""
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+
+import losses
+
+V, L, MASK = 4, 3, 3  # three real tokens and the mask token
+
+
+def toy_logits(tokens):
+    """A fixed random network: every noisy sequence has logits of its own. (B,L) -> (B,L,V)."""
+    table = torch.randn(V ** L, L, V, generator=torch.Generator().manual_seed(7))
+    return table[tokens @ torch.tensor([V * V, V, 1])]
+
+
+def test_eq7_agrees_with_exhaustive_enumeration():
+    tokens = torch.tensor([0, 2, 1])
+    times = torch.linspace(losses.EPS, 1, 20001, dtype=torch.float64)
+    exact = torch.zeros_like(times)
+    for mask in itertools.product([False, True], repeat=L):
+        mask = torch.tensor(mask)
+        noisy = torch.where(mask, MASK, tokens)
+        nats = F.cross_entropy(toy_logits(noisy[None])[0, :, :-1].double(), tokens, reduction="none")[mask].sum()
+        hidden = (1 - losses.EPS) * times
+        exact += hidden ** mask.sum() * (1 - hidden) ** (~mask).sum() * nats / times / L
+    exact = (torch.trapezoid(exact, times) / (1 - losses.EPS)).item()
+
+    n, generator = 100_000, torch.Generator().manual_seed(0)
+    batch = tokens.expand(n, L)
+    t = losses.stratified_times(n, generator=generator)
+    noisy, masked = losses.mask_tokens(batch, t, torch.ones(n, L, dtype=torch.bool), MASK, generator=generator)
+    logits = toy_logits(noisy)
+    estimate = losses.masked_diffusion_loss(logits, batch, masked, t).item()
+    assert abs(estimate / exact - 1) < 0.01, (estimate, exact)
+    assert math.isclose(estimate, losses.masked_diffusion_loss(logits[masked], batch, masked, t).item(), rel_tol=1e-6)
+
+
+def test_the_mask_token_costs_nothing_and_is_never_learned():
+    logits = torch.zeros(1, 1, V, requires_grad=True)
+    loss = losses.masked_diffusion_loss(logits, torch.tensor([[1]]), torch.tensor([[True]]), torch.tensor([0.5]))
+    loss.backward()
+    assert math.isclose(loss.item(), 2 * math.log(3), rel_tol=1e-6)  # weight 1/t, three tokens left to choose from
+    assert logits.grad[0, 0, MASK] == 0
+
+
+def test_stratified_times_hit_every_stratum():
+    for n in (1, 2, 7, 64):
+        t = losses.stratified_times(n, generator=torch.Generator().manual_seed(n))
+        stratum = ((t - losses.EPS) / (1 - losses.EPS) * n).floor().long()
+        assert sorted(stratum.tolist()) == list(range(n))
+        assert t.min() >= losses.EPS and t.max() <= 1
+
+
+def test_mask_tokens_masks_at_the_stated_rate_and_only_what_may_be():
+    n, generator = 40_000, torch.Generator().manual_seed(0)
+    tokens = torch.arange(5).expand(n, 5)
+    maskable = torch.tensor([True, True, True, True, False]).expand(n, 5)
+    for t in (losses.EPS, 0.3, 1.0):
+        noisy, masked = losses.mask_tokens(tokens, torch.full((n,), t), maskable, 99, generator=generator)
+        p, rate = (1 - losses.EPS) * t, masked[:, :4].float().mean().item()
+        assert abs(rate - p) < 5 * math.sqrt(p * (1 - p) / (4 * n)) + 1e-9
+        assert not masked[:, 4].any()
+        assert (noisy[masked] == 99).all() and (noisy[~masked] == tokens[~masked]).all()
+
+
+def test_logit_normal_times_have_their_law():
+    n = 200_000
+    t = losses.logit_normal_times(n, mean=0.4, std=1.3, generator=torch.Generator().manual_seed(0)).double()
+    logit = torch.log(t / (1 - t))
+    assert abs(logit.mean() - 0.4) < 5 * 1.3 / math.sqrt(n)
+    assert abs(logit.std() - 1.3) < 5 * 1.3 / math.sqrt(2 * n)
+    for q in (0.1, 0.5, 0.9):  # P(t < q) in closed form
+        p = 0.5 * (1 + math.erf((math.log(q / (1 - q)) - 0.4) / 1.3 / math.sqrt(2)))
+        assert abs((t < q).double().mean() - p) < 5 * math.sqrt(p * (1 - p) / n)
+
+
+def test_flow_matching_is_minimal_at_the_true_velocity():
+    x, noise = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
+    assert losses.flow_matching_loss(noise - x, x, noise) == 0
+    assert math.isclose(losses.flow_matching_loss(noise - x + 0.5, x, noise).item(), 0.25, rel_tol=1e-5)
+    t = torch.tensor([0.0, 0.25, 0.5, 1.0])  # the velocity is the path's derivative
+    step = losses.noise_latents(x, noise, t + 1e-2) - losses.noise_latents(x, noise, t)
+    assert torch.allclose(step / 1e-2, noise - x, atol=1e-3)
+
+
+def test_the_stacked_pass_has_the_gradients_of_two_passes():
+    torch.manual_seed(0)
+    mix = torch.nn.Linear(6, 5)
+
+    def ddit(latents, t, text, predict=None, draw=None):
+        h = text + latents.mean((1, 2, 3))[:, None, None] + t[:, None, None]
+        return latents[:draw] * h.mean((1, 2))[:draw, None, None, None], mix(h[predict])
+
+    table = torch.nn.Embedding(5, 6)
+    latents, captions, tokens = torch.randn(8, 2, 4, 4), torch.randint(4, (8, 6)), torch.randint(4, (8, 6))
+    c = losses.corrupt(latents.shape, tokens, torch.ones(8, 6, dtype=torch.bool), 4, torch.Generator().manual_seed(1))
+    total, image, text = losses.joint_loss(ddit, table, latents, captions, tokens, c, text_weight=0.2)
+    stacked = torch.autograd.grad(total, [table.weight, *mix.parameters()])
+
+    nowhere = torch.zeros_like(c.masked)
+    velocity, _ = ddit(losses.noise_latents(latents, c.noise, c.image_t), c.image_t, table(captions), nowhere)
+    _, logits = ddit(latents, torch.zeros(8), table(c.noisy), c.masked, 0)
+    two = losses.flow_matching_loss(velocity, latents, c.noise) \
+        + 0.2 * losses.masked_diffusion_loss(logits, tokens, c.masked, c.text_t)
+    for a, b in zip(stacked, torch.autograd.grad(two, [table.weight, *mix.parameters()])):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,560 @@
+"""Learning: the stages of the paper, from nothing or from pretrained parts, in one loop.
+
+    python train.py --stage 0      the tokenizer and the VAE; only where no pretrained parts exist
+    python train.py --stage 1      dual diffusion on captions (`torchrun train.py --stage 1` is the same)
+    python train.py --stage 2      the mask token's embedding
+    python train.py --stage 3      question answering, mixed with captions; the image loss stays
+    python train.py --eval assets/tiny.safetensors      judge a checkpoint on unseen scenes
+
+With no other argument this is the `tiny` preset on the built-in world. Everything a stage writes is in
+OUT/stageN/: model.safetensors (for sample.py), metrics.jsonl, sheets of samples, and the checkpoint that the same
+command resumes from. The order of data and every random draw are functions of the seed and the step alone, so a
+resumed run repeats what an uninterrupted one does.
+
+References: Li et al., D-DiT, arXiv 2501.00289, section 4 and Table 6; Jordan et al., Muon, 2024 (torch.optim.Muon).
+"""
+import argparse
+import copy
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+from losses import corrupt, joint_loss
+from model import PRESETS, DualDiffusion
+from sample import Parser, answer, caption, fail, text_to_image
+from t5 import Tokenizer
+
+UNSEEN = 1_000_000  # added to the seed for scenes that training never draws
+READING = {"order": "random", "temperature": 0.0}
+SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny.safetensors")
+
+
+@dataclass
+class Recipe:
+    """The numbers of one stage, each a default that a flag of the same name overrides. These are Table 6's."""
+    steps: int = 60_000
+    batch: int = 512               # over all processes
+    rate: float = 5e-5             # AdamW's learning rate
+    muon: float = 0.0              # Muon's, for the matrices inside the blocks; 0: AdamW learns them too
+    warmup: int = 5000             # steps of linear rise
+    schedule: str = "constant"     # after it; "linear" falls to zero at the last step
+    beta2: float = 0.999
+    weight_decay: float = 1e-2
+    clip: float = 2.0              # largest gradient norm
+    length: int = 64               # tokens of text
+    text_weight: float = 0.2       # of the text loss in Eq. 9
+    drop: float = 0.1              # share of captions that the image half sees empty, for guidance
+    questions: float = 0.0         # share of the text half that are questions with answers
+    learn_t5: str = "no"           # "mask": the mask token's row alone; "all"
+    pool: int = 40_000             # scenes of the built-in world, encoded once and reused
+    vocab: int = 412               # pieces of the tokenizer that stage 0 makes, at most
+
+
+_tiny = Recipe(steps=1600, batch=64, rate=2e-3, muon=0.02, warmup=50, schedule="linear", beta2=0.98, length=24,
+               text_weight=1.0, learn_t5="all")
+RECIPES = {
+    "tiny": {"0": replace(_tiny, steps=2000, batch=16), "1": _tiny, "2": replace(_tiny, steps=100, learn_t5="mask"),
+             "3": replace(_tiny, questions=0.5)},
+    "sd3-medium": {"1": Recipe(), "2": Recipe(200_000, rate=3e-5, warmup=1000, length=256, learn_t5="mask"),
+                   "3": Recipe(50_000, rate=3e-5, warmup=1000, length=128, text_weight=1.0, questions=0.5)},
+}
+
+
+class Cast(nn.Module):
+    """Runs a module with its parameters cast to `dtype`. The parameters themselves, their gradients and the optimizer
+    stay in float32 (the "master weights"): a bf16 weight could not take a step smaller than 1/256 of itself."""
+    def __init__(self, module, dtype):
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, *args, **kwargs):
+        if self.dtype == torch.float32:
+            return self.module(*args, **kwargs)
+        weights = {name: p.to(self.dtype) for name, p in self.module.named_parameters()}
+        return functional_call(self.module, weights, args, kwargs)
+
+
+def autoencoding_loss(vae, pixels, noise):
+    """Stage 0: reconstruction + 3e-4 KL, per value. Pixels (B,3,H,W) far from their picture's mean colour count four
+    times, or small objects on a plain ground are learned last. -> total, reconstruction, KL."""
+    decoded, mean, logvar = vae(pixels, noise)
+    stands_out = (pixels - pixels.mean((2, 3), keepdim=True)).abs().amax(1, keepdim=True) > 0.3
+    reconstruction = ((1 + 3 * stands_out) * (decoded.float() - pixels).square()).mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()
+    return reconstruction + 3e-4 * kl, reconstruction, kl
+
+
+def learning_rate(recipe, step):
+    """The factor on every learning rate at a step (0-based)."""
+    rise = min(1.0, (step + 1) / max(recipe.warmup, 1))
+    return rise * (1 - step / recipe.steps if recipe.schedule == "linear" else 1.0)
+
+
+def make_optimizers(modules, recipe):
+    """AdamW, and where the recipe says so Muon for the matrices inside blocks -> optimizers, [(parameter, view)].
+
+    Muon wants matrices and a convolution's weight is 4-D, so Muon is given a view of it, (out, in * k * k), on the
+    same memory; the loop hands the gradient over likewise."""
+    named = [(name, p) for module in modules.values() for name, p in module.named_parameters() if p.requires_grad]
+    inside = ("joint_blocks", "encoder.block", "encoder.down", "encoder.mid", "decoder.up", "decoder.mid")
+    views = [(p, p if p.ndim == 2 else nn.Parameter(p.data.flatten(1))) for name, p in named
+             if recipe.muon and p.ndim >= 2 and any(block in name for block in inside) and "bias" not in name]
+    by_muon = {id(p) for p, _ in views}
+    decayed = [p for _, p in named if id(p) not in by_muon and p.ndim >= 2 and recipe.learn_t5 != "mask"]
+    plain = [p for _, p in named if id(p) not in by_muon and not any(p is q for q in decayed)]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.rate, betas=(0.9, recipe.beta2))]
+    if views:
+        matrices = [view for _, view in views]
+        optimizers.append(torch.optim.Muon(matrices, lr=recipe.muon, weight_decay=recipe.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers, views
+
+
+def draw_rows(seed, first, count, total):
+    """Which records rows first .. first+count of the endless stream are: each epoch a permutation of its own."""
+    stream = np.arange(first, first + count)
+    order = {epoch: np.random.default_rng([seed, epoch]).permutation(total) for epoch in np.unique(stream // total)}
+    return [int(order[at // total][at % total]) for at in stream]
+
+
+def encode_pool(dd, source, total, path):
+    """Encode `total` images once; later stages and runs read them from `path` -> memory-mapped array
+    (total,2,C,h,w) float16 of means and log-variances."""
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        side = dd.config.settings.size // dd.config.vae.factor
+        pool = np.lib.format.open_memmap(f"{path}.partial", "w+", np.float16,
+                                         (total, 2, dd.config.vae.latent_channels, side, side))
+        with torch.inference_mode():
+            for at in tqdm(range(0, total, 100), desc="encoding images once", unit_scale=100, unit="image"):
+                pixels = data.to_pixels([source.image(i) for i in range(at, min(at + 100, total))])
+                pool[at:at + 100] = torch.stack(dd.vae.encode(torch.from_numpy(pixels).to(dd.device)), 1).cpu().numpy()
+        pool.flush()
+        os.replace(f"{path}.partial", path)
+    return np.load(path, mmap_mode="r")
+
+
+def batch_texts(dd, source, rows, recipe, seed, first):
+    """-> captions (B,L) for the image half, tokens (B,L) and maskable (B,L) for the text half."""
+    tok, length = dd.tokenizer, recipe.length
+    captions, tokens, given = [], [], []
+    for at, i in enumerate(rows, first):
+        rng = np.random.default_rng([seed, 1, at])
+        text = source.caption(i, rng)
+        asked = source.question(i, rng) if rng.random() < recipe.questions else None
+        captions.append(tok.encode("" if rng.random() < recipe.drop else text, length))
+        ids, prompt = data.question_ids(tok, *asked, length) if asked else (tok.encode(text, length), 0)
+        tokens.append(ids)
+        given.append(prompt)
+    return torch.tensor(captions), torch.tensor(tokens), torch.arange(length) >= torch.tensor(given)[:, None]
+
+
+def save_state(path, step, modules, optimizers):
+    """The checkpoint a run resumes from, atomically: written beside, flushed to disk, renamed."""
+    state = {"step": step, "modules": {k: m.state_dict() for k, m in modules.items()},
+             "optimizers": [o.state_dict() for o in optimizers]}
+    with open(f"{path}.partial", "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.partial", path)
+
+
+# ---------------------------------------------------------------- judging and showing
+
+
+def interval(right, total):
+    """Wilson's 95% interval of a share, in per cent."""
+    z, n, p = 1.96, max(total, 1), right / max(total, 1)
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return tuple(100 * (middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+
+
+def in_batches(desc, items, size=250):
+    return tqdm([items[at:at + size] for at in range(0, len(items), size)], desc=desc, leave=False)
+
+
+def answers_right(dd, source, asked, generator):
+    """asked: [(index, question, answer)] -> list of bool."""
+    right = []
+    for part in in_batches("answering", asked):
+        pixels = torch.from_numpy(data.to_pixels([source.image(i) for i, _, _ in part]))
+        given = answer(dd, pixels, [q for _, q, _ in part], generator=generator, **READING)
+        right += [g.strip().lower() == a.strip().lower() for g, (_, _, a) in zip(given, part)]
+    return right
+
+
+def judge(dd, source, indices, seed=0):
+    """Score on data it has not seen -> {what: (right, asked)}. Answers must equal the one right answer. On the built-in
+    world captions may be any true telling, and drawings are read back by data.read_scene; on the user's data a caption
+    must equal the given one."""
+    rng, generator, scores = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed), {}
+    world = isinstance(source, data.World)
+    if dd.ddit is None:
+        images = [source.image(i) for i in indices]
+        seen = reconstruct(dd, images)
+        error = np.square(np.stack(images) / 255.0 - seen / 255.0).mean()
+        print(f"reconstruction of {len(images)} unseen images: {-10 * np.log10(error):.1f} dB")
+        if world:
+            right = [sorted(data.read_scene(image)) == sorted(source.scene(i)[0]) for i, image in zip(indices, seen)]
+            scores["scenes read back"] = (sum(right), len(right))
+        return scores
+    asked = [(i, kind) for i in indices for kind in (data.KINDS if world else ["all"])]
+    asked = [(kind, (i, *qa)) for i, kind in asked
+             if (qa := source.question(i, rng, kind) if world else source.question(i, rng))]
+    right = answers_right(dd, source, [q for _, q in asked], generator)
+    scores["answers"] = (sum(right), len(right))
+    if world:
+        for kind in data.KINDS:
+            of_kind = [r for r, (k, _) in zip(right, asked) if k == kind]
+            scores[f"  {kind}"] = (sum(of_kind), len(of_kind))
+        held = data.World(source.seed, pairs="held")
+        right = answers_right(dd, held, [(i, *held.question(i, rng)) for i in indices], generator)
+        scores["answers, held-out pairs"] = (sum(right), len(right))
+    told = []
+    for part in in_batches("captioning", indices):
+        pixels = torch.from_numpy(data.to_pixels([source.image(i) for i in part]))
+        for i, text in zip(part, caption(dd, pixels, generator=generator, **READING)):
+            told.append(data.telling_holds(text, source.scene(i)[0]) if world else text == source.caption(i, rng))
+    scores["captions"] = (sum(told), len(told))
+    if world:
+        settings, objects, scenes = dd.config.settings, [], []
+        for part in in_batches("drawing", [source.caption(i, rng) for i in indices], 100):
+            drawn = text_to_image(dd, part, cfg=settings.cfg, shift=settings.shift, generator=generator)
+            for text, image in zip(part, data.to_images(drawn)):
+                seen, wanted = data.read_scene(image), data.understand(text)[0]
+                objects += [noun in map(str, seen) for noun in wanted]
+                scenes.append(data.telling_holds(text, seen))
+        scores["objects drawn"], scores["scenes drawn"] = (sum(objects), len(objects)), (sum(scenes), len(scenes))
+    return scores
+
+
+def report(scores):
+    return "\n".join("{:26s}{:6.1f}%  [{:.1f}, {:.1f}]  {}/{}".format(
+        what, 100 * right / max(total, 1), *interval(right, total), right, total)
+        for what, (right, total) in scores.items())
+
+
+def sheet(path, cells, zoom=2, columns=4):
+    """A PNG of pictures with their texts. cells: [(image (H,W,3) uint8, text)]."""
+    side, font = cells[0][0].shape[0] * zoom, 15
+    page = Image.new("RGB", (columns * (side + 8), -(-len(cells) // columns) * (side + 6 * font)), "white")
+    pen = ImageDraw.Draw(page)
+    for k, (image, text) in enumerate(cells):
+        x, y = k % columns * (side + 8) + 4, k // columns * (side + 6 * font) + 4
+        page.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        lines = [""]
+        for word in text.replace("\n", " \n ").split(" "):
+            if word == "\n" or pen.textlength(f"{lines[-1]} {word}") > side:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        pen.text((x, y + side + 2), "\n".join(lines[:5]), fill="black")
+    page.save(path)
+
+
+def reconstruct(dd, images):
+    """Images -> what is left of them after the VAE's round trip, uint8."""
+    with torch.inference_mode():
+        pixels = torch.from_numpy(data.to_pixels(images)).to(dd.device)
+        return np.concatenate([data.to_images(dd.decode_image(dd.encode_image(part))) for part in pixels.split(64)])
+
+
+def show(dd, source, indices, path, seed=0):
+    """A sheet: eight images drawn from captions, eight unseen images with the caption and the answer given to them.
+    In stage 0, images beside their reconstructions."""
+    rng, generator, settings = np.random.default_rng([seed, 3]), torch.Generator().manual_seed(seed), dd.config.settings
+    if dd.ddit is None:
+        images = [source.image(i) for i in indices[:8]]
+        pairs = zip(images, reconstruct(dd, images))
+        return sheet(path, [cell for true, seen in pairs for cell in ((true, "true"), (seen, "seen"))])
+    texts = [source.caption(i, rng) for i in indices[:8]]
+    drawn = text_to_image(dd, texts, cfg=settings.cfg, shift=settings.shift, generator=generator)
+    images = [source.image(i) for i in indices[8:16]]
+    pixels = torch.from_numpy(data.to_pixels(images))
+    asked = [(source.question(i, rng) or ("what is this?",))[0] for i in indices[8:16]]
+    read = zip(images, caption(dd, pixels, generator=generator, **READING), asked,
+               answer(dd, pixels, asked, generator=generator, **READING))
+    sheet(path, [*zip(data.to_images(drawn), texts), *((im, f"{c}\n{q}\n{a}") for im, c, q, a in read)])
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def faster_dtype(device, stage):
+    """bf16 on a GPU. Some processors multiply bf16 fast (AMX), others slowly: try, and take what wins. (Narrow
+    convolutions, stage 0, never gain on a CPU.)"""
+    if device.type == "cuda":
+        return torch.bfloat16
+    if stage == "0":
+        return torch.float32
+    took = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.randn(4096, 128, dtype=dtype), torch.randn(512, 128, dtype=dtype)
+        for _ in range(10):
+            start = time.perf_counter()
+            F.gelu(F.linear(x, w))
+            took[dtype] = min(took.get(dtype, 1e9), time.perf_counter() - start)
+    return min(took, key=took.get)
+
+
+def starting_point(args, recipe, source, train_ids):
+    """-> the system, and the parts of it that learn in this stage, {name: module}."""
+    if args.stage == "0":
+        texts = []
+        for k in range(5000):
+            rng = np.random.default_rng([args.seed, 4, k])
+            i = train_ids[int(rng.integers(len(train_ids)))]
+            texts += [source.caption(i, rng), "Q: {} A: {}".format(*source.question(i, rng) or ("", ""))]
+        dd = DualDiffusion.build(copy.deepcopy(PRESETS[args.preset]), Tokenizer.train(texts, recipe.vocab), ["vae"])
+        return dd, {"vae": dd.vae}
+    before = os.path.join(args.out, f"stage{int(args.stage) - 1}", "model.safetensors")
+    from_nothing = args.stage == "1" and not args.init and not os.path.exists(before)
+    if from_nothing and args.preset != "tiny":
+        fail(f"--preset {args.preset} needs pretrained parts: give --init")
+    dd = DualDiffusion.load(args.init or (SHIPPED if from_nothing else before))
+    if from_nothing or dd.ddit is None or dd.t5 is None:  # stage 0's parts are taken, the rest starts at random
+        config = replace(copy.deepcopy(PRESETS[args.preset]), vae=dd.config.vae)
+        fresh = DualDiffusion.build(config, dd.tokenizer, ["ddit", "t5"])
+        fresh.vae = dd.vae
+        dd = fresh
+    dd.requires_grad_(False)
+    modules = {"ddit": dd.ddit.requires_grad_()}
+    if recipe.learn_t5 == "all":
+        modules["t5"] = dd.t5.requires_grad_()
+    elif recipe.learn_t5 == "mask":  # the table learns, but only one of its rows ever has a gradient
+        modules["t5"] = dd.t5
+        only = (torch.arange(dd.config.t5.vocab_size) == dd.tokenizer.mask_id)[:, None]
+        dd.t5.shared.weight.requires_grad_().register_hook(lambda grad: grad * only.to(grad.device))
+    return dd, modules
+
+
+def main():
+    args, recipe = parse_args()
+    if args.eval:
+        dd = DualDiffusion.load(args.eval, device=args.device or "cpu")
+        source = data.Records(args.data, dd.config.settings.size) if args.data else data.World(UNSEEN + args.seed)
+        print(report(judge(dd, source, range(min(args.num or 1000, len(source))), args.seed)))
+        return
+
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if processes > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # On the CPU the backward pass of bf16 flash attention is slow: fall back on plain matrix products there.
+    torch.backends.cuda.enable_flash_sdp(device.type == "cuda")
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    torch.manual_seed(args.seed)
+    share = recipe.batch // processes
+    mine = slice(rank * share, (rank + 1) * share)
+
+    # What is learned from: the world's first `pool` scenes, or the user's records without those kept for judging.
+    size = PRESETS[args.preset].settings.size
+    if args.data:
+        source = unseen = data.Records(args.data, size)
+        unseen_ids = range(0, len(source), max(20, len(source) // 250))
+        train_ids = sorted(set(range(len(source))) - set(unseen_ids))
+    else:
+        source, unseen = data.World(args.seed), data.World(UNSEEN + args.seed)
+        unseen_ids, train_ids = range(args.num or 250), range(recipe.pool)
+
+    dd, modules = starting_point(args, recipe, source, train_ids)
+    dd.to(device)
+    folder = os.path.join(args.out, f"stage{args.stage}")
+    os.makedirs(folder, exist_ok=True)
+    dtype = keep_settings(os.path.join(folder, "run.json"), args, recipe, device)
+    frozen = {} if args.stage == "0" else {"t5": dd.t5}
+    nets = {name: Cast(module, dtype) for name, module in (frozen | modules).items()}
+    if processes > 1:
+        nets |= {name: DistributedDataParallel(nets[name]) for name in modules}
+    optimizers, views = make_optimizers(modules, recipe)
+    learned = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+
+    if args.stage == "0":
+        def objective(rows, step, generator):
+            pixels = torch.from_numpy(data.to_pixels([source.image(i) for i in rows[mine]])).to(device)
+            side = size // dd.config.vae.factor
+            noise = torch.randn(recipe.batch, dd.config.vae.latent_channels, side, side, generator=generator)
+            return autoencoding_loss(nets["vae"], pixels, noise[mine].to(device, dtype))
+        names = ("reconstruction", "kl")
+    else:
+        pool = encode_pool(dd, source, len(source) if args.data else recipe.pool, pool_path(args, dd, source))
+
+        def objective(rows, step, generator):
+            mean, logvar = torch.from_numpy(pool[rows].astype(np.float32)).unbind(1)
+            latents = dd.vae.normalize(mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator))
+            captions, tokens, maskable = batch_texts(dd, source, rows, recipe, args.seed, step * recipe.batch)
+            corruption = corrupt(latents.shape, tokens, maskable, dd.tokenizer.mask_id, generator).rows(mine)
+            return joint_loss(nets["ddit"], nets["t5"], latents[mine].to(device), captions[mine].to(device),
+                              tokens[mine].to(device), corruption, recipe.text_weight)
+        names = ("image_loss", "text_loss")
+
+    # Go on from the checkpoint, if this command left one.
+    checkpoint, metrics = os.path.join(folder, "checkpoint.pt"), os.path.join(folder, "metrics.jsonl")
+    start = load_state(checkpoint, modules, optimizers, device)
+    if rank == 0 and os.path.exists(metrics):  # forget what was logged after that checkpoint
+        with open(metrics) as f:
+            kept = [line for line in f if json.loads(line)["step"] <= start]
+        with open(metrics, "w") as f:
+            f.writelines(kept)
+    stop = []  # Ctrl-C and a polite kill end the run after the step in hand, with a checkpoint
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: stop.append(number))
+
+    bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=f"stage {args.stage}",
+               disable=rank > 0, mininterval=1)
+    log, since = [], time.perf_counter()
+    for step in bar:
+        rows = [train_ids[k] for k in draw_rows(args.seed, step * recipe.batch, recipe.batch, len(train_ids))]
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        loss, *parts = objective(rows, step, generator)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(learned, recipe.clip)
+        for p, view in views:
+            view.grad = p.grad.flatten(1)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate(recipe, step)
+            optimizer.step()
+        for p in learned:
+            p.grad = None
+        log.append(torch.stack([*parts, norm]).detach())
+
+        done = step + 1
+        if rank == 0 and (done % 20 == 0 or done == recipe.steps):  # the one place that waits for the device
+            *losses, norm = torch.stack(log).mean(0).tolist()
+            speed, log, since = len(log) * recipe.batch / (time.perf_counter() - since), [], time.perf_counter()
+            if not all(map(np.isfinite, losses)):
+                fail(f"the loss is not a number at step {done}; nothing was saved since the last checkpoint. "
+                     f"Lower --rate or --muon")
+            bar.set_postfix({n: f"{x:.4f}" for n, x in zip(names, losses)}
+                            | {"rate": f"{optimizers[0].param_groups[0]['lr']:.1e}", "images/s": f"{speed:.0f}"})
+            with open(metrics, "a") as f:
+                f.write(json.dumps({"step": done, **dict(zip(names, losses)), "grad_norm": norm,
+                                    "rate": optimizers[0].param_groups[0]["lr"], "images_per_s": speed}) + "\n")
+        if rank == 0 and (done % args.save_every == 0 or done == recipe.steps or stop):
+            save_state(checkpoint, done, modules, optimizers)
+        if rank == 0 and done % args.show_every == 0 and done < recipe.steps:
+            show(dd, unseen, unseen_ids, os.path.join(folder, f"samples-{done:06d}.png"))
+            since = time.perf_counter()
+        if stop:
+            bar.close()
+            sys.exit(f"stopped after step {done}; the same command goes on from there")
+    bar.close()
+
+    if rank == 0:
+        finish(args, dd, source, unseen, unseen_ids, folder)
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+def finish(args, dd, source, unseen, unseen_ids, folder):
+    """The end of a stage: the file for sample.py, the judged scores, a last sheet."""
+    path = os.path.join(folder, "model.safetensors")
+    if args.stage == "0":  # bring latents to mean 0 and deviation 1, which the transformer expects
+        pixels = torch.from_numpy(data.to_pixels([source.image(i) for i in range(min(512, len(source)))]))
+        with torch.inference_mode():
+            z = torch.cat([dd.vae.encode(part.to(dd.device))[0] for part in pixels.split(64)])
+        dd.config.vae.shift, dd.config.vae.scale = z.mean().item(), 1 / z.std().item()
+    dd.save(path, dtype=torch.float16)
+    scores = judge(dd, unseen, unseen_ids, args.seed)
+    print(report(scores))
+    with open(os.path.join(folder, "scores.json"), "w") as f:
+        json.dump(scores, f)
+    show(dd, unseen, unseen_ids, os.path.join(folder, "samples.png"))
+    print(f"wrote {path}")
+
+
+def load_state(path, modules, optimizers, device):
+    """-> the step to go on from; 0 where there is no checkpoint."""
+    if not os.path.exists(path):
+        return 0
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        fail(f"{path}: cannot be read ({str(error).splitlines()[0]}); delete it to start this stage anew")
+    for name, module in modules.items():
+        module.load_state_dict(state["modules"][name])
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    return state["step"]
+
+
+def pool_path(args, dd, source):
+    """A name that changes with whatever the latents depend on: the VAE, and which images."""
+    key = hashlib.sha256(repr(source.rows if args.data else (source.seed, len(source))).encode())
+    for tensor in dd.vae.state_dict().values():
+        key.update(tensor.cpu().numpy().tobytes())
+    return os.path.join(args.out, f"latents-{key.hexdigest()[:12]}.npy")
+
+
+def keep_settings(path, args, recipe, device):
+    """A folder holds one run: note its settings, and refuse to go on with others -> the dtype to compute in."""
+    settings = {"preset": args.preset, "data": args.data, "init": args.init, "seed": args.seed, **asdict(recipe)}
+    if os.path.exists(path):
+        with open(path) as f:
+            kept = json.load(f)
+        changed = [f"{k} {kept.get(k)} is now {v}" for k, v in settings.items() if kept.get(k) != v]
+        if changed:
+            fail(f"{os.path.dirname(path)} holds a run with other settings ({', '.join(changed)}); "
+                 f"delete it or give another --out")
+    else:
+        kept = settings | {"dtype": str(args.dtype or faster_dtype(device, args.stage)).removeprefix("torch.")}
+        with open(path, "w") as f:
+            json.dump(kept, f, indent=1)
+    return getattr(torch, kept["dtype"])
+
+
+def parse_args():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=["0", "1", "2", "3"])
+    parser.add_argument("--eval", metavar="FILE", help="judge this checkpoint instead of training")
+    parser.add_argument("--num", type=int, help="scenes to judge on (1000 with --eval, 250 at the end of a stage)")
+    parser.add_argument("--preset", choices=list(PRESETS), default="tiny")
+    parser.add_argument("--data", help="a JSONL file or a folder of images and texts; default: the built-in world")
+    parser.add_argument("--init", help="checkpoint to start from; default: the stage before")
+    parser.add_argument("--out", default="runs", help="where stageN/ folders are made")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="to compute in; default: the faster one")
+    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--show-every", type=int, default=400)
+    numbers = parser.add_argument_group("numbers of a stage, with defaults by preset and stage")
+    for field in fields(Recipe):
+        numbers.add_argument("--" + field.name.replace("_", "-"), type=field.type)
+    args = parser.parse_args()
+    if args.eval:
+        return args, None
+    if args.stage is None:
+        fail("give --stage 0, 1, 2 or 3, or --eval FILE")
+    if args.stage not in RECIPES[args.preset]:
+        fail(f"--preset {args.preset} has no stage {args.stage}")
+    given = {f.name: v for f in fields(Recipe) if (v := getattr(args, f.name)) is not None}
+    return args, replace(RECIPES[args.preset][args.stage], **given)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        fail(error)
