@@ -44,7 +44,7 @@ class Tokenizer:
         """-> ids ending in EOS; with `length`, exactly that many: cut (EOS kept) or padded with further EOS."""
         ids = self.pieces.encode(text) + [self.eos_id]
         if length is not None:
-            ids = ids[:length - 1] + [self.eos_id] * max(1, length - len(ids) + 1)
+            ids = ids[:length - 1] + [self.eos_id] * max(1, length - len(ids))
         return ids
 
     def decode(self, ids) -> str:

@@ -65,11 +65,12 @@ class Recipe:
     vocab: int = 412               # pieces of the tokenizer that stage 0 makes, at most
 
 
-_tiny = Recipe(steps=1600, batch=64, rate=2e-3, muon=0.02, warmup=50, schedule="linear", beta2=0.98, length=24,
-               text_weight=1.0, learn_t5="all")
+_tiny = Recipe(steps=1000, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, length=24, text_weight=1.0,
+               learn_t5="all")
 RECIPES = {
-    "tiny": {"0": replace(_tiny, steps=2000, batch=16), "1": _tiny, "2": replace(_tiny, steps=100, learn_t5="mask"),
-             "3": replace(_tiny, questions=0.5)},
+    "tiny": {"0": replace(_tiny, steps=2000, batch=16, schedule="linear"), "1": _tiny,
+             "2": replace(_tiny, steps=60, learn_t5="mask"),
+             "3": replace(_tiny, steps=1500, questions=0.5, schedule="linear")},
     "sd3-medium": {"1": Recipe(), "2": Recipe(200_000, rate=3e-5, warmup=1000, length=256, learn_t5="mask"),
                    "3": Recipe(50_000, rate=3e-5, warmup=1000, length=128, text_weight=1.0, questions=0.5)},
 }
@@ -114,9 +115,10 @@ def make_optimizers(modules, recipe):
     inside = ("joint_blocks", "encoder.block", "encoder.down", "encoder.mid", "decoder.up", "decoder.mid")
     views = [(p, p if p.ndim == 2 else nn.Parameter(p.data.flatten(1))) for name, p in named
              if recipe.muon and p.ndim >= 2 and any(block in name for block in inside) and "bias" not in name]
-    by_muon = {id(p) for p, _ in views}
-    decayed = [p for _, p in named if id(p) not in by_muon and p.ndim >= 2 and recipe.learn_t5 != "mask"]
-    plain = [p for _, p in named if id(p) not in by_muon and not any(p is q for q in decayed)]
+    by_muon, decayed, plain = {id(p) for p, _ in views}, [], []
+    for name, p in named:
+        if id(p) not in by_muon:  # biases, norms and the embedding table do not decay
+            (decayed if p.ndim >= 2 and "shared" not in name else plain).append(p)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.rate, betas=(0.9, recipe.beta2))]
     if views:

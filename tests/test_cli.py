@@ -1,0 +1,118 @@
+"""sample.py and train.py as a user types them, mistakes first. Each mistake: one line, exit status 2."""
+import json
+import os
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCENE = os.path.join(ROOT, "assets", "scene.png")
+
+
+def run(script, *args, cwd=None):
+    return subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, args)], cwd=cwd, text=True,
+                          capture_output=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder of things that can go wrong."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("not a picture")
+    (folder / "text.safetensors").write_text("not a checkpoint")
+    (folder / "empty.safetensors").touch()
+    shipped = open(os.path.join(ROOT, "assets", "tiny.safetensors"), "rb").read()
+    (folder / "cut.safetensors").write_bytes(shipped[:len(shipped) // 2])
+    save_file({"x": torch.zeros(2)}, folder / "other.safetensors")
+    Image.new("RGB", (20, 20), "red").save(folder / "ok.png")
+    (folder / "broken.jsonl").write_text('{"image": "ok.png", "caption": "c"}\n{"image": "ok.png", \n')
+    (folder / "missing.jsonl").write_text(json.dumps({"image": "gone.png", "caption": "c"}) + "\n")
+    (folder / "void").mkdir()
+    return folder
+
+
+MISTAKES = {
+    "sample.py": [
+        (["--vqa", "none.png", "what?"], "none.png: no such image"),
+        (["--vqa", "empty.png", "what?"], "empty.png: cannot be read as an image (the file is empty)"),
+        (["--caption", "text.png"], "text.png: cannot be read as an image"),
+        (["--caption", "void"], "void: cannot be read as an image"),
+        (["--vqa", "ok.png"], "--vqa wants an image and then a question"),
+        (["--infill", "ok.png", "no blank"], "has no blank"),
+        ([], "nothing to do"),
+        (["--caption", "ok.png", "--steps", "0"], "--steps"),
+        (["--caption", "ok.png", "--order", "backwards"], "invalid choice"),
+        (["--caption", "ok.png", "--device", "abacus"], "--device abacus"),
+        (["--t2i", "x", "--out", "void/none/x.png"], "void/none/x.png"),
+        (["--t2i", "x", "--out", "x.docx"], "x.docx"),
+        (["--caption", "ok.png", "--ckpt", "none.safetensors"], "none.safetensors: no such checkpoint"),
+        (["--caption", "ok.png", "--ckpt", "text.safetensors"], "text.safetensors: not a readable"),
+        (["--caption", "ok.png", "--ckpt", "empty.safetensors"], "empty.safetensors: not a readable"),
+        (["--caption", "ok.png", "--ckpt", "cut.safetensors"], "cut.safetensors: not a readable"),
+        (["--caption", "ok.png", "--ckpt", "other.safetensors"], "other.safetensors"),
+        (["--caption", "ok.png", "--ckpt", "void"], "void: not a readable"),
+    ],
+    "train.py": [
+        (["--stage", "7"], "--stage: invalid choice"),
+        ([], "give --stage"),
+        (["--stage", "2"], "stage1"),
+        (["--stage", "1", "--data", "none.jsonl"], "none.jsonl: no such file"),
+        (["--stage", "1", "--data", "broken.jsonl"], "broken.jsonl, line 2: not valid JSON"),
+        (["--stage", "1", "--data", "missing.jsonl"], "missing.jsonl, line 1: no such image"),
+        (["--stage", "1", "--data", "void"], "void: holds no images"),
+        (["--stage", "1", "--batch", "0"], "--batch"),
+        (["--stage", "1", "--init", "text.safetensors"], "text.safetensors: not a readable"),
+        (["--stage", "1", "--preset", "sd3-medium"], "--init"),
+        (["--eval", "none.safetensors"], "none.safetensors: no such checkpoint"),
+    ],
+}
+
+
+@pytest.mark.parametrize("script, args, message", [(s, *case) for s, cases in MISTAKES.items() for case in cases])
+def test_mistakes_give_one_line_and_status_2(files, monkeypatch, capsys, script, args, message):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(sys, "argv", [os.path.join(ROOT, script), *args])
+    with pytest.raises(SystemExit) as end:  # in this process: importing torch thirty times would take a minute
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    out, err = capsys.readouterr()
+    assert end.value.code == 2, err
+    assert out == "" and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    assert message in err, err
+
+
+def test_a_mistake_as_the_shell_sees_it(files):
+    done = run("sample.py", "--vqa", "none.png", "what?", cwd=files)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "sample.py: none.png: no such image\n")
+
+
+def test_the_shipped_model_answers_alone_on_stdout():
+    done = run("sample.py", "--vqa", SCENE, "what color is the circle?", "--vqa", SCENE, SCENE, "how many shapes are there?")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout == "red\n3\n3\n"
+
+
+def test_odd_questions_still_get_an_answer_and_a_warning(tmp_path):
+    Image.new("LA", (300, 90), (120, 40)).save(tmp_path / "odd.png")
+    done = run("sample.py", "--vqa", tmp_path / "odd.png", "is there a " + "very " * 40 + "small circle?",
+               "--vqa", SCENE, "what colour is the zebra?")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+    assert "its end is left out" in done.stderr and "zebra" in done.stderr
+
+
+def test_drawing_captioning_and_filling_in(tmp_path):
+    out = tmp_path / "two.png"
+    done = run("sample.py", "--caption", SCENE, "--infill", SCENE, "a _ _ circle", "--t2i", "a small red circle",
+               "a large blue square", "--num", 2, "--steps", 4, "--out", out)
+    assert done.returncode == 0, done.stderr
+    caption, filled, path = done.stdout.splitlines()
+    assert path == str(out) and Image.open(out).size == (2 * 64 + 2, 2 * 64 + 2)
+    assert "circle" in caption and filled.startswith("a ") and filled.endswith(" circle") and len(filled.split()) == 4
+    again = run("sample.py", "--t2i", "a small red circle", "--steps", 4, "--seed", 3, "--out", tmp_path / "a.png")
+    run("sample.py", "--t2i", "a small red circle", "--steps", 4, "--seed", 3, "--out", tmp_path / "b.png")
+    assert again.returncode == 0 and (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

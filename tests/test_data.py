@@ -1,0 +1,169 @@
+"""The built-in world, its judge, and the user's files."""
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from data import Thing, World
+
+N = 300
+
+
+@pytest.mark.parametrize("pairs", ["train", "held"])
+def test_scenes_are_seeded_and_respect_the_held_pairs(pairs):
+    a, b, other = World(3, pairs), World(3, pairs), World(4, pairs)
+    assert all((a.image(i) == b.image(i)).all() for i in range(5))
+    assert any((a.image(i) != other.image(i)).any() for i in range(5))
+    counts = Counter()
+    for i in range(N):
+        things = a.scene(i)[0]
+        counts[len(things)] += 1
+        held = [(t.color, t.shape) in data.HELD for t in things]
+        assert any(held) if pairs == "held" else not any(held)
+        assert len({t.cell for t in things}) == len(things) == len({(t.color, t.shape) for t in things})
+    assert set(counts) == {1, 2, 3} and min(counts.values()) > N / 5
+
+
+@pytest.mark.parametrize("pairs", ["train", "held"])
+def test_the_reader_recovers_true_renders(pairs):
+    world = World(11, pairs)
+    right = sum(sorted(data.read_scene(world.image(i))) == sorted(world.scene(i)[0]) for i in range(N))
+    assert right >= 0.99 * N
+
+
+def test_the_reader_sees_what_is_wrong_in_a_drawing():
+    world = World(5)
+    i = next(i for i in range(100) if len(world.scene(i)[0]) == 1)
+    image, things = world.image(i).copy(), world.scene(i)[0]
+    free = (things[0].cell + 1) % 4
+    y, x = free // 2 * 32 + 8, free % 2 * 32 + 8
+    image[y:y + 12, x:x + 12] = (220, 40, 40)  # an extra object
+    assert sorted(data.read_scene(image)) == sorted([*things, Thing("small", "red", "square", free)])
+    image[y:y + 4, x:x + 30] = (220, 40, 40)  # of no known shape
+    assert "unknown" in {t.shape for t in data.read_scene(image)}
+    assert data.read_scene(np.full((64, 64, 3), 240, np.uint8)) == []
+
+
+def test_captions_hold_and_fit_and_false_ones_do_not():
+    rng, world = np.random.default_rng(0), World(0)
+    said = set()
+    for i in range(N):
+        things, text = world.scene(i)[0], world.caption(i, rng)
+        assert data.telling_holds(text, things), text
+        assert Counter(data.understand(text)[0]) == Counter(map(str, things))
+        assert not data.telling_holds(text, things[1:]) and not data.telling_holds(text, [*things, things[0]])
+        moved = [t._replace(cell=3 - t.cell) for t in things]  # every relation and place turns round
+        assert data.telling_holds(text, moved) == (not data.understand(text)[1])
+        said.add(text.split("a ")[0])
+    assert said == {"", "there is "}
+    two = [Thing("small", "red", "circle", 0), Thing("large", "blue", "square", 3)]
+    for text, truth in {
+            "a small red circle above a large blue square": True, "a large blue square right of a small red circle": True,
+            "a small red circle below a large blue square": False, "a small red circle": False,
+            "a large red circle above a large blue square": False, "a small red circle above": False,
+            "a small red circle in the top left and a large blue square": True, "": False, "a dog": False,
+            "a small red circle in the top right and a large blue square": False,
+            "a small red circle, a small red circle and a large blue square": False}.items():
+        assert data.telling_holds(text, two) == truth, text
+
+
+def check_by_hand(things, question, answer):
+    """An answer from the scene by other means than the generator's, for the kinds where that is possible."""
+    words = question.rstrip("?").split()
+    fits = lambda ws: [t for t in things if all(w in (t.size, t.color, t.shape) for w in ws if w not in ("shape", "thing"))]
+    if question.startswith("how many"):
+        noun = [w for w in words[2:-2]]
+        singular = {data.plural(s): s for s in data.SHAPES} | {"shapes": "shape"}
+        assert answer == str(len(fits([singular.get(w, w) for w in noun])))
+    elif question.startswith(("is there a", "do you see a")):
+        assert answer == ("yes" if fits(words[words.index("a") + 1:]) else "no")
+    elif question.startswith(("what color is", "what is the color")):
+        (thing,) = fits(words[words.index("the", 4 if words[2] == "the" else 0) + 1:])
+        assert answer == thing.color
+    elif question.startswith("where"):
+        (thing,) = fits(words[3:])
+        assert answer == data.PLACES[thing.cell]
+    else:
+        return False
+    return True
+
+
+def test_questions_of_every_kind_have_their_right_answers():
+    rng, world, seen = np.random.default_rng(0), World(0), {kind: Counter() for kind in data.KINDS}
+    checked = 0
+    for i in range(1500):
+        for kind in data.KINDS:
+            asked = world.question(i, rng, kind)
+            if asked:
+                seen[kind][asked[1]] += 1
+                checked += check_by_hand(world.scene(i)[0], *asked)
+    assert checked > 3000
+    assert all(len(answers) >= 2 for answers in seen.values())
+    for kind in ("exists", "compare"):
+        assert set(seen[kind]) == {"yes", "no"} and min(seen[kind].values()) > 0.25 * seen[kind].total()
+
+
+def save(path, mode, color, size=(40, 20), **options):
+    Image.new(mode, size, color).save(path, **options)
+    return path
+
+
+def test_images_of_every_kind_are_read(tmp_path):
+    grey = np.asarray(data.load_image(save(tmp_path / "l.png", "L", 100), 16))
+    assert grey.shape == (16, 16, 3) and (grey == 100).all()
+    deep = Image.fromarray(np.full((20, 20), 257 * 100, np.uint16))
+    deep.save(tmp_path / "i16.png")
+    assert (np.asarray(data.load_image(tmp_path / "i16.png", 16)) == 100).all()
+    assert (np.asarray(data.load_image(save(tmp_path / "a.png", "RGBA", (9, 9, 9, 0)), 16)) == 255).all()
+    palette = Image.new("P", (20, 20), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    palette.save(tmp_path / "p.png")
+    assert (np.asarray(data.load_image(tmp_path / "p.png", 16)) == (10, 200, 30)).all()
+    assert data.load_image(save(tmp_path / "c.jpg", "CMYK", (0, 0, 0, 0)), 16).mode == "RGB"
+    turned = Image.fromarray(np.repeat(np.uint8([[[255, 0, 0]], [[0, 0, 255]]]), 20, 0).repeat(40, 1))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    turned.save(tmp_path / "r.jpg", exif=exif, quality=95)
+    upright = np.asarray(data.load_image(tmp_path / "r.jpg", 16))
+    assert upright[0, 8, 2] > 200 > 60 > upright[0, 8, 0]
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", None])
+def test_bad_images_are_named(tmp_path, content):
+    path = tmp_path / "bad.png"
+    if content is None:
+        save(path, "RGB", "red", (300, 300))
+        content = path.read_bytes()[:200]  # cut off
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="bad.png.*cannot be read as an image"):
+        data.load_image(path, 16)
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def test_records_from_jsonl_and_folder(tmp_path):
+    (tmp_path / "cats").mkdir()
+    save(tmp_path / "cats" / "a.png", "RGB", "red")
+    save(tmp_path / "cats" / "b.png", "RGB", "blue")
+    (tmp_path / "cats" / "b.txt").write_text("a blue picture\n")
+    folder = data.Records(str(tmp_path), 16)
+    assert [folder.caption(i, None) for i in range(2)] == ["cats", "a blue picture"]
+    assert (folder.image(0) == (255, 0, 0)).all() and folder.question(0, None) is None
+    lines = data.Records(write_jsonl(tmp_path / "d.jsonl", [
+        {"image": "cats/a.png", "caption": "red"}, "", {"image": "cats/b.png", "question": "which?", "answer": "blue"}]), 16)
+    assert len(lines) == 2 and lines.caption(0, None) == "red" and lines.question(1, None) == ("which?", "blue")
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"image": "x.png", "caption"', "line 2: not valid JSON"), ('{"caption": "no image"}', "line 2: want"), ("7", "line 2: want"),
+    ('{"image": "none.png", "caption": "c"}', "line 2: no such image: .*none.png"), ('{"image": "x.png"}', "line 2: has neither")])
+def test_a_bad_line_is_named(tmp_path, line, message):
+    save(tmp_path / "x.png", "RGB", "red")
+    with pytest.raises((ValueError, OSError), match=message):
+        data.Records(write_jsonl(tmp_path / "d.jsonl", [{"image": "x.png", "caption": "ok"}, line]), 16)

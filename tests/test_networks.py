@@ -1,0 +1,164 @@
+"""The three networks against other people's code (golden values, see make_golden.py), and their full-size shapes."""
+import json
+
+import make_golden
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+from model import DDiT, DDiTConfig, sincos_table
+from t5 import T5Config, T5Encoder, relative_position_bucket
+from vae import VAE, VAEConfig
+
+with safe_open(make_golden.PATH, framework="pt") as f:
+    SHAPES = json.loads(f.metadata()["shapes"])
+    GOLDEN = {name: f.get_tensor(name) for name in f.keys()}
+
+
+def assert_close(ours, theirs):
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    error = (ours - theirs).abs().max() / theirs.abs().max()
+    assert error <= 1e-5, f"relative error {error:.1e}"
+
+
+def load(module, part):
+    state = make_golden.random_state(SHAPES[part])
+    if part == "ddit":  # as DESIGN.md says: the constant y_embedder(0) goes into the last bias of t_embedder
+        _, b0, w2, b2 = (state.pop(name) for name in make_golden.y_embedder(1))
+        state["t_embedder.mlp.2.bias"] += w2 @ F.silu(b0) + b2
+    module.load_state_dict(state, strict=True)
+    return module.eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_and_no_grad():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def ddit():
+    return load(DDiT(make_golden.DDIT), "ddit")
+
+
+def inputs():
+    return GOLDEN["latents"], GOLDEN["t"], GOLDEN["text"]
+
+
+def test_transformer(ddit):
+    velocity, logits = ddit(*inputs())
+    assert_close(velocity, GOLDEN["velocity"])
+    assert_close(logits, GOLDEN["logits"])
+
+
+def test_velocity_needs_only_what_sd3_has_of_the_last_block():
+    model = load(DDiT(make_golden.DDIT), "ddit")
+    last = model.joint_blocks[-1].context_block
+    for linear in (last.attn.proj, last.mlp.fc1, last.mlp.fc2):
+        linear.weight.normal_(), linear.bias.normal_()
+    rest = last.adaLN_modulation[1]
+    rest.weight[2 * model.config.width:].normal_(), rest.bias[2 * model.config.width:].normal_()
+    velocity, logits = model(*inputs())
+    assert_close(velocity, GOLDEN["velocity"])
+    assert (logits - GOLDEN["logits"]).abs().max() > 0.1
+
+
+def test_predict_and_draw_give_the_same_rows(ddit):
+    velocity, logits = ddit(*inputs())
+    predict = logits[:, :, 0] > 0
+    predict[0] = False
+    assert 0 < predict.sum() < predict[1:].numel()
+    drawn, predicted = ddit(*inputs(), predict=predict, draw=2)
+    assert_close(drawn, velocity[:2])
+    assert_close(predicted, logits[predict])
+    drawn, predicted = ddit(*inputs(), predict=torch.zeros_like(predict), draw=0)
+    assert drawn.shape == (0, *velocity.shape[1:]) and predicted.shape == (0, logits.shape[2])
+
+
+def test_image_larger_than_the_position_table(ddit):
+    with pytest.raises(ValueError, match="9x4 patches"):
+        ddit(torch.zeros(3, 16, 18, 8), *inputs()[1:])
+
+
+def test_position_table():
+    assert_close(sincos_table(192, 64)[0, ::389], GOLDEN["pos_embed"])
+
+
+def test_t5():
+    assert_close(load(T5Encoder(make_golden.T5), "t5")(GOLDEN["tokens"].long()), GOLDEN["states"])
+
+
+@pytest.mark.parametrize("i", range(len(make_golden.BUCKETS)))
+def test_relative_position_buckets(i):
+    ours = relative_position_bucket(torch.arange(-300, 301), *make_golden.BUCKETS[i])
+    assert torch.equal(ours, GOLDEN["buckets"][i].long())
+
+
+def test_vae():
+    vae = load(VAE(make_golden.VAE_), "vae")
+    mean, logvar = vae.encode(GOLDEN["pixels"])
+    assert_close(mean, GOLDEN["mean"])
+    assert_close(logvar, GOLDEN["logvar"])
+    assert_close(vae.decode(GOLDEN["z"]), GOLDEN["decoded"])
+    vae.encoder.conv_out.bias += make_golden.BEYOND
+    assert torch.equal(vae.encode(GOLDEN["pixels"])[1], GOLDEN["clamped"])
+
+
+def test_norms():
+    """An eps ten times larger would change the golden values by less than their tolerance."""
+    norms = [m for model in (DDiT(make_golden.DDIT), VAE(make_golden.VAE_)) for m in model.modules()
+             if isinstance(m, (torch.nn.LayerNorm, torch.nn.GroupNorm))]
+    assert {m.eps for m in norms} == {1e-6}
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_full_size():
+    """The defaults are SD3-medium, its autoencoder and T5-XXL's encoder. Counts: diffusers', transformers'."""
+    with torch.device("meta"):
+        ddit, t5, vae = DDiT(DDiTConfig()), T5Encoder(T5Config()), VAE(VAEConfig())
+    assert parameters(t5) == 4_762_310_656
+    assert parameters(vae) == 83_819_683
+
+    d = 1536
+    y_embedder = (2048 * d + d) + (d * d + d)
+    last_block = (d * d + d) + (8 * d * d + 5 * d) + 4 * (d * d + d)  # proj, mlp, 4 of 6 parts of the modulation
+    assert parameters(ddit) == 2_028_328_000 - y_embedder + last_block + (d + 1) * 32100
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in ddit.state_dict().items()}
+    wanted = {"pos_embed": (1, 192 * 192, d), "x_embedder.proj.weight": (d, 16, 2, 2), "x_embedder.proj.bias": (d,),
+              "t_embedder.mlp.0.weight": (d, 256), "t_embedder.mlp.0.bias": (d,), "t_embedder.mlp.2.weight": (d, d),
+              "t_embedder.mlp.2.bias": (d,), "context_embedder.weight": (d, 4096), "context_embedder.bias": (d,),
+              "final_layer.linear.weight": (64, d), "final_layer.linear.bias": (64,),
+              "final_layer.adaLN_modulation.1.weight": (2 * d, d), "final_layer.adaLN_modulation.1.bias": (2 * d,),
+              "text_head.linear.weight": (32100, d), "text_head.linear.bias": (32100,)}
+    layers = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (4 * d, d), "mlp.fc2": (d, 4 * d),
+              "adaLN_modulation.1": (6 * d, d)}
+    for i in range(24):
+        for stream in ("context_block", "x_block"):
+            for layer, shape in layers.items():
+                name = f"joint_blocks.{i}.{stream}.{layer}"
+                wanted |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    assert shapes == wanted
+
+
+def test_against_the_originals():
+    """Needs diffusers and transformers: the golden values are still theirs, and so are the full-size shapes."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    live = make_golden.golden()
+    assert live.keys() == GOLDEN.keys()
+    for name, tensor in live.items():
+        assert_close(tensor, GOLDEN[name])
+    with torch.device("meta"):  # loading is strict
+        state = DDiT(DDiTConfig()).state_dict()
+        state |= {name: torch.empty(shape) for name, shape in make_golden.y_embedder(1536).items()}
+        assert parameters(make_golden.sd3_transformer(state, DDiTConfig())) == 2_028_328_000
+        assert parameters(make_golden.autoencoder(VAE(VAEConfig()).state_dict(), VAEConfig())) == 83_819_683
+        assert parameters(make_golden.t5_encoder(T5Encoder(T5Config()).state_dict(), T5Config())) == 4_762_310_656
