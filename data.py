@@ -6,6 +6,7 @@ user's files. The world also judges: `read_scene` recovers the objects of a draw
 `telling_holds` says whether a sentence is true of a scene.
 """
 import colorsys
+import functools
 import json
 import os
 import re
@@ -72,6 +73,7 @@ class World:
     def __len__(self):
         return 2 ** 62
 
+    @functools.lru_cache(maxsize=100_000)  # a training pool is asked for again and again
     def scene(self, i):
         """-> the objects, a list of Thing, and how they look: centre, radius, RGB of each, and of the background."""
         rng = np.random.default_rng([self.seed, self.pairs == "held", i])
@@ -287,11 +289,19 @@ def prompt_ids(tokenizer, question, length):
     return tokenizer.encode(f"Q: {question}")[:-1][:room - len(asks)] + asks
 
 
+def caption_ids(tokenizer, text, length):
+    """-> ids (length), maskable (length) bool: all but the last token, which is EOS in every text, so that giving it
+    away tells nothing. But without it a text would start as nothing but mask tokens, and T5, which knows only relative
+    positions, would see the same at every one of them. From the last EOS they can count."""
+    return tokenizer.encode(text, length), [True] * (length - 1) + [False]
+
+
 def question_ids(tokenizer, question, answer, length):
-    """-> ids (length) and how many of them are the question, which is never masked. All after it may be: the answer
-    and the EOS tokens that follow, by which the model learns to stop."""
+    """-> ids (length), maskable (length) bool: never the question; the answer, and the EOS tokens that follow, by which
+    the model learns to stop."""
     prompt = prompt_ids(tokenizer, question, length)
-    return prompt + tokenizer.encode(answer, length - len(prompt)), len(prompt)
+    ids, maskable = caption_ids(tokenizer, answer, length - len(prompt))
+    return prompt + ids, [False] * len(prompt) + maskable
 
 
 # ---------------------------------------------------------------- the user's images and texts

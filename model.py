@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from t5 import T5Config, T5Encoder, Tokenizer
+from t5 import RMSNorm, T5Config, T5Encoder, Tokenizer
 from vae import VAE, VAEConfig
 
 
@@ -39,6 +39,7 @@ class DDiTConfig:
     text_dim: int = 4096    # of T5's states
     vocab: int = 32100      # outputs of the text head; the last is the mask token
     pos_size: int = 192     # side of the position table, in patches: the largest image
+    qk_norm: bool = False   # RMSNorm on queries and keys, as SD3.5 has: Muon needs it, or attention logits grow
 
 
 def modulate(x, shift, scale):
@@ -84,10 +85,12 @@ class Attention(nn.Module):
         self.heads = cfg.heads
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
         self.proj = nn.Linear(cfg.width, cfg.width)
+        self.ln_q, self.ln_k = (RMSNorm(cfg.width // cfg.heads) if cfg.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x):
-        """-> q, k, v stacked, (3,B,heads,N,head_dim)."""
-        return rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        """-> q, k, v, each (B,heads,N,head_dim)."""
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        return self.ln_q(q), self.ln_k(k), v
 
 
 class MLP(nn.Module):
@@ -110,7 +113,7 @@ class StreamBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 6 * cfg.width))
 
     def before(self, x, vec):
-        """-> q, k and v, stacked, and the modulation of the rest."""
+        """-> (q, k, v), and the modulation of the rest."""
         shift, scale, *rest = self.adaLN_modulation(vec).chunk(6, dim=1)
         return self.attn(modulate(self.norm1(x), shift, scale)), rest
 
@@ -129,7 +132,7 @@ class JointBlock(nn.Module):
     def forward(self, x, text, vec):
         from_text, text_rest = self.context_block.before(text, vec)
         from_image, image_rest = self.x_block.before(x, vec)
-        q, k, v = torch.cat([from_text, from_image], dim=3)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(from_text, from_image))
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
         length = text.shape[1]
         return (self.x_block.after(x, attended[:, length:], image_rest),
@@ -236,8 +239,8 @@ class Config:
 PRESETS = {
     "sd3-medium": Config(),
     "tiny": Config(  # vocab and vocab_size follow the tokenizer that stage 0 makes
-        DDiTConfig(depth=6, width=128, heads=2, text_dim=128, pos_size=32),
-        T5Config(d_model=128, num_layers=2, num_heads=2, d_kv=64, d_ff=256),
+        DDiTConfig(depth=6, width=128, heads=2, text_dim=128, pos_size=32, qk_norm=True),
+        T5Config(d_model=128, num_layers=2, num_heads=4, d_kv=32, d_ff=256, max_distance=32),
         VAEConfig(channels=8, groups=4),
         Settings(size=64, length=24, cfg=3.0, shift=1.0, caption_steps=24, answer_steps=8)),
 }

@@ -19,7 +19,7 @@ import sys
 import torch
 from PIL import Image
 
-from data import load_image, prompt_ids, to_images, to_pixels
+from data import caption_ids, load_image, prompt_ids, question_ids, to_images, to_pixels
 from model import DualDiffusion
 
 # ---------------------------------------------------------------- drawing
@@ -112,8 +112,8 @@ def draw_tokens(logits, temperature, generator):
 
 def caption(dd, images, length=None, steps=None, order="random", temperature=1.0, generator=None):
     """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens a text has; steps: passes at the most."""
-    tokens = torch.full((len(images), length or dd.config.settings.length), dd.tokenizer.mask_id)
-    maskable = torch.ones_like(tokens, dtype=torch.bool)
+    ids, maskable = caption_ids(dd.tokenizer, "", length or dd.config.settings.length)
+    tokens, maskable = (torch.tensor([row] * len(images)) for row in (ids, maskable))
     steps = steps or dd.config.settings.caption_steps
     tokens, _ = unmask(dd, dd.encode_image(images), tokens, maskable, steps, order, temperature, generator)
     return [dd.tokenizer.decode(row) for row in tokens]
@@ -121,10 +121,8 @@ def caption(dd, images, length=None, steps=None, order="random", temperature=1.0
 
 def answer(dd, images, questions, length=None, steps=None, order="random", temperature=1.0, generator=None):
     """Answer one question an image -> list of str. length: tokens that question and answer have together."""
-    length = length or dd.config.settings.length
-    prompts = [prompt_ids(dd.tokenizer, question, length) for question in questions]
-    tokens = torch.tensor([ids + [dd.tokenizer.mask_id] * (length - len(ids)) for ids in prompts])
-    maskable = torch.arange(length) >= torch.tensor([[len(ids)] for ids in prompts])
+    rows = [question_ids(dd.tokenizer, question, "", length or dd.config.settings.length) for question in questions]
+    tokens, maskable = (torch.tensor(column) for column in zip(*rows))
     steps = steps or dd.config.settings.answer_steps
     tokens, _ = unmask(dd, dd.encode_image(images), tokens, maskable, steps, order, temperature, generator)
     return [dd.tokenizer.decode(row[m]) for row, m in zip(tokens, maskable)]

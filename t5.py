@@ -169,13 +169,22 @@ class T5Encoder(nn.Module):
 
     def init_weights(self):
         """As T5's authors did: every matrix's deviation is one over the root of its fan-in, q's smaller by the root
-        of d_kv, which is the attention scale left out above."""
+        of d_kv, which is the attention scale left out above. Only the position bias differs. It is all that tells the
+        order of the tokens, and an optimizer takes thousands of small steps to sharpen it, so it starts sharp, as in
+        ALiBi (Press et al., arXiv 2108.12409): even heads look back, odd heads ahead, some near and some far."""
         c = self.config
         for name, p in self.named_parameters():
             std = {"q": (c.d_model * c.d_kv) ** -0.5, "o": (c.num_heads * c.d_kv) ** -0.5, "wo": c.d_ff ** -0.5,
                    "shared": 1.0}.get(name.split(".")[-2], c.d_model ** -0.5)
             if p.ndim == 2:
                 nn.init.normal_(p, std=std)
+        away = torch.arange(-c.max_distance, c.max_distance + 1)
+        bucket = relative_position_bucket(away, c.buckets, c.max_distance)
+        table = self.encoder["block"][0].layer[0]["SelfAttention"].relative_attention_bias.weight
+        with torch.no_grad():
+            for head in range(c.num_heads):
+                wrong_way = away > 0 if head % 2 == 0 else away < 0
+                table[bucket, head] = -2.0 ** -(head // 2 * 8 / c.num_heads) * away.abs().clamp(max=32) - 4.0 * wrong_way
 
     def forward(self, tokens):
         """Tokens (B,L), long -> states (B,L,d_model). No attention mask: padding is text too (it is EOS)."""

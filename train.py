@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -65,12 +65,12 @@ class Recipe:
     vocab: int = 412               # pieces of the tokenizer that stage 0 makes, at most
 
 
-_tiny = Recipe(steps=1000, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, length=24, text_weight=1.0,
+_tiny = Recipe(steps=800, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, length=24, text_weight=1.0,
                learn_t5="all")
 RECIPES = {
     "tiny": {"0": replace(_tiny, steps=2000, batch=16, schedule="linear"), "1": _tiny,
              "2": replace(_tiny, steps=60, learn_t5="mask"),
-             "3": replace(_tiny, steps=1500, questions=0.5, schedule="linear")},
+             "3": replace(_tiny, steps=1700, questions=0.5, schedule="linear")},
     "sd3-medium": {"1": Recipe(), "2": Recipe(200_000, rate=3e-5, warmup=1000, length=256, learn_t5="mask"),
                    "3": Recipe(50_000, rate=3e-5, warmup=1000, length=128, text_weight=1.0, questions=0.5)},
 }
@@ -91,13 +91,13 @@ class Cast(nn.Module):
 
 
 def autoencoding_loss(vae, pixels, noise):
-    """Stage 0: reconstruction + 3e-4 KL, per value. Pixels (B,3,H,W) far from their picture's mean colour count four
+    """Stage 0: reconstruction + 3e-5 KL, per value. Pixels (B,3,H,W) far from their picture's mean colour count four
     times, or small objects on a plain ground are learned last. -> total, reconstruction, KL."""
     decoded, mean, logvar = vae(pixels, noise)
     stands_out = (pixels - pixels.mean((2, 3), keepdim=True)).abs().amax(1, keepdim=True) > 0.3
     reconstruction = ((1 + 3 * stands_out) * (decoded.float() - pixels).square()).mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()
-    return reconstruction + 3e-4 * kl, reconstruction, kl
+    return reconstruction + 3e-5 * kl, reconstruction, kl
 
 
 def learning_rate(recipe, step):
@@ -157,16 +157,16 @@ def encode_pool(dd, source, total, path):
 def batch_texts(dd, source, rows, recipe, seed, first):
     """-> captions (B,L) for the image half, tokens (B,L) and maskable (B,L) for the text half."""
     tok, length = dd.tokenizer, recipe.length
-    captions, tokens, given = [], [], []
+    captions, tokens, maskable = [], [], []
     for at, i in enumerate(rows, first):
         rng = np.random.default_rng([seed, 1, at])
         text = source.caption(i, rng)
         asked = source.question(i, rng) if rng.random() < recipe.questions else None
         captions.append(tok.encode("" if rng.random() < recipe.drop else text, length))
-        ids, prompt = data.question_ids(tok, *asked, length) if asked else (tok.encode(text, length), 0)
+        ids, free = data.question_ids(tok, *asked, length) if asked else data.caption_ids(tok, text, length)
         tokens.append(ids)
-        given.append(prompt)
-    return torch.tensor(captions), torch.tensor(tokens), torch.arange(length) >= torch.tensor(given)[:, None]
+        maskable.append(free)
+    return torch.tensor(captions), torch.tensor(tokens), torch.tensor(maskable)
 
 
 def save_state(path, step, modules, optimizers):
@@ -187,7 +187,7 @@ def interval(right, total):
     """Wilson's 95% interval of a share, in per cent."""
     z, n, p = 1.96, max(total, 1), right / max(total, 1)
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return tuple(100 * (middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return tuple(100 * min(max((middle + sign * half) / (1 + z * z / n), 0), 1) for sign in (-1, 1))
 
 
 def in_batches(desc, items, size=250):
@@ -204,41 +204,49 @@ def answers_right(dd, source, asked, generator):
     return right
 
 
-def judge(dd, source, indices, seed=0):
+def judge(dd, source, indices, seed=0, questions=True):
     """Score on data it has not seen -> {what: (right, asked)}. Answers must equal the one right answer. On the built-in
     world captions may be any true telling, and drawings are read back by data.read_scene; on the user's data a caption
-    must equal the given one."""
+    must equal the given one. Without a transformer (stage 0) it is the reconstructions that are read back."""
     rng, generator, scores = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed), {}
-    world = isinstance(source, data.World)
+    world, settings = isinstance(source, data.World), dd.config.settings
+
+    def read_right(images):
+        right = [sorted(data.read_scene(image)) == sorted(source.scene(i)[0]) for i, image in zip(indices, images)]
+        return sum(right), len(right)
+
+    if world:
+        scores["reader, true scenes"] = read_right(source.image(i) for i in indices)
     if dd.ddit is None:
         images = [source.image(i) for i in indices]
         seen = reconstruct(dd, images)
         error = np.square(np.stack(images) / 255.0 - seen / 255.0).mean()
         print(f"reconstruction of {len(images)} unseen images: {-10 * np.log10(error):.1f} dB")
-        if world:
-            right = [sorted(data.read_scene(image)) == sorted(source.scene(i)[0]) for i, image in zip(indices, seen)]
-            scores["scenes read back"] = (sum(right), len(right))
-        return scores
-    asked = [(i, kind) for i in indices for kind in (data.KINDS if world else ["all"])]
+        return scores | ({"scenes read back": read_right(seen)} if world else {})
+
+    asked = [(i, kind) for i in indices for kind in (data.KINDS if world else ["all"])] if questions else []
     asked = [(kind, (i, *qa)) for i, kind in asked
              if (qa := source.question(i, rng, kind) if world else source.question(i, rng))]
-    right = answers_right(dd, source, [q for _, q in asked], generator)
-    scores["answers"] = (sum(right), len(right))
-    if world:
+    if asked:
+        right = answers_right(dd, source, [q for _, q in asked], generator)
+        scores["answers"] = (sum(right), len(right))
+    if asked and world:
         for kind in data.KINDS:
             of_kind = [r for r, (k, _) in zip(right, asked) if k == kind]
             scores[f"  {kind}"] = (sum(of_kind), len(of_kind))
         held = data.World(source.seed, pairs="held")
         right = answers_right(dd, held, [(i, *held.question(i, rng)) for i in indices], generator)
         scores["answers, held-out pairs"] = (sum(right), len(right))
+
     told = []
     for part in in_batches("captioning", indices):
         pixels = torch.from_numpy(data.to_pixels([source.image(i) for i in part]))
         for i, text in zip(part, caption(dd, pixels, generator=generator, **READING)):
             told.append(data.telling_holds(text, source.scene(i)[0]) if world else text == source.caption(i, rng))
     scores["captions"] = (sum(told), len(told))
+
     if world:
-        settings, objects, scenes = dd.config.settings, [], []
+        objects, scenes = [], []
         for part in in_batches("drawing", [source.caption(i, rng) for i in indices], 100):
             drawn = text_to_image(dd, part, cfg=settings.cfg, shift=settings.shift, generator=generator)
             for text, image in zip(part, data.to_images(drawn)):
@@ -255,21 +263,29 @@ def report(scores):
         for what, (right, total) in scores.items())
 
 
-def sheet(path, cells, zoom=2, columns=4):
-    """A PNG of pictures with their texts. cells: [(image (H,W,3) uint8, text)]."""
-    side, font = cells[0][0].shape[0] * zoom, 15
-    page = Image.new("RGB", (columns * (side + 8), -(-len(cells) // columns) * (side + 6 * font)), "white")
-    pen = ImageDraw.Draw(page)
-    for k, (image, text) in enumerate(cells):
-        x, y = k % columns * (side + 8) + 4, k // columns * (side + 6 * font) + 4
-        page.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
-        lines = [""]
-        for word in text.replace("\n", " \n ").split(" "):
-            if word == "\n" or pen.textlength(f"{lines[-1]} {word}") > side:
+def sheet(path, cells, columns=4, width=192):
+    """A PNG of pictures with their texts. cells: [(image (H,W,3) uint8, text)]; width: of one, in pixels."""
+    font = ImageFont.load_default(size=12)
+    rows = []
+    for at in range(0, len(cells), columns):
+        texts = [wrap(text, font, width) for _, text in cells[at:at + columns]]
+        row = Image.new("RGB", (columns * (width + 8), width + 20 + 15 * max(t.count("\n") for t in texts)), "white")
+        for k, ((image, _), text) in enumerate(zip(cells[at:at + columns], texts)):
+            row.paste(Image.fromarray(image).resize((width, width), Image.Resampling.NEAREST), (k * (width + 8) + 4, 4))
+            ImageDraw.Draw(row).text((k * (width + 8) + 4, width + 6), text, fill="black", font=font, spacing=2)
+        rows.append(np.asarray(row))
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
+def wrap(text, font, width):
+    lines = []
+    for paragraph in text.split("\n"):
+        lines.append("")
+        for word in paragraph.split():
+            if font.getlength(f"{lines[-1]} {word}") > width:
                 lines.append("")
             lines[-1] = f"{lines[-1]} {word}".strip()
-        pen.text((x, y + side + 2), "\n".join(lines[:5]), fill="black")
-    page.save(path)
+    return "\n".join(lines)
 
 
 def reconstruct(dd, images):
@@ -294,7 +310,7 @@ def show(dd, source, indices, path, seed=0):
     asked = [(source.question(i, rng) or ("what is this?",))[0] for i in indices[8:16]]
     read = zip(images, caption(dd, pixels, generator=generator, **READING), asked,
                answer(dd, pixels, asked, generator=generator, **READING))
-    sheet(path, [*zip(data.to_images(drawn), texts), *((im, f"{c}\n{q}\n{a}") for im, c, q, a in read)])
+    sheet(path, [*zip(data.to_images(drawn), texts), *((im, f"{c}\n{q}\n> {a}") for im, c, q, a in read)])
 
 
 # ---------------------------------------------------------------- the loop
@@ -465,12 +481,12 @@ def main():
     bar.close()
 
     if rank == 0:
-        finish(args, dd, source, unseen, unseen_ids, folder)
+        finish(args, recipe, dd, source, unseen, unseen_ids, folder)
     if processes > 1:
         dist.destroy_process_group()
 
 
-def finish(args, dd, source, unseen, unseen_ids, folder):
+def finish(args, recipe, dd, source, unseen, unseen_ids, folder):
     """The end of a stage: the file for sample.py, the judged scores, a last sheet."""
     path = os.path.join(folder, "model.safetensors")
     if args.stage == "0":  # bring latents to mean 0 and deviation 1, which the transformer expects
@@ -479,7 +495,7 @@ def finish(args, dd, source, unseen, unseen_ids, folder):
             z = torch.cat([dd.vae.encode(part.to(dd.device))[0] for part in pixels.split(64)])
         dd.config.vae.shift, dd.config.vae.scale = z.mean().item(), 1 / z.std().item()
     dd.save(path, dtype=torch.float16)
-    scores = judge(dd, unseen, unseen_ids, args.seed)
+    scores = judge(dd, unseen, unseen_ids, args.seed, questions=recipe.questions > 0)
     print(report(scores))
     with open(os.path.join(folder, "scores.json"), "w") as f:
         json.dump(scores, f)
@@ -540,7 +556,7 @@ def parse_args():
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="to compute in; default: the faster one")
     parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument("--show-every", type=int, default=400)
+    parser.add_argument("--show-every", type=int, default=500)
     numbers = parser.add_argument_group("numbers of a stage, with defaults by preset and stage")
     for field in fields(Recipe):
         numbers.add_argument("--" + field.name.replace("_", "-"), type=field.type)

@@ -92,7 +92,8 @@ def test_a_mistake_as_the_shell_sees_it(files):
 
 
 def test_the_shipped_model_answers_alone_on_stdout():
-    done = run("sample.py", "--vqa", SCENE, "what color is the circle?", "--vqa", SCENE, SCENE, "how many shapes are there?")
+    done = run("sample.py", "--vqa", SCENE, "what color is the circle?",
+               "--vqa", SCENE, SCENE, "how many shapes are there?")
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout == "red\n3\n3\n"
 

@@ -61,7 +61,8 @@ def test_captions_hold_and_fit_and_false_ones_do_not():
     assert said == {"", "there is "}
     two = [Thing("small", "red", "circle", 0), Thing("large", "blue", "square", 3)]
     for text, truth in {
-            "a small red circle above a large blue square": True, "a large blue square right of a small red circle": True,
+            "a small red circle above a large blue square": True,
+            "a large blue square right of a small red circle": True,
             "a small red circle below a large blue square": False, "a small red circle": False,
             "a large red circle above a large blue square": False, "a small red circle above": False,
             "a small red circle in the top left and a large blue square": True, "": False, "a dog": False,
@@ -73,7 +74,10 @@ def test_captions_hold_and_fit_and_false_ones_do_not():
 def check_by_hand(things, question, answer):
     """An answer from the scene by other means than the generator's, for the kinds where that is possible."""
     words = question.rstrip("?").split()
-    fits = lambda ws: [t for t in things if all(w in (t.size, t.color, t.shape) for w in ws if w not in ("shape", "thing"))]
+
+    def fits(ws):
+        return [t for t in things if all(w in (t.size, t.color, t.shape, "shape", "thing") for w in ws)]
+
     if question.startswith("how many"):
         noun = [w for w in words[2:-2]]
         singular = {data.plural(s): s for s in data.SHAPES} | {"shapes": "shape"}
@@ -155,14 +159,16 @@ def test_records_from_jsonl_and_folder(tmp_path):
     folder = data.Records(str(tmp_path), 16)
     assert [folder.caption(i, None) for i in range(2)] == ["cats", "a blue picture"]
     assert (folder.image(0) == (255, 0, 0)).all() and folder.question(0, None) is None
-    lines = data.Records(write_jsonl(tmp_path / "d.jsonl", [
-        {"image": "cats/a.png", "caption": "red"}, "", {"image": "cats/b.png", "question": "which?", "answer": "blue"}]), 16)
+    rows = [{"image": "cats/a.png", "caption": "red"}, "",
+            {"image": "cats/b.png", "question": "which?", "answer": "blue"}]
+    lines = data.Records(write_jsonl(tmp_path / "d.jsonl", rows), 16)
     assert len(lines) == 2 and lines.caption(0, None) == "red" and lines.question(1, None) == ("which?", "blue")
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"image": "x.png", "caption"', "line 2: not valid JSON"), ('{"caption": "no image"}', "line 2: want"), ("7", "line 2: want"),
-    ('{"image": "none.png", "caption": "c"}', "line 2: no such image: .*none.png"), ('{"image": "x.png"}', "line 2: has neither")])
+    ('{"image": "x.png", "caption"', "line 2: not valid JSON"), ('{"caption": "no image"}', "line 2: want"),
+    ("7", "line 2: want"), ('{"image": "none.png", "caption": "c"}', "line 2: no such image: .*none.png"),
+    ('{"image": "x.png"}', "line 2: has neither")])
 def test_a_bad_line_is_named(tmp_path, line, message):
     save(tmp_path / "x.png", "RGB", "red")
     with pytest.raises((ValueError, OSError), match=message):

@@ -110,15 +110,16 @@ def test_every_stage_runs_on_the_users_own_images(tmp_path):
         Image.blend(picture, Image.new("RGB", picture.size, color), 0.5 + rng.random() / 4).save(tmp_path / f"{i}.jpg")
         rows.append({"image": f"{i}.jpg", "caption": f"noise in {color}", "question": "what color?", "answer": color})
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source, out = ["--data", tmp_path / "d.jsonl"], tmp_path / "runs"
     for stage in range(4):
-        done = run("--stage", stage, "--data", tmp_path / "d.jsonl", "--steps", 4, "--batch", 8, "--out", tmp_path / "runs")
+        done = run("--stage", stage, *source, "--steps", 4, "--batch", 8, "--out", out)
     assert "answers" in done.stdout
-    assert Image.open(tmp_path / "runs" / "stage3" / "samples.png").size[0] > 200
-    answered = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), "--ckpt",
-                               tmp_path / "runs" / "stage3" / "model.safetensors", "--vqa", tmp_path / "0.jpg", "what color?"],
-                              capture_output=True, text=True)
+    assert Image.open(out / "stage3" / "samples.png").size[0] > 200
+    model = out / "stage3" / "model.safetensors"
+    answered = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), "--ckpt", model,
+                               "--vqa", tmp_path / "0.jpg", "what color?"], capture_output=True, text=True)
     assert answered.returncode == 0, answered.stderr
-    judged = run("--eval", tmp_path / "runs" / "stage3" / "model.safetensors", "--data", tmp_path / "d.jsonl", "--num", 10)
+    judged = run("--eval", model, *source, "--num", 10)
     assert "/10" in judged.stdout
 
 
