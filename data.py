@@ -380,8 +380,11 @@ class Records:
                     raise ValueError(f'{where}: want {{"image": path, "caption": text}}') from None
                 if not os.path.isfile(row["image"]):
                     raise FileNotFoundError(f"{where}: no such image: {row['image']}")
+                texts = [row[key] for key in ("caption", "question", "answer") if key in row]
                 if not ("caption" in row or ("question" in row and "answer" in row)):
                     raise ValueError(f'{where}: has neither "caption" nor "question" with "answer"')
+                if not all(isinstance(text, str) for text in texts):
+                    raise ValueError(f"{where}: captions, questions and answers are strings")
                 rows.append(row)
         return rows
 

@@ -164,6 +164,14 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (--help shows how)")
 
 
+def existing_device(name):
+    """An argparse type: a device that exists."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"there is no device {name} here") from None
+
+
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_argument_group("what to do (each can be given several times; all of it runs as one batch)")
@@ -173,7 +181,7 @@ def parse_args():
     jobs.add_argument("--infill", nargs="+", action="append", metavar="IMAGE ... TEXT", default=[],
                       help="each underscore stands for one token")
     parser.add_argument("--ckpt", default=SHIPPED, help="a .safetensors file; default: the small model that ships")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=existing_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of the sampling grid; default: 28 to draw, the checkpoint's to read")
     parser.add_argument("--order", choices=["random", "confidence"], default="random", help="of unmasking text")
@@ -189,6 +197,10 @@ def parse_args():
         fail("nothing to do: give --vqa, --caption, --t2i or --infill (--help shows how)")
     if args.num < 1 or args.steps is not None and args.steps < 1 or args.temperature < 0:
         fail("--num and --steps are at least 1, --temperature at least 0")
+    if args.t2i and not os.path.isdir(os.path.dirname(args.out) or "."):
+        fail(f"--out {args.out}: no such folder")
+    if args.t2i and os.path.splitext(args.out)[1].lower() not in Image.registered_extensions():
+        fail(f"--out {args.out}: give it the ending of a picture, .png for one")
     if any("_" not in text for *_, text in args.infill):
         fail("--infill's text has no blank: each underscore stands for one token to fill in")
     return args

@@ -183,8 +183,8 @@ class T5Encoder(nn.Module):
         table = self.encoder["block"][0].layer[0]["SelfAttention"].relative_attention_bias.weight
         with torch.no_grad():
             for head in range(c.num_heads):
-                wrong_way = away > 0 if head % 2 == 0 else away < 0
-                table[bucket, head] = -2.0 ** -(head // 2 * 8 / c.num_heads) * away.abs().clamp(max=32) - 4.0 * wrong_way
+                slope, wrong_way = 2.0 ** -(head // 2 * 8 / c.num_heads), away > 0 if head % 2 == 0 else away < 0
+                table[bucket, head] = -slope * away.abs() - 4.0 * wrong_way
 
     def forward(self, tokens):
         """Tokens (B,L), long -> states (B,L,d_model). No attention mask: padding is text too (it is EOS)."""

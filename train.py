@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
@@ -36,7 +37,7 @@ from tqdm import tqdm
 import data
 from losses import corrupt, joint_loss
 from model import PRESETS, DualDiffusion
-from sample import Parser, answer, caption, fail, text_to_image
+from sample import Parser, answer, caption, existing_device, fail, text_to_image
 from t5 import Tokenizer
 
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws
@@ -316,6 +317,16 @@ def show(dd, source, indices, path, seed=0):
 # ---------------------------------------------------------------- the loop
 
 
+@contextmanager
+def rank_0_first(rank, processes):
+    """What rank 0 writes in this block, the others find when they enter it."""
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and processes > 1:
+        dist.barrier()
+
+
 def faster_dtype(device, stage):
     """bf16 on a GPU. Some processors multiply bf16 fast (AMX), others slowly: try, and take what wins. (Narrow
     convolutions, stage 0, never gain on a CPU.)"""
@@ -367,16 +378,18 @@ def starting_point(args, recipe, source, train_ids):
 def main():
     args, recipe = parse_args()
     if args.eval:
-        dd = DualDiffusion.load(args.eval, device=args.device or "cpu")
+        dd = DualDiffusion.load(args.eval, device=args.device)
         source = data.Records(args.data, dd.config.settings.size) if args.data else data.World(UNSEEN + args.seed)
         print(report(judge(dd, source, range(min(args.num or 1000, len(source))), args.seed)))
         return
 
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = args.device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    if recipe.batch % processes:
+        fail(f"--batch {recipe.batch} cannot be shared equally by {processes} processes")
     if processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     # On the CPU the backward pass of bf16 flash attention is slow: fall back on plain matrix products there.
@@ -400,7 +413,8 @@ def main():
     dd.to(device)
     folder = os.path.join(args.out, f"stage{args.stage}")
     os.makedirs(folder, exist_ok=True)
-    dtype = keep_settings(os.path.join(folder, "run.json"), args, recipe, device)
+    with rank_0_first(rank, processes):
+        dtype = keep_settings(os.path.join(folder, "run.json"), args, recipe, device)
     frozen = {} if args.stage == "0" else {"t5": dd.t5}
     nets = {name: Cast(module, dtype) for name, module in (frozen | modules).items()}
     if processes > 1:
@@ -416,7 +430,8 @@ def main():
             return autoencoding_loss(nets["vae"], pixels, noise[mine].to(device, dtype))
         names = ("reconstruction", "kl")
     else:
-        pool = encode_pool(dd, source, len(source) if args.data else recipe.pool, pool_path(args, dd, source))
+        with rank_0_first(rank, processes):
+            pool = encode_pool(dd, source, len(source) if args.data else recipe.pool, pool_path(args, dd, source))
 
         def objective(rows, step, generator):
             mean, logvar = torch.from_numpy(pool[rows].astype(np.float32)).unbind(1)
@@ -553,7 +568,7 @@ def parse_args():
     parser.add_argument("--init", help="checkpoint to start from; default: the stage before")
     parser.add_argument("--out", default="runs", help="where stageN/ folders are made")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device")
+    parser.add_argument("--device", type=existing_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="to compute in; default: the faster one")
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--show-every", type=int, default=500)
@@ -568,7 +583,11 @@ def parse_args():
     if args.stage not in RECIPES[args.preset]:
         fail(f"--preset {args.preset} has no stage {args.stage}")
     given = {f.name: v for f in fields(Recipe) if (v := getattr(args, f.name)) is not None}
-    return args, replace(RECIPES[args.preset][args.stage], **given)
+    recipe = replace(RECIPES[args.preset][args.stage], **given)
+    for name in ("steps", "batch", "length", "pool", "save_every", "show_every"):
+        if (vars(args) | vars(recipe))[name] < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1")
+    return args, recipe
 
 
 if __name__ == "__main__":
