@@ -242,11 +242,12 @@ def read_scene(image):
     """Recover the objects of a picture of the world, without any network. (64,64,3) uint8 -> list of Thing; one whose
     outline is no shape of the world has shape "unknown".
 
-    What differs from the border's colour is foreground; each connected patch of it is one object: its hue gives the
-    colour, the best-fitting outline of equal area gives shape and radius, its centre gives the cell."""
+    What differs from the border's colour by more than 80 (half of the faintest object's contrast) is foreground; each
+    connected patch of it is one object: its hue gives the colour, the best-fitting outline of equal area gives shape
+    and radius, its centre gives the cell."""
     image = image.astype(float)
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-    foreground = abs(image - np.median(border, axis=0)).max(axis=2) > 48
+    foreground = abs(image - np.median(border, axis=0)).max(axis=2) > 80
     label = np.where(foreground, np.arange(1, SIDE * SIDE + 1).reshape(SIDE, SIDE), 0)
     while True:  # every pixel takes the largest label among itself and its neighbours, until nothing changes
         pad = np.pad(label, 1)

@@ -80,11 +80,12 @@ class Corruption(NamedTuple):
         return Corruption(*(x[part] for x in self))
 
 
-def corrupt(latents_shape, tokens, maskable, mask_id, generator=None) -> Corruption:
-    """latents_shape (B,C,H,W), tokens (B,L), maskable (B,L) bool -> the step's times, noise and masks."""
+def corrupt(latents_shape, tokens, maskable, mask_id, generator=None, mean=0.0, std=1.0) -> Corruption:
+    """latents_shape (B,C,H,W), tokens (B,L), maskable (B,L) bool -> the step's times, noise and masks. mean, std: of
+    the image times' logit."""
     n = latents_shape[0]
-    text_t = stratified_times(n, generator=generator)
-    return Corruption(logit_normal_times(n, generator=generator), torch.randn(latents_shape, generator=generator),
+    image_t, text_t = logit_normal_times(n, mean, std, generator), stratified_times(n, generator=generator)
+    return Corruption(image_t, torch.randn(latents_shape, generator=generator),
                       text_t, *mask_tokens(tokens, text_t, maskable, mask_id, generator=generator))
 
 

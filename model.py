@@ -239,10 +239,10 @@ class Config:
 PRESETS = {
     "sd3-medium": Config(),
     "tiny": Config(  # vocab and vocab_size follow the tokenizer that stage 0 makes
-        DDiTConfig(depth=6, width=128, heads=2, text_dim=128, pos_size=32, qk_norm=True),
+        DDiTConfig(depth=6, width=128, heads=2, text_dim=128, pos_size=8, qk_norm=True),
         T5Config(d_model=128, num_layers=2, num_heads=4, d_kv=32, d_ff=256, max_distance=32),
         VAEConfig(channels=8, groups=4),
-        Settings(size=64, length=24, cfg=3.0, shift=1.0, caption_steps=24, answer_steps=8)),
+        Settings(size=64, length=24, cfg=3.0, shift=3.0, caption_steps=24, answer_steps=8)),
 }
 
 PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}

@@ -48,7 +48,7 @@ MISTAKES = {
         ([], "nothing to do"),
         (["--caption", "ok.png", "--steps", "0"], "--steps"),
         (["--caption", "ok.png", "--order", "backwards"], "invalid choice"),
-        (["--caption", "ok.png", "--device", "abacus"], "--device abacus"),
+        (["--caption", "ok.png", "--device", "abacus"], "there is no device abacus here"),
         (["--t2i", "x", "--out", "void/none/x.png"], "void/none/x.png"),
         (["--t2i", "x", "--out", "x.docx"], "x.docx"),
         (["--caption", "ok.png", "--ckpt", "none.safetensors"], "none.safetensors: no such checkpoint"),
