@@ -126,9 +126,12 @@ def make_optimizers(modules, recipe):
             (decayed if p.ndim >= 2 and "shared" not in name else plain).append(p)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.rate, betas=(0.9, recipe.beta2))]
-    if views:
-        matrices = [view for _, view in views]
-        optimizers.append(torch.optim.Muon(matrices, lr=recipe.muon, weight_decay=recipe.weight_decay))
+    if views:  # T5 has neither 1/sqrt(d) on its attention scores nor norms on q and k: at the full rate they explode
+        of_t5 = {id(p) for p in modules["t5"].parameters()} if "t5" in modules else set()
+        groups = [{"params": [view for p, view in views if (id(p) in of_t5) == slow], "lr": recipe.muon * rate}
+                  for slow, rate in ((False, 1.0), (True, 0.2))]
+        groups = [group for group in groups if group["params"]]
+        optimizers.append(torch.optim.Muon(groups, lr=recipe.muon, weight_decay=recipe.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
