@@ -313,9 +313,9 @@ def show(dd, source, indices, path, seed=0):
         return sheet(path, [cell for true, seen in pairs for cell in ((true, "true"), (seen, "seen"))])
     texts = [source.caption(i, rng) for i in indices[:8]]
     drawn = text_to_image(dd, texts, cfg=settings.cfg, shift=settings.shift, generator=generator)
-    images = [source.image(i) for i in indices[8:16]]
+    images = [source.image(i) for i in indices[-8:]]
     pixels = torch.from_numpy(data.to_pixels(images))
-    asked = [(source.question(i, rng) or ("what is this?",))[0] for i in indices[8:16]]
+    asked = [(source.question(i, rng) or ("what is this?",))[0] for i in indices[-8:]]
     read = zip(images, caption(dd, pixels, generator=generator, **READING), asked,
                answer(dd, pixels, asked, generator=generator, **READING))
     sheet(path, [*zip(data.to_images(drawn), texts), *((im, f"{c}\n{q}\n> {a}") for im, c, q, a in read)])
@@ -387,7 +387,7 @@ def main():
     if args.eval:
         dd = DualDiffusion.load(args.eval, device=args.device)
         source = data.Records(args.data, dd.config.settings.size) if args.data else data.World(UNSEEN + args.seed)
-        print(report(judge(dd, source, range(min(args.num or 1000, len(source))), args.seed)))
+        print(report(judge(dd, source, range(min(args.judge or 1000, len(source))), args.seed)))
         return
 
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -414,7 +414,7 @@ def main():
         train_ids = sorted(set(range(len(source))) - set(unseen_ids))
     else:
         source, unseen = data.World(args.seed), data.World(UNSEEN + args.seed)
-        unseen_ids, train_ids = range(args.num or 250), range(recipe.pool)
+        unseen_ids, train_ids = range(args.judge or 250), range(recipe.pool)
 
     dd, modules = starting_point(args, recipe, source, train_ids)
     dd.to(device)
@@ -570,7 +570,7 @@ def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["0", "1", "2", "3"])
     parser.add_argument("--eval", metavar="FILE", help="judge this checkpoint instead of training")
-    parser.add_argument("--num", type=int, help="scenes to judge on (1000 with --eval, 250 at the end of a stage)")
+    parser.add_argument("--judge", type=int, help="scenes to judge on (1000 with --eval, 250 at the end of a stage)")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny")
     parser.add_argument("--data", help="a JSONL file or a folder of images and texts; default: the built-in world")
     parser.add_argument("--init", help="checkpoint to start from; default: the stage before")

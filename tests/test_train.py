@@ -16,7 +16,7 @@ import train
 from model import DualDiffusion
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = ["--batch", "8", "--pool", "64", "--num", "2", "--warmup", "2", "--dtype", "float32"]
+SMALL = ["--batch", "8", "--pool", "64", "--judge", "2", "--warmup", "2", "--dtype", "float32"]
 
 
 def command(*args):
@@ -65,16 +65,16 @@ def test_a_killed_run_ends_with_the_same_weights(uninterrupted, tmp_path):
     assert steps == [20, 30]
 
 
-def test_two_processes_learn_what_one_does(uninterrupted, tmp_path):
+def test_two_processes_learn_what_one_does(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
-    run("--stage", 1, "--steps", 30, "--save-every", 10, "--out", tmp_path, *SMALL, launch=launch, OMP_NUM_THREADS="1")
-    one, two = (json.loads(open(out / "stage1" / "metrics.jsonl").readline()) for out in (uninterrupted, tmp_path))
-    for name in ("image_loss", "grad_norm"):
-        assert abs(one[name] / two[name] - 1) < 0.2  # process 0's half of the batch
-    a, b = weights(uninterrupted), weights(tmp_path)
-    for name in a:
-        if a[name].is_floating_point():
-            assert (a[name].float() - b[name].float()).abs().max() < 5e-3, name  # fp16 on disk; Muon amplifies rounding
+    args = ["--stage", 1, "--steps", 10, "--muon", 0, *SMALL]  # Muon's bf16 iteration would amplify rounding
+    run(*args, "--out", tmp_path / "one")
+    run(*args, "--out", tmp_path / "two", launch=launch, OMP_NUM_THREADS="1")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    learned = [name for name in one if name.startswith(("model.", "text_encoders")) and "pos_embed" not in name]
+    apart = sum((one[name].double() - two[name].double()).square().sum() for name in learned) ** 0.5
+    size = sum(one[name].double().square().sum() for name in learned) ** 0.5
+    assert apart / size < 1e-3, apart / size  # float16 on disk rounds to 5e-4; other data would give 1e-1
 
 
 def test_stage_2_changes_one_row_of_t5(uninterrupted):
@@ -119,7 +119,7 @@ def test_every_stage_runs_on_the_users_own_images(tmp_path):
     answered = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), "--ckpt", model,
                                "--vqa", tmp_path / "0.jpg", "what color?"], capture_output=True, text=True)
     assert answered.returncode == 0, answered.stderr
-    judged = run("--eval", model, *source, "--num", 10)
+    judged = run("--eval", model, *source, "--judge", 10)
     assert "/10" in judged.stdout
 
 
