@@ -410,6 +410,8 @@ def main():
     size = PRESETS[args.preset].settings.size
     if args.data:
         source = unseen = data.Records(args.data, size)
+        if len(source) < 20:
+            fail(f"{args.data}: holds {len(source)} images; training wants 20 or more")
         unseen_ids = range(0, len(source), max(20, len(source) // 250))
         train_ids = sorted(set(range(len(source))) - set(unseen_ids))
     else:
