@@ -37,12 +37,11 @@ from tqdm import tqdm
 import data
 from losses import corrupt, joint_loss
 from model import PRESETS, DualDiffusion
-from sample import Parser, answer, caption, existing_device, fail, text_to_image
+from sample import SHIPPED, Parser, answer, caption, existing_device, fail, text_to_image
 from t5 import Tokenizer
 
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws
-READING = {"order": "random", "temperature": 0.0}
-SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny.safetensors")
+READING = {"order": "random", "temperature": 0.0}  # judged as sample.py reads by default
 
 
 @dataclass
