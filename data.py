@@ -115,7 +115,8 @@ class World:
         """-> question, answer; with `kind`, of that kind, or None where the scene allows none."""
         things = self.scene(i)[0]
         while True:
-            asked = ask(things, kind or pick(rng, KINDS), rng)
+            wanted = kind or pick(rng, KINDS)
+            asked = next(filter(None, (ask(things, wanted, rng) for _ in range(10))), None)
             if asked or kind:
                 return asked
 
@@ -308,9 +309,9 @@ def question_ids(tokenizer, question, answer, length):
 # ---------------------------------------------------------------- the user's images and texts
 
 
-def load_image(path, size):
-    """Any picture file -> RGB image of size x size: turned upright by its EXIF note, transparency on white, shorter
-    side resized (bicubic), centre cropped. Raises ValueError if it cannot be read as a picture."""
+def load_image(path, width, height=None):
+    """Any picture file -> RGB image of width x height (square if only one is given): turned upright by its EXIF note,
+    transparency on white, resized (bicubic) to cover, centre cropped. Raises ValueError if it is no picture."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -319,7 +320,7 @@ def load_image(path, size):
             if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            return ImageOps.fit(image.convert("RGB"), (width, height or width), Image.Resampling.BICUBIC)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

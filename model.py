@@ -11,12 +11,15 @@ References:
 
 Modules carry the names of SD3's single-file checkpoint, so loading one is stripping a prefix.
 """
+import argparse
+import itertools
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from glob import escape, glob
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -24,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from t5 import RMSNorm, T5Config, T5Encoder, Tokenizer
+from t5 import SENTINELS, RMSNorm, T5Config, T5Encoder, Tokenizer
 from vae import VAE, VAEConfig
 
 
@@ -220,7 +223,7 @@ class Settings:
     length: int = 256       # tokens a prompt, caption or question with answer is padded to
     cfg: float = 7.0        # classifier-free guidance when drawing
     shift: float = 3.0      # of the drawing time grid
-    caption_steps: int = 64
+    caption_steps: int = 256
     answer_steps: int = 16
 
 
@@ -242,11 +245,366 @@ PRESETS = {
         DDiTConfig(depth=6, width=128, heads=2, text_dim=128, pos_size=8, qk_norm=True),
         T5Config(d_model=128, num_layers=2, num_heads=4, d_kv=32, d_ff=256, max_distance=32),
         VAEConfig(channels=8, groups=4),
-        Settings(size=64, length=24, cfg=3.0, shift=3.0, caption_steps=24, answer_steps=8)),
+        Settings(size=64, length=24, cfg=3.0, shift=3.0, caption_steps=256, answer_steps=16)),
 }
 
+MODULES = {"ddit": DDiT, "t5": T5Encoder, "vae": VAE}
+
+# ---------------------------------------------------------------- checkpoint files, ours and other people's
+
+# Stability's single files: a prefix a part. Ours are written so too.
 PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}
-SPIECE = "spiece_model"  # the tokenizer, as a uint8 tensor
+SPIECE = "spiece_model"  # in our files: the tokenizer, as a uint8 tensor
+
+# diffusers: a folder a part (the authors' release: text_encoder; SD3's own: text_encoder_3, beside two of CLIP's), and
+# other names, which are listed here beside ours. {i} and {j} count blocks, {r} counts levels from the other end; {x} is
+# q, k and v, stored apart; {m} is a norm or convolution, {s} a side. Where one of ours has two lines, the second is the
+# authors'. swap: (scale, shift) there, (shift, scale) here; 1x1: a matrix there, a convolution here. T5: same names.
+FOLDERS = {"ddit": ["transformer"], "t5": ["text_encoder_3", "text_encoder"], "vae": ["vae"]}
+DIFFUSERS = {"t5": "", "ddit": """
+    pos_embed                                          pos_embed.pos_embed
+    x_embedder.proj                                    pos_embed.proj
+    t_embedder.mlp.0                                   time_text_embed.timestep_embedder.linear_1
+    t_embedder.mlp.2                                   time_text_embed.timestep_embedder.linear_2
+    y_embedder.mlp.0                                   time_text_embed.text_embedder.linear_1
+    y_embedder.mlp.2                                   time_text_embed.text_embedder.linear_2
+    context_embedder                                   context_embedder
+    joint_blocks.{i}.x_block.adaLN_modulation.1        transformer_blocks.{i}.norm1.linear
+    joint_blocks.{i}.x_block.attn.qkv                  transformer_blocks.{i}.attn.to_{x}
+    joint_blocks.{i}.x_block.attn.ln_q                 transformer_blocks.{i}.attn.norm_q
+    joint_blocks.{i}.x_block.attn.ln_k                 transformer_blocks.{i}.attn.norm_k
+    joint_blocks.{i}.x_block.attn.proj                 transformer_blocks.{i}.attn.to_out.0
+    joint_blocks.{i}.x_block.attn2.qkv                 transformer_blocks.{i}.attn2.to_{x}
+    joint_blocks.{i}.x_block.mlp.fc1                   transformer_blocks.{i}.ff.net.0.proj
+    joint_blocks.{i}.x_block.mlp.fc2                   transformer_blocks.{i}.ff.net.2
+    joint_blocks.{i}.context_block.adaLN_modulation.1  transformer_blocks.{i}.norm1_context.linear
+    joint_blocks.{i}.context_block.attn.qkv            transformer_blocks.{i}.attn.add_{x}_proj
+    joint_blocks.{i}.context_block.attn.ln_q           transformer_blocks.{i}.attn.norm_added_q
+    joint_blocks.{i}.context_block.attn.ln_k           transformer_blocks.{i}.attn.norm_added_k
+    joint_blocks.{i}.context_block.attn.proj           transformer_blocks.{i}.attn.to_add_out
+    joint_blocks.{i}.context_block.mlp.fc1             transformer_blocks.{i}.ff_context.net.0.proj
+    joint_blocks.{i}.context_block.mlp.fc2             transformer_blocks.{i}.ff_context.net.2
+    final_layer.adaLN_modulation.1                     norm_out.linear                                swap
+    final_layer.adaLN_modulation.1                     image_norm_out.linear                          swap
+    final_layer.linear                                 proj_out
+    final_layer.linear                                 image_proj_out
+    text_head.linear                                   text_proj_out
+""", "vae": """
+    {s}.conv_in                                        {s}.conv_in
+    {s}.norm_out                                       {s}.conv_norm_out
+    {s}.conv_out                                       {s}.conv_out
+    {s}.mid.block_1.{m}                                {s}.mid_block.resnets.0.{m}
+    {s}.mid.block_2.{m}                                {s}.mid_block.resnets.1.{m}
+    {s}.mid.attn_1.norm                                {s}.mid_block.attentions.0.group_norm
+    {s}.mid.attn_1.q                                   {s}.mid_block.attentions.0.to_q                1x1
+    {s}.mid.attn_1.k                                   {s}.mid_block.attentions.0.to_k                1x1
+    {s}.mid.attn_1.v                                   {s}.mid_block.attentions.0.to_v                1x1
+    {s}.mid.attn_1.proj_out                            {s}.mid_block.attentions.0.to_out.0            1x1
+    encoder.down.{i}.block.{j}.{m}                     encoder.down_blocks.{i}.resnets.{j}.{m}
+    encoder.down.{i}.block.{j}.nin_shortcut            encoder.down_blocks.{i}.resnets.{j}.conv_shortcut
+    encoder.down.{i}.downsample.conv                   encoder.down_blocks.{i}.downsamplers.0.conv
+    decoder.up.{i}.block.{j}.{m}                       decoder.up_blocks.{r}.resnets.{j}.{m}
+    decoder.up.{i}.block.{j}.nin_shortcut              decoder.up_blocks.{r}.resnets.{j}.conv_shortcut
+    decoder.up.{i}.upsample.conv                       decoder.up_blocks.{r}.upsamplers.0.conv
+"""}
+SUFFIXES = ("", ".weight", ".bias")
+TOLD = {"ddit": {"heads": "num_attention_heads"}, "t5": {"max_distance": "relative_attention_max_distance"},
+        "vae": {"groups": "norm_num_groups", "shift": "shift_factor", "scale": "scaling_factor"}}  # by config.json
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to compute in; fp16 is too narrow for T5-XXL
+WHAT = {"ddit": "transformer", "t5": "T5", "vae": "VAE"}
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+
+# What else people have in .safetensors files, by a piece of a tensor's name.
+REFUSED = {
+    "lora_": "a LoRA: changes to a model, not a model",
+    "double_blocks.": "FLUX, another architecture", "single_transformer_blocks.": "FLUX, another architecture",
+    "input_blocks.": "a U-Net (Stable Diffusion 1, 2 or XL), another architecture",
+    "down_blocks.0.attentions": "a U-Net (Stable Diffusion 1, 2 or XL), another architecture",
+    "x_block.attn2.": "SD3.5-medium, whose blocks attend twice: D-DiT starts from SD3-medium (sd3_medium.safetensors)",
+    "scale_weight": "T5 in scaled fp8, of which plain tensors tell half: take t5xxl_fp8_e4m3fn or t5xxl_fp16",
+}
+
+
+def renaming(part, blocks):
+    """-> [(module of ours, its modules in diffusers, how)] for a part of so many blocks or levels."""
+    rows = {}
+    for ours, theirs, *how in (line.split() for line in DIFFUSERS[part].strip().splitlines()):
+        for i, j, m, s in itertools.product(range(blocks), range(3), ("norm1", "conv1", "norm2", "conv2"),
+                                            ("encoder", "decoder")):
+            at = {"i": i, "r": blocks - 1 - i, "j": j, "m": m, "s": s}
+            names = tuple(theirs.format(**at, x=x) for x in ("qkv" if "{x}" in theirs else "-"))
+            rows[ours.format(**at), names] = "".join(how)
+    return [(ours, names, how) for (ours, names), how in rows.items()]
+
+
+def convert(tensor, how):
+    """Between diffusers' form of a tensor and ours, either way."""
+    if how == "swap":
+        return torch.cat(tensor.chunk(2)[::-1])
+    if how == "1x1" and tensor.ndim > 1:
+        return tensor.flatten(1) if tensor.ndim == 4 else tensor[..., None, None]
+    return tensor
+
+
+class Stored:
+    """A tensor that lies in a file, not read yet: `pieces` [(path, name, shape)], to be joined along the first axis."""
+    def __init__(self, pieces, dtype, how=""):
+        self.pieces, self.dtype, self.how = pieces, dtype, how
+
+    @property
+    def shape(self):
+        return convert(torch.cat([torch.empty(shape, device="meta") for _, _, shape in self.pieces]), self.how).shape
+
+    def read(self, device="cpu", dtype=torch.float32):
+        """dtype None is the file's own (bf16 for fp8, in which nothing is computed). On the CPU and of that type the
+        tensor is the file, mapped. Otherwise the file is let go at once: no page of it stays beside the copy."""
+        tensors, dtype = [], dtype or {"F8_E4M3": torch.bfloat16}.get(self.dtype, TYPES.get(self.dtype))
+        for path, name, _ in self.pieces:
+            with safe_open(path, framework="pt") as f:
+                tensors.append(f.get_tensor(name).to(device, dtype))
+        return convert(torch.cat(tensors) if len(tensors) > 1 else tensors[0], self.how)
+
+
+class Tensors(dict):
+    """{name: Stored} of one part; `path` is for messages."""
+    def __init__(self, path, items=()):
+        super().__init__(items)
+        self.path = path
+
+    def __missing__(self, name):
+        raise ValueError(f"{self.path}: the tensor {name} is missing; the file is incomplete")
+
+
+@dataclass
+class Found:
+    """What a file or folder holds, by its names and shapes: `parts` {part: Tensors}, under our names. `hints`: what its
+    config.json files say and shapes do not, {part: {field: value}}; `header`: our own configuration, if it is ours."""
+    path: str
+    parts: dict = field(default_factory=dict)
+    hints: dict = field(default_factory=dict)
+    header: dict = field(default_factory=dict)
+    spiece: bytes | None = None
+
+    def config(self):
+        """The configuration, ours or read off the tensors' shapes. A text head that is not there has vocab 0."""
+        config = Config.from_dict(self.header) if self.header else Config()
+        for part in self.parts.keys() - self.header.keys():
+            setattr(config, part, replace(SHAPES[part](self.parts[part]), **self.hints.get(part, {})))
+        config.settings.shift = self.hints.get("shift", config.settings.shift)
+        return config
+
+
+def count(names, template):
+    """How many blocks: the number of n from 0 on for which `template` with n is a name."""
+    return next(n for n in itertools.count() if template.format(n) not in names)
+
+
+def ddit_config(x):
+    width, channels, patch, _ = x["x_embedder.proj.weight"].shape
+    return DDiTConfig(depth=count(x, "joint_blocks.{}.x_block.attn.qkv.weight"), width=width, heads=width // 64,
+                      patch=patch, channels=channels, text_dim=x["context_embedder.weight"].shape[1],
+                      vocab=x["text_head.linear.weight"].shape[0] if "text_head.linear.weight" in x else 0,
+                      pos_size=math.isqrt(x["pos_embed"].shape[1]),
+                      qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in x)
+
+
+def t5_config(x):
+    first = "encoder.block.0.layer.0.SelfAttention."
+    vocab, width = x["shared.weight"].shape
+    buckets, heads = x[first + "relative_attention_bias.weight"].shape
+    return T5Config(d_model=width, num_layers=count(x, "encoder.block.{}.layer.0.SelfAttention.q.weight"),
+                    num_heads=heads, d_kv=x[first + "q.weight"].shape[0] // heads, buckets=buckets, vocab_size=vocab,
+                    d_ff=x["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"].shape[0])
+
+
+def vae_config(x):
+    channels = x["encoder.conv_in.weight"].shape[0]
+    levels = count(x, "encoder.down.{}.block.0.conv1.weight")
+    return VAEConfig(channels=channels, latent_channels=x["encoder.conv_out.weight"].shape[0] // 2, multipliers=tuple(
+        x[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // channels for i in range(levels)))
+
+
+SHAPES = {"ddit": ddit_config, "t5": t5_config, "vae": vae_config}
+# A tensor that tells a part, and whether it is in diffusers' names.
+MARKS = {"joint_blocks.0.x_block.attn.qkv.weight": ("ddit", False),
+         "transformer_blocks.0.attn.to_q.weight": ("ddit", True),
+         "encoder.block.0.layer.0.SelfAttention.q.weight": ("t5", False),
+         "encoder.down.0.block.0.conv1.weight": ("vae", False),
+         "encoder.down_blocks.0.resnets.0.conv1.weight": ("vae", True)}
+
+
+def open_stored(path):
+    """A .safetensors file -> {its own names: Stored}, metadata. What it cannot be is said in one line."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if path.endswith((".ckpt", ".pth", ".pt", ".bin")):
+        raise ValueError(f"{path}: a pickle, which could run any code when opened; take the model's .safetensors")
+    try:
+        with safe_open(path, framework="pt") as f:
+            slices = {name: f.get_slice(name) for name in f.keys()}
+            return ({name: Stored([(path, name, tuple(s.get_shape()))], s.get_dtype()) for name, s in slices.items()},
+                    f.metadata() or {})
+    except (SafetensorError, IsADirectoryError, OSError) as error:
+        raise ValueError(f"{path}: not a readable .safetensors file, or not all of one ({error})") from error
+
+
+def open_shards(folder):
+    """A part's folder, one file or several with an index -> {names: Stored}."""
+    indices = sorted(glob(os.path.join(escape(folder), "*.safetensors.index*.json")), key=len)
+    files = sorted(glob(os.path.join(escape(folder), "*.safetensors")), key=len)
+    plain = [path for path in files if "-of-" not in os.path.basename(path)]
+    if plain:
+        return open_stored(plain[0])[0]
+    if not indices:
+        raise ValueError(f"{folder}: holds no .safetensors file")
+    stored = {}
+    for name in sorted(set(read_json(indices[0]).get("weight_map", {}).values())):
+        if not os.path.exists(os.path.join(folder, name)):
+            raise FileNotFoundError(f"{os.path.join(folder, name)}: this shard is missing ({indices[0]} names it)")
+        stored |= open_stored(os.path.join(folder, name))[0]
+    return stored
+
+
+def sort_out(path, stored):
+    """{a file's own names: Stored} -> {part: Tensors} under our names, whichever layout it is. Refuses other models."""
+    for piece, what in REFUSED.items():
+        if name := next((name for name in stored if piece in name), None):
+            raise ValueError(f"{path}: this is {what} (it has a tensor {name})")
+    parts = {}
+    for part, prefix in PREFIXES.items():
+        inside = {name[len(prefix):]: s for name, s in stored.items() if name.startswith(prefix)}
+        if inside:
+            parts[part] = Tensors(path, inside)
+    for mark, (part, translate) in MARKS.items() if not parts else ():
+        if mark in stored:
+            parts[part] = Tensors(path, from_diffusers(part, stored) if translate else stored)
+    for part, tensors in parts.items():
+        if part == "t5" and "shared.weight" not in tensors and "encoder.embed_tokens.weight" in tensors:
+            tensors["shared.weight"] = tensors["encoder.embed_tokens.weight"]
+        if "y_embedder.mlp.0.bias" in tensors and "joint_blocks.0.x_block.attn.ln_q.weight" in tensors:
+            raise ValueError(f"{path}: this is SD3.5, which has norms on queries and keys: D-DiT starts from "
+                             f"SD3-medium (sd3_medium.safetensors)")
+    return parts
+
+
+def from_diffusers(part, stored):
+    blocks = count(stored, {"ddit": "transformer_blocks.{}.attn.to_q.weight",
+                            "vae": "encoder.down_blocks.{}.resnets.0.conv1.weight"}[part])
+    found = {}
+    for ours, theirs, how in renaming(part, blocks):
+        if theirs[0].endswith("norm1_context.linear") and f"{theirs[0][:-20]}ff_context.net.2.weight" not in stored:
+            how = "swap"  # the last block of SD3 ends its text stream early, and in the image head's way
+        for suffix in SUFFIXES:
+            if theirs[0] + suffix in stored:
+                pieces = [stored[name + suffix] for name in theirs if name + suffix in stored]
+                found[ours + suffix] = Stored([p for piece in pieces for p in piece.pieces], pieces[0].dtype, how)
+    return found
+
+
+def inspect_file(path):
+    stored, metadata = open_stored(path)
+    found = Found(path, sort_out(path, stored), header=json.loads(metadata.get("config", "{}")))
+    if SPIECE in stored:
+        found.spiece = bytes(stored[SPIECE].read(dtype=torch.uint8).numpy())
+    return found
+
+
+def inspect_folder(path):
+    """A diffusers folder, or one part's folder out of it."""
+    if os.path.isdir(os.path.join(path, "unet")):
+        raise ValueError(f"{path}: this is a U-Net (Stable Diffusion 1, 2 or XL), another architecture")
+    found = Found(path)
+    places = [os.path.join(path, name) for names in FOLDERS.values() for name in names]
+    for place in [place for place in places if os.path.isdir(place)] or [path]:
+        told = read_json(os.path.join(place, "config.json"))
+        for part, tensors in sort_out(place, open_shards(place)).items():
+            if part not in found.parts:
+                found.parts[part] = tensors
+                found.hints[part] = {ours: told[theirs] for ours, theirs in TOLD[part].items() if theirs in told}
+    found.hints |= {k: v for k, v in read_json(os.path.join(path, "scheduler", "scheduler_config.json")).items()
+                    if k == "shift"}
+    for name in ("tokenizer_3", "tokenizer"):
+        spiece = os.path.join(path, name, "spiece.model")
+        if found.spiece is None and os.path.exists(spiece):
+            with open(spiece, "rb") as f:
+                found.spiece = f.read()
+    return found
+
+
+def read_json(path):
+    """A JSON file's content, {} where there is none."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as f:
+        try:
+            return json.load(f)
+        except ValueError as error:
+            raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def inspect(path, t5=None, vae=None, tokenizer=None):
+    """Look into a checkpoint without reading it -> Found. t5, vae: take that part from there; tokenizer: a file."""
+    found = inspect_folder(path) if os.path.isdir(path) else inspect_file(path)
+    if not found.parts:
+        raise ValueError(f"{path}: holds no part of SD3, T5 or D-DiT")
+    for part, other in (("t5", t5), ("vae", vae)):
+        if other is not None:
+            there = inspect(other)
+            if part not in there.parts:
+                raise ValueError(f"{other}: holds no {WHAT[part]}")
+            found.parts[part] = there.parts[part]
+            if found.header:
+                found.header[part] = asdict(getattr(there.config(), part))
+            found.hints[part] = there.hints.get(part, {})
+    if tokenizer is not None:
+        with open(tokenizer, "rb") as f:
+            found.spiece = f.read()
+    return found
+
+
+def read_part(part, tensors, config, device, dtype):
+    """-> the module, on its device. Every tensor it wants must be there, in the right shape and a type we can read."""
+    with torch.device("meta"):  # no memory yet, and no time spent on initial values that would be overwritten
+        module = MODULES[part](config)
+    state = from_sd3(tensors, config) if part == "ddit" else {}
+    for name, tensor in state.items():
+        state[name] = tensor.to(device, dtype or TYPES[tensors["x_embedder.proj.weight"].dtype])
+    for name, wanted in module.state_dict().items():
+        if name in state:
+            continue
+        stored = tensors[name]
+        if stored.shape != wanted.shape:
+            raise ValueError(f"{tensors.path}: the tensor {name} is {tuple(stored.shape)}, it should be "
+                             f"{tuple(wanted.shape)}")
+        if stored.dtype not in TYPES:
+            raise ValueError(f"{tensors.path}: the tensor {name} is of type {stored.dtype}; this program reads "
+                             f"{', '.join(TYPES)}")
+        state[name] = stored.read(device, dtype)
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def from_sd3(tensors, config):
+    """What D-DiT has and SD3 does not, such that the velocity stays SD3's own with CLIP's pooled vector at zero
+    -> {name: tensor}; empty where the file is no SD3.
+
+    The pooled vector enters only as y_embedder(0), a constant, which goes into the last bias of t_embedder. SD3's last
+    block ends its text stream after the attention: what follows starts behind zero gates. The text head is new."""
+    state, last = {}, f"joint_blocks.{config.depth - 1}.context_block."
+    if "y_embedder.mlp.0.bias" in tensors:
+        b0, w2, b2, bias = (tensors[name].read() for name in (
+            "y_embedder.mlp.0.bias", "y_embedder.mlp.2.weight", "y_embedder.mlp.2.bias", "t_embedder.mlp.2.bias"))
+        state["t_embedder.mlp.2.bias"] = bias + w2 @ F.silu(b0) + b2
+    if tensors[last + "adaLN_modulation.1.bias"].shape[0] == 2 * config.width:
+        fresh = DDiT(replace(config, depth=1)).state_dict()  # its heads and gates are zero
+        state |= {name: fresh[name] for name in ("text_head.linear.weight", "text_head.linear.bias")}
+        for layer in ("attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"):
+            for suffix in (".weight", ".bias"):
+                state[last + layer + suffix] = fresh["joint_blocks.0.context_block." + layer + suffix]
+                if layer.startswith("adaLN"):  # SD3's shift and scale before the attention stay
+                    state[last + layer + suffix][:2 * config.width] = tensors[last + layer + suffix].read()
+    return state
 
 
 class DualDiffusion(nn.Module):
@@ -263,12 +621,20 @@ class DualDiffusion(nn.Module):
         128 rows (32,100 -> 32,128), as T5's authors did."""
         config.ddit.vocab = tokenizer.vocab_size
         config.t5.vocab_size = -(-tokenizer.vocab_size // 128) * 128
-        make = {"ddit": lambda: DDiT(config.ddit), "t5": lambda: T5Encoder(config.t5), "vae": lambda: VAE(config.vae)}
-        return cls(config, tokenizer, **{part: make[part]() for part in parts})
+        return cls(config, tokenizer, **{part: MODULES[part](getattr(config, part)) for part in parts})
 
     @property
     def device(self):
         return next(self.parameters()).device
+
+    @property
+    def missing(self):
+        """What it still needs to draw and read, in words: ["T5"]; empty when whole."""
+        return [what for part, what in WHAT.items() if getattr(self, part) is None]
+
+    def encode_text(self, tokens):
+        """Tokens (B,L) long -> T5's states (B,L,text_dim), where the transformer is (T5 itself may be elsewhere)."""
+        return self.t5(tokens.to(self.t5.shared.weight.device)).to(self.device)
 
     def encode_image(self, pixels, generator=None):
         """Pixels (B,3,H,W) in [-1,1] -> the latents the transformer sees. With a generator a sample of the posterior
@@ -295,45 +661,149 @@ class DualDiffusion(nn.Module):
         os.replace(f"{path}.partial", path)
 
     @classmethod
-    def load(cls, path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32):
-        """Read a file written by `save`. `t5`, `vae`: files of ours to take that part from instead; `tokenizer`: a
-        spiece.model. Raises FileNotFoundError or ValueError with one line that says what is wrong."""
-        config, spiece, states = read_checkpoint(path, device, dtype)
-        for part, other in (("t5", t5), ("vae", vae)):
-            if other is not None:
-                other_config, _, other_states = read_checkpoint(other, device, dtype)
-                setattr(config, part, getattr(other_config, part))
-                states[part] = other_states[part]
-        if tokenizer is not None:
-            with open(tokenizer, "rb") as f:
-                spiece = f.read()
-        if spiece is None:
-            raise ValueError(f"{path}: holds no tokenizer; give its spiece.model")
-        with torch.device("meta"):  # no memory yet, and no time spent on initial values that would be overwritten
-            dd = cls.build(config, Tokenizer(spiece), [part for part, state in states.items() if state])
-        for part, state in states.items():
-            if state:
-                try:
-                    getattr(dd, part).load_state_dict(state, assign=True)
-                except RuntimeError as error:
-                    detail = " ".join(str(error).split())[:200]
-                    raise ValueError(f"{path}: the weights do not fit the configuration: {detail}") from error
-        return dd.eval()
+    def load(cls, path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
+        """Read a checkpoint: a file of ours, an SD3 single file, or a folder in diffusers layout.
+
+        t5, vae: another file or folder to take that part from; tokenizer: a spiece.model; offload: T5 stays on the CPU.
+        Modules are built without memory; a tensor is mapped from its file and converted once, straight to its device
+        and type. Raises FileNotFoundError or ValueError with one line that says what is wrong, and where."""
+        found = inspect(path, t5, vae, tokenizer)
+        if found.spiece is None:
+            raise ValueError(f"{path}: holds no tokenizer; give T5's spiece.model (--spiece)")
+        tokenizer, config = Tokenizer(found.spiece), found.config()
+        config.ddit.vocab = config.ddit.vocab or tokenizer.vocab_size
+        if "ddit" in found.parts and config.ddit.vocab != tokenizer.vocab_size:
+            raise ValueError(f"{path}: its text head knows {config.ddit.vocab} tokens, its tokenizer "
+                             f"{tokenizer.vocab_size}; give the tokenizer that it was trained with (--spiece)")
+        where = {"t5": "cpu"} if offload else {}
+        return cls(config, tokenizer, **{part: read_part(part, tensors, getattr(config, part), where.get(part, device),
+                                                         dtype) for part, tensors in found.parts.items()}).eval()
+
+    def export(self, folder, shard=5 << 30):
+        """Write the diffusers layout as the authors' release has it: a folder a part, files of at most `shard` bytes.
+        The tensors are this model's, bit for bit. `null_image_embd`, what the authors feed in place of an image where
+        there is none, we neither use nor keep; it is written as zeros."""
+        if self.missing:
+            raise ValueError(f"nothing written to {folder}: holds no {' and no '.join(self.missing)}")
+        blocks = {"ddit": self.config.ddit.depth, "vae": len(self.config.vae.multipliers), "t5": 0}
+        for part in MODULES:
+            ours, theirs = getattr(self, part).state_dict(), {}
+            for module, (names, how) in {module: rest for module, *rest in renaming(part, blocks[part])}.items():
+                for suffix in SUFFIXES:
+                    if module + suffix in ours:
+                        tensor = convert(ours.pop(module + suffix), how)
+                        theirs |= {n + suffix: piece for n, piece in zip(names, tensor.chunk(len(names)))}
+            if part == "ddit":
+                theirs["null_image_embd"] = torch.zeros(1, 8, self.config.ddit.width, dtype=self.ddit.pos_embed.dtype)
+            write_shards(os.path.join(folder, FOLDERS[part][-1]), "model" if part == "t5" else
+                         "diffusion_pytorch_model", theirs | ours, shard)
+        for name, content in diffusers_configs(self.config).items():
+            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+            with open(os.path.join(folder, name), "w") as f:
+                json.dump(content, f, indent=2)
+        with open(os.path.join(folder, "tokenizer", "spiece.model"), "wb") as f:
+            f.write(self.tokenizer.model)
 
 
-def read_checkpoint(path, device, dtype):
-    """-> Config, tokenizer bytes or None, {part: {name: tensor}}. Tensors are mapped from the file and converted one
-    at a time, straight to their device and type."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+def write_shards(folder, stem, state, size):
+    """Tensors -> FOLDER/STEM.safetensors, or several of at most `size` bytes (or one tensor) with an index."""
+    shards, full = [{}], 0
+    for name, tensor in state.items():
+        if full and full + tensor.nbytes > size:
+            shards, full = [*shards, {}], 0
+        shards[-1][name] = tensor.detach().cpu().contiguous()
+        full += tensor.nbytes
+    os.makedirs(folder, exist_ok=True)
+    files = [f"{stem}{f'-{k:05d}-of-{len(shards):05d}' if len(shards) > 1 else ''}.safetensors"
+             for k in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards):
+        save_file(shard, os.path.join(folder, file), {"format": "pt"})
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())},
+                 "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
+        with open(os.path.join(folder, f"{stem}.safetensors.index.json"), "w") as f:
+            json.dump(index, f, indent=1)
+
+
+def diffusers_configs(config):
+    """The JSON files of the diffusers layout, {path: content}."""
+    ddit, t5, vae, levels = config.ddit, config.t5, config.vae, len(config.vae.multipliers)
+    return {
+        "model_index.json": {
+            "_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"],
+            "text_encoder": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "T5Tokenizer"],
+            "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
+        "transformer/config.json": {
+            "_class_name": "SD3JointModelFlexible", "vocab_size": ddit.vocab, "sample_size": 128,
+            "patch_size": ddit.patch, "in_channels": ddit.channels, "out_channels": ddit.channels,
+            "num_layers": ddit.depth, "num_attention_heads": ddit.heads, "attention_head_dim": ddit.width // ddit.heads,
+            "joint_attention_dim": ddit.text_dim, "caption_projection_dim": ddit.width, "pooled_projection_dim": 2048,
+            "pos_embed_max_size": ddit.pos_size, **({"qk_norm": "rms_norm"} if ddit.qk_norm else {})},
+        "text_encoder/config.json": {
+            "model_type": "t5", "architectures": ["T5EncoderModel"], "feed_forward_proj": "gated-gelu",
+            "d_model": t5.d_model, "num_layers": t5.num_layers, "num_heads": t5.num_heads, "d_kv": t5.d_kv,
+            "d_ff": t5.d_ff, "vocab_size": t5.vocab_size, "relative_attention_num_buckets": t5.buckets,
+            "relative_attention_max_distance": t5.max_distance, "tie_word_embeddings": False},
+        "vae/config.json": {
+            "_class_name": "AutoencoderKL", "block_out_channels": [vae.channels * m for m in vae.multipliers],
+            "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "layers_per_block": 2, "latent_channels": vae.latent_channels, "norm_num_groups": vae.groups,
+            "shift_factor": vae.shift, "scaling_factor": vae.scale, "use_quant_conv": False,
+            "use_post_quant_conv": False},
+        "scheduler/scheduler_config.json": {
+            "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000,
+            "shift": config.settings.shift},
+        "tokenizer/tokenizer_config.json": {"tokenizer_class": "T5Tokenizer", "extra_ids": SENTINELS},
+    }
+
+
+def describe(found):
+    """What `inspect` found, in words."""
+    lines, config = [], found.config()
+    for part, what in WHAT.items():
+        if part not in found.parts:
+            lines.append(f"{what:12s} missing")
+            continue
+        tensors = found.parts[part]
+        with torch.device("meta"):
+            wanted = MODULES[part](getattr(config, part)).state_dict().keys()
+        used = [tensors[name] for name in wanted if name in tensors]
+        size = sum(s.shape.numel() for s in used)
+        kinds = ", ".join(sorted({s.dtype for s in used}))
+        numbers = ", ".join(f"{k} {v}" for k, v in asdict(getattr(config, part)).items())
+        lines.append(f"{what:12s} {size:,} numbers, {kinds}, in {tensors.path}\n{'':12s} {numbers}")
+    lines.append(f"{'tokenizer':12s} " + ("missing" if found.spiece is None else
+                                         f"{Tokenizer(found.spiece).vocab_size} tokens, the mask token among them"))
+    whole = len(found.parts) == len(WHAT) and found.spiece is not None
+    reads = whole and config.ddit.vocab > 0
+    lines.append("can draw and read" if reads else "can draw; to read, it must be trained first (no text head)" if whole
+                 else "can do nothing yet: give what is missing (--t5, --vae, --spiece)")
+    return "\n".join(lines)
+
+
+def add_parts(parser):
+    """The arguments by which every program here takes parts from elsewhere."""
+    parser.add_argument("--t5", metavar="FILE", help="a file or folder to take T5 from")
+    parser.add_argument("--vae", metavar="FILE", help="a file or folder to take the VAE from")
+    parser.add_argument("--spiece", metavar="FILE", help="T5's tokenizer, spiece.model")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="What a checkpoint is, before anything is read; and to diffusers.")
+    parser.add_argument("file", help="a file of ours, an SD3 single file, or a folder in diffusers layout")
+    add_parts(parser)
+    parser.add_argument("--export", metavar="DIR", help="write it in diffusers layout, as the authors' release has it")
+    args = parser.parse_args()
+    print(describe(inspect(args.file, args.t5, args.vae, args.spiece)))
+    if args.export:
+        dd = DualDiffusion.load(args.file, args.t5, args.vae, args.spiece, dtype=None)
+        dd.export(args.export)
+        print(f"wrote {args.export}")
+
+
+if __name__ == "__main__":
     try:
-        with safe_open(path, framework="pt") as f:
-            config = (f.metadata() or {}).get("config")
-            if config is None:
-                raise ValueError(f"{path}: a .safetensors file, but not one of this project's: no configuration inside")
-            states = {part: {name[len(prefix):]: f.get_tensor(name).to(device, dtype)
-                             for name in f.keys() if name.startswith(prefix)} for part, prefix in PREFIXES.items()}
-            spiece = bytes(f.get_tensor(SPIECE).numpy().astype(np.uint8)) if SPIECE in f.keys() else None
-    except (SafetensorError, IsADirectoryError, OSError) as error:
-        raise ValueError(f"{path}: not a readable .safetensors checkpoint ({error})") from error
-    return Config.from_dict(json.loads(config)), spiece, states
+        main()
+    except (ValueError, OSError) as error:
+        print(f"model.py: {error}", file=sys.stderr)
+        sys.exit(2)

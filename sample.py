@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from data import caption_ids, load_image, prompt_ids, question_ids, to_images, to_pixels
-from model import DualDiffusion
+from model import DTYPES, DualDiffusion, add_parts
 
 # ---------------------------------------------------------------- drawing
 
@@ -45,7 +45,7 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
         noise = torch.randn(shape, generator=generator)
     x, guided = noise.to(dd.device), cfg != 1
     ids = [dd.tokenizer.encode(text, length) for text in [*prompts, *[negative] * len(prompts) * guided]]
-    text = dd.t5(torch.tensor(ids, device=dd.device))
+    text = dd.encode_text(torch.tensor(ids))
     nowhere = torch.zeros(text.shape[:2], dtype=torch.bool)  # no logits wanted
     grid = time_grid(steps, shift).tolist()
     for t, t_next in zip(grid, grid[1:]):
@@ -87,7 +87,7 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
         if not rows.any():
             continue
         passes += 1
-        states = dd.t5(tokens[rows].to(dd.device))
+        states = dd.encode_text(tokens[rows])
         time = torch.zeros(len(states), device=dd.device)
         _, logits = dd.ddit(latents[rows], time, states, predict=look[rows], draw=0)
         drawn, sure = draw_tokens(logits.cpu(), temperature, generator)
@@ -172,6 +172,17 @@ def existing_device(name):
         raise argparse.ArgumentTypeError(f"there is no device {name} here") from None
 
 
+def width_and_height(text):
+    """An argparse type: "512" or "768x512"."""
+    try:
+        width, height = map(int, (text.split("x") * 2)[:2])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not like 512 or 768x512") from None
+    if min(width, height) < 16 or width % 16 or height % 16:
+        raise argparse.ArgumentTypeError(f"{text}: sides are multiples of 16")
+    return width, height
+
+
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_argument_group("what to do (each can be given several times; all of it runs as one batch)")
@@ -180,14 +191,21 @@ def parse_args():
     jobs.add_argument("--t2i", nargs="+", action="extend", metavar="TEXT", default=[])
     jobs.add_argument("--infill", nargs="+", action="append", metavar="IMAGE ... TEXT", default=[],
                       help="each underscore stands for one token")
-    parser.add_argument("--ckpt", default=SHIPPED, help="a .safetensors file; default: the small model that ships")
-    parser.add_argument("--device", type=existing_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    files = parser.add_argument_group("the model (`python model.py FILE` tells what a file is)")
+    files.add_argument("--ckpt", default=SHIPPED, help="a file of ours, an SD3 single file, or a folder in diffusers "
+                       "layout; default: the small model that ships")
+    add_parts(files)
+    files.add_argument("--device", type=existing_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    files.add_argument("--dtype", choices=list(DTYPES), help="to compute in; default: bf16 on a GPU, fp32 on a CPU")
+    files.add_argument("--offload", action="store_true", help="keep T5 on the CPU, where GPU memory is short")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of the sampling grid; default: 28 to draw, the checkpoint's to read")
     parser.add_argument("--order", choices=["random", "confidence"], default="random", help="of unmasking text")
     parser.add_argument("--temperature", type=float, default=0.0, help="of drawing tokens; 0 (default): the likeliest")
     parser.add_argument("--num", type=int, default=1, help="images a prompt")
     parser.add_argument("--cfg", type=float, help="guidance; 1 is none; default: the checkpoint's")
+    parser.add_argument("--size", type=width_and_height, metavar="SIDE or WIDTHxHEIGHT",
+                        help="of images, drawn or read, in pixels; default: the checkpoint's")
     parser.add_argument("--out", default="out.png", help="the drawn image, or the grid of all drawn images")
     args = parser.parse_args()
     for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):
@@ -219,14 +237,18 @@ def main():
     args = parse_args()
     questions = [(image, text) for *images, text in args.vqa for image in images]
     blanks = [(image, text) for *images, text in args.infill for image in images]
-    dd = DualDiffusion.load(args.ckpt, device=args.device)
-    if dd.ddit is None or dd.t5 is None or dd.vae is None:
-        fail(f"{args.ckpt}: holds no trained transformer (stage 0 writes such files); give what a later stage wrote")
+    dtype = DTYPES[args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")]
+    dd = DualDiffusion.load(args.ckpt, args.t5, args.vae, args.spiece, args.device, dtype, args.offload)
+    if dd.missing:
+        fail(f"{args.ckpt}: holds no {' and no '.join(dd.missing)}; `python model.py {args.ckpt}` tells what it holds")
+    if (questions or args.caption or blanks) and not dd.ddit.text_head.linear.weight.any():
+        warn("this model's text head was never trained: it can draw, but what it reads means nothing")
     settings, generator = dd.config.settings, torch.Generator().manual_seed(args.seed)
+    size = args.size or (settings.size, settings.size)
     reading = dict(steps=args.steps, order=args.order, temperature=args.temperature, generator=generator)
 
     def pixels(paths):
-        return torch.from_numpy(to_pixels([load_image(path, settings.size) for path in paths]))
+        return torch.from_numpy(to_pixels([load_image(path, *size) for path in paths]))
 
     if questions:
         longest, frame = "a " * settings.length, prompt_ids(dd.tokenizer, "", settings.length)
@@ -244,8 +266,8 @@ def main():
         for text in args.t2i:
             check_text(dd, text, settings.length - 1)
         prompts = [text for text in args.t2i for _ in range(args.num)]
-        drawn = text_to_image(dd, prompts, steps=args.steps or 28, cfg=settings.cfg if args.cfg is None else args.cfg,
-                              shift=settings.shift, generator=generator)
+        drawn = text_to_image(dd, prompts, width=size[0], height=size[1], steps=args.steps or 28, shift=settings.shift,
+                              cfg=settings.cfg if args.cfg is None else args.cfg, generator=generator)
         write_grid(args.out, to_images(drawn), columns=args.num if len(args.t2i) > 1 else round(args.num ** 0.5 + 0.4))
         print(args.out)
 

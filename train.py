@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import data
 from losses import corrupt, joint_loss
-from model import PRESETS, DualDiffusion
+from model import DTYPES, PRESETS, DualDiffusion, add_parts
 from sample import SHIPPED, Parser, answer, caption, existing_device, fail, text_to_image
 from t5 import Tokenizer
 
@@ -69,12 +69,12 @@ class Recipe:
 
 # Pictures of plain shapes stay readable under much noise: what goes where is settled at t > 0.9, which a logit of mean
 # 0 would draw once in seventy times.
-_tiny = Recipe(steps=700, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, length=24, text_weight=1.0,
+_tiny = Recipe(steps=600, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, length=24, text_weight=1.0,
                time_mean=1.5, time_std=1.2, learn_t5="all")
 RECIPES = {
     "tiny": {"0": replace(_tiny, steps=2000, batch=16, schedule="linear"), "1": _tiny,
-             "2": replace(_tiny, steps=60, learn_t5="mask"),
-             "3": replace(_tiny, steps=1600, questions=0.5, schedule="linear")},
+             "2": replace(_tiny, steps=40, learn_t5="mask"),
+             "3": replace(_tiny, steps=2700, questions=0.7, schedule="linear")},
     "sd3-medium": {"1": Recipe(), "2": Recipe(200_000, rate=3e-5, warmup=1000, length=256, learn_t5="mask"),
                    "3": Recipe(50_000, rate=3e-5, warmup=1000, length=128, text_weight=1.0, questions=0.5)},
 }
@@ -337,16 +337,16 @@ def faster_dtype(device, stage):
     """bf16 on a GPU. Some processors multiply bf16 fast (AMX), others slowly: try, and take what wins. (Narrow
     convolutions, stage 0, never gain on a CPU.)"""
     if device.type == "cuda":
-        return torch.bfloat16
+        return "bf16"
     if stage == "0":
-        return torch.float32
+        return "fp32"
     took = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for name, dtype in DTYPES.items():
         x, w = torch.randn(4096, 128, dtype=dtype), torch.randn(512, 128, dtype=dtype)
         for _ in range(10):
             start = time.perf_counter()
             F.gelu(F.linear(x, w))
-            took[dtype] = min(took.get(dtype, 1e9), time.perf_counter() - start)
+            took[name] = min(took.get(name, 1e9), time.perf_counter() - start)
     return min(took, key=took.get)
 
 
@@ -364,7 +364,7 @@ def starting_point(args, recipe, source, train_ids):
     from_nothing = args.stage == "1" and not args.init and not os.path.exists(before)
     if from_nothing and args.preset != "tiny":
         fail(f"--preset {args.preset} needs pretrained parts: give --init")
-    dd = DualDiffusion.load(args.init or (SHIPPED if from_nothing else before))
+    dd = DualDiffusion.load(args.init or (SHIPPED if from_nothing else before), args.t5, args.vae, args.spiece)
     if from_nothing or dd.ddit is None or dd.t5 is None:  # stage 0's parts are taken, the rest starts at random
         config = replace(copy.deepcopy(PRESETS[args.preset]), vae=dd.config.vae)
         fresh = DualDiffusion.build(config, dd.tokenizer, ["ddit", "t5"])
@@ -384,7 +384,7 @@ def starting_point(args, recipe, source, train_ids):
 def main():
     args, recipe = parse_args()
     if args.eval:
-        dd = DualDiffusion.load(args.eval, device=args.device)
+        dd = DualDiffusion.load(args.eval, args.t5, args.vae, args.spiece, args.device, DTYPES[args.dtype or "fp32"])
         source = data.Records(args.data, dd.config.settings.size) if args.data else data.World(UNSEEN + args.seed)
         print(report(judge(dd, source, range(min(args.judge or 1000, len(source))), args.seed)))
         return
@@ -561,10 +561,10 @@ def keep_settings(path, args, recipe, device):
             fail(f"{os.path.dirname(path)} holds a run with other settings ({', '.join(changed)}); "
                  f"delete it or give another --out")
     else:
-        kept = settings | {"dtype": str(args.dtype or faster_dtype(device, args.stage)).removeprefix("torch.")}
+        kept = settings | {"dtype": args.dtype or faster_dtype(device, args.stage)}
         with open(path, "w") as f:
             json.dump(kept, f, indent=1)
-    return getattr(torch, kept["dtype"])
+    return DTYPES[kept["dtype"]]
 
 
 def parse_args():
@@ -575,10 +575,11 @@ def parse_args():
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny")
     parser.add_argument("--data", help="a JSONL file or a folder of images and texts; default: the built-in world")
     parser.add_argument("--init", help="checkpoint to start from; default: the stage before")
+    add_parts(parser)
     parser.add_argument("--out", default="runs", help="where stageN/ folders are made")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=existing_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="to compute in; default: the faster one")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="to compute in; default: the faster one")
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--show-every", type=int, default=500)
     numbers = parser.add_argument_group("numbers of a stage, with defaults by preset and stage")

@@ -24,10 +24,26 @@ from vae import VAE, VAEConfig
 PATH = Path(__file__).with_name("golden.safetensors")
 DDIT = DDiTConfig(depth=2, width=32, heads=2, text_dim=24, vocab=40, pos_size=8)
 T5 = T5Config(d_model=16, num_layers=2, num_heads=3, d_kv=6, d_ff=40, vocab_size=64)
-VAE_ = VAEConfig(channels=8, groups=4)
+SINGLE = replace(DDIT, width=128)   # SD3's single file says nothing of heads: there are 64 channels in each
+VAE_ = VAEConfig(channels=32)
 POOLED = 2048   # of CLIP's vector; ours has no such input
 BEYOND = torch.tensor([0.0] * 16 + [100.0, -100.0] * 8)   # added to the encoder's output: every log-variance is clamped
 BUCKETS = ((32, 128), (16, 40))   # (buckets, max_distance)
+
+
+# The diffusers layout, under diffusers' own names: SD3-medium's folder and the authors' release, in small. These dicts
+# are each part's config.json too.
+FOLDER = {
+    "transformer": dict(num_layers=3, num_attention_heads=2, attention_head_dim=16, patch_size=2, in_channels=16,
+                        out_channels=16, joint_attention_dim=24, caption_projection_dim=32, pooled_projection_dim=12,
+                        pos_embed_max_size=8, sample_size=16),
+    "vae": dict(block_out_channels=[8, 16, 32, 32], layers_per_block=2, norm_num_groups=4, latent_channels=16,
+                down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=1.3),
+    "text_encoder": dict(d_model=24, num_layers=2, num_heads=3, d_kv=6, d_ff=40, vocab_size=64,
+                         relative_attention_num_buckets=32, relative_attention_max_distance=128,
+                         feed_forward_proj="gated-gelu", tie_word_embeddings=False)}
+STEPS, CFG, SHIFT = 28, 5.0, 3.0
 
 
 def random(name, shape):
@@ -48,21 +64,26 @@ def y_embedder(width):
 
 
 def shapes():
+    modules = {"ddit": DDiT(DDIT), "single": DDiT(SINGLE), "t5": T5Encoder(T5), "vae": VAE(VAE_)}
     found = {part: {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-             for part, module in (("ddit", DDiT(DDIT)), ("t5", T5Encoder(T5)), ("vae", VAE(VAE_)))}
+             for part, module in modules.items()}
     found["ddit"] |= y_embedder(DDIT.width)
+    found["single"] |= y_embedder(SINGLE.width)
     return found
+
+
+def sd3_part(state, cfg):
+    """Of a transformer's state, what SD3's file has: no text head, and a last block that ends its text stream early."""
+    last = f"joint_blocks.{cfg.depth - 1}.context_block."
+    return {name: w[:2 * cfg.width] if name.startswith(last + "adaLN") else w for name, w in state.items()
+            if not (name.startswith("text_head") or name.startswith((last + "attn.proj", last + "mlp")))}
 
 
 def sd3_transformer(state, cfg):
     """diffusers' model with our weights. SD3's last block ends its text stream early, so part of ours stays out."""
     from diffusers import SD3Transformer2DModel
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
-    file, last = {}, f"joint_blocks.{cfg.depth - 1}.context_block."
-    for name, w in state.items():
-        if name.startswith("text_head") or name.startswith(last) and "qkv" not in name and "adaLN" not in name:
-            continue
-        file["model.diffusion_model." + name] = w[:2 * cfg.width] if name.startswith(last + "adaLN") else w
+    file = {"model.diffusion_model." + name: w for name, w in sd3_part(state, cfg).items()}
     model = SD3Transformer2DModel(
         num_layers=cfg.depth, num_attention_heads=cfg.heads, attention_head_dim=cfg.width // cfg.heads,
         patch_size=cfg.patch, in_channels=cfg.channels, out_channels=cfg.channels, joint_attention_dim=cfg.text_dim,
@@ -97,6 +118,63 @@ def t5_encoder(state, cfg):
     return model.eval()
 
 
+def folder_modules(authors):
+    """-> {part's folder: diffusers' or transformers' module}, {part's folder: random weights}. The authors' transformer
+    is SD3's without the pooled vector, with a whole last block, a text head, and other names for the image head."""
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+    from transformers import T5Config, T5EncoderModel
+    modules = {"transformer": SD3Transformer2DModel(**FOLDER["transformer"]), "vae": AutoencoderKL(**FOLDER["vae"]),
+               "text_encoder": T5EncoderModel(T5Config(**FOLDER["text_encoder"]))}
+    transformer, rename = modules["transformer"], lambda name: name
+    if authors:
+        from diffusers.models.attention import JointTransformerBlock
+        transformer.transformer_blocks[-1] = JointTransformerBlock(32, 2, 16, context_pre_only=False)
+        transformer.text_proj_out = torch.nn.Linear(32, FOLDER["text_encoder"]["vocab_size"] - 4)
+        transformer.null_image_embd = torch.nn.Parameter(torch.zeros(1, 8, 32))
+        for p in transformer.time_text_embed.text_embedder.parameters():
+            p.zero_()
+        rename = lambda name: f"image_{name}" if name.startswith(("norm_out", "proj_out")) else name  # noqa: E731
+    states = {}
+    for part, module in modules.items():
+        shapes = {name: tuple(w.shape) for name, w in module.state_dict().items()
+                  if not (authors and ".text_embedder." in name) and name != "encoder.embed_tokens.weight"}
+        states[part] = random_state({rename(name): shape for name, shape in shapes.items()})
+        missing, extra = module.load_state_dict({name: states[part][rename(name)] for name in shapes}, strict=False)
+        assert not extra and all(".text_embedder." in name or "embed_tokens" in name for name in missing)
+        module.eval()
+    if hasattr(modules["text_encoder"].encoder, "embed_tokens"):
+        modules["text_encoder"].encoder.embed_tokens.weight = modules["text_encoder"].shared.weight
+    return modules, states
+
+
+def golden_folders(g):
+    """-> {name: tensor}, {name of the folder: {part: {tensor: shape}}}."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    out, names = {}, {}
+    for kind in ("sd3", "authors"):
+        modules, states = folder_modules(kind == "authors")
+        names[kind] = {part: {name: tuple(w.shape) for name, w in state.items()} for part, state in states.items()}
+        transformer, vae, t5, text = *modules.values(), []
+        pooled = torch.zeros(3, FOLDER["transformer"]["pooled_projection_dim"])
+        transformer.transformer_blocks[-1].register_forward_hook(lambda module, args, output: text.append(output[0]))
+        out[f"{kind}.velocity"] = transformer(g["latents"], g["text"], pooled, 1000 * g["t"]).sample
+        if kind == "authors":
+            out["authors.logits"] = transformer.text_proj_out(torch.nn.functional.layer_norm(text[0], (32,), eps=1e-6))
+            continue
+        posterior = vae.encode(g["pixels"]).latent_dist
+        out |= {"sd3.mean": posterior.mean, "sd3.logvar": posterior.logvar}
+        tokens = g["tokens"].long()[:, :7]
+        out["sd3.states"] = states = t5(tokens).last_hidden_state
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)  # the plain grid 1, 27/28 .. 1/28, shifted
+        scheduler.set_timesteps(STEPS, sigmas=np.linspace(1, 1 / STEPS, STEPS))
+        x = g["latents"][:1]
+        for t in scheduler.timesteps:  # the first row of tokens is the prompt, the second the negative prompt
+            yes, no = transformer(torch.cat([x, x]), states, pooled[:2], t.expand(2)).sample.chunk(2)
+            x = scheduler.step(no + CFG * (yes - no), t, x).prev_sample
+        out["sd3.drawn"] = vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample.clamp(-1, 1)
+    return out, names
+
+
 @torch.no_grad()
 def golden():
     """-> {name: tensor}, inputs and outputs."""
@@ -114,6 +192,7 @@ def golden():
         return model(g["latents"], g["text"], pooled, 1000 * g["t"]).sample, text
 
     g["velocity"], _ = transformer(state["ddit"], DDIT)
+    g["single.velocity"], _ = transformer(state["single"], SINGLE)
     # SD3's text stream is whole up to its last block but one, so one block more shows what ours ends with.
     repeat = {k.replace("blocks.1.", "blocks.2."): w for k, w in state["ddit"].items() if "blocks.1." in k}
     _, text = transformer(state["ddit"] | repeat, replace(DDIT, depth=3))
@@ -132,6 +211,7 @@ def golden():
     bucket = t5.encoder.block[0].layer[0].SelfAttention._relative_position_bucket
     g["buckets"] = torch.stack([bucket(torch.arange(-300, 301), True, *b) for b in BUCKETS]).int()
 
+    g |= golden_folders(g)[0]
     from diffusers.models.embeddings import PatchEmbed
     g["pos_embed"] = PatchEmbed(128, 128, 2, 16, 64, pos_embed_max_size=192).pos_embed[0, ::389]
     return {name: tensor.contiguous() for name, tensor in g.items()}
@@ -139,4 +219,7 @@ def golden():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    save_file(golden(), PATH, {"shapes": json.dumps(shapes())})
+    values = golden()
+    with torch.no_grad():
+        folders = golden_folders(values)[1]
+    save_file(values, PATH, {"shapes": json.dumps(shapes()), "folders": json.dumps(folders)})

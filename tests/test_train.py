@@ -16,7 +16,7 @@ import train
 from model import DualDiffusion
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = ["--batch", "8", "--pool", "64", "--judge", "2", "--warmup", "2", "--dtype", "float32"]
+SMALL = ["--batch", "8", "--pool", "64", "--judge", "2", "--warmup", "2", "--dtype", "fp32"]
 
 
 def command(*args):
