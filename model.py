@@ -356,6 +356,10 @@ class Stored:
     def shape(self):
         return convert(torch.cat([torch.empty(shape, device="meta") for _, _, shape in self.pieces]), self.how).shape
 
+    @property
+    def nbytes(self):
+        return self.shape.numel() * (TYPES[self.dtype].itemsize if self.dtype in TYPES else 1)
+
     def read(self, device="cpu", dtype=torch.float32):
         """dtype None is the file's own (bf16 for fp8, in which nothing is computed). On the CPU and of that type the
         tensor is the file, mapped. Otherwise the file is let go at once: no page of it stays beside the copy."""
@@ -387,7 +391,7 @@ class Found:
     spiece: bytes | None = None
 
     def config(self):
-        """The configuration, ours or read off the tensors' shapes. A text head that is not there has vocab 0."""
+        """The configuration, ours or read off the tensors' shapes."""
         config = Config.from_dict(self.header) if self.header else Config()
         for part in self.parts.keys() - self.header.keys():
             setattr(config, part, replace(SHAPES[part](self.parts[part]), **self.hints.get(part, {})))
@@ -395,16 +399,17 @@ class Found:
         return config
 
 
-def count(names, template):
-    """How many blocks: the number of n from 0 on for which `template` with n is a name."""
-    return next(n for n in itertools.count() if template.format(n) not in names)
+def count(names, prefix):
+    """How many blocks: one more than the largest n in names that start with `prefix` and n."""
+    return 1 + max((int(name[len(prefix):].split(".")[0]) for name in names if name.startswith(prefix)), default=-1)
 
 
 def ddit_config(x):
+    head = x.get("text_head.linear.weight")
     width, channels, patch, _ = x["x_embedder.proj.weight"].shape
-    return DDiTConfig(depth=count(x, "joint_blocks.{}.x_block.attn.qkv.weight"), width=width, heads=width // 64,
+    return DDiTConfig(depth=count(x, "joint_blocks."), width=width, heads=width // 64,
                       patch=patch, channels=channels, text_dim=x["context_embedder.weight"].shape[1],
-                      vocab=x["text_head.linear.weight"].shape[0] if "text_head.linear.weight" in x else 0,
+                      vocab=head.shape[0] if head else DDiTConfig.vocab,
                       pos_size=math.isqrt(x["pos_embed"].shape[1]),
                       qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in x)
 
@@ -413,14 +418,14 @@ def t5_config(x):
     first = "encoder.block.0.layer.0.SelfAttention."
     vocab, width = x["shared.weight"].shape
     buckets, heads = x[first + "relative_attention_bias.weight"].shape
-    return T5Config(d_model=width, num_layers=count(x, "encoder.block.{}.layer.0.SelfAttention.q.weight"),
-                    num_heads=heads, d_kv=x[first + "q.weight"].shape[0] // heads, buckets=buckets, vocab_size=vocab,
+    return T5Config(d_model=width, vocab_size=vocab, num_layers=count(x, "encoder.block."), num_heads=heads,
+                    d_kv=x[first + "q.weight"].shape[0] // heads, buckets=buckets,
                     d_ff=x["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"].shape[0])
 
 
 def vae_config(x):
     channels = x["encoder.conv_in.weight"].shape[0]
-    levels = count(x, "encoder.down.{}.block.0.conv1.weight")
+    levels = count(x, "encoder.down.")
     return VAEConfig(channels=channels, latent_channels=x["encoder.conv_out.weight"].shape[0] // 2, multipliers=tuple(
         x[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // channels for i in range(levels)))
 
@@ -489,8 +494,7 @@ def sort_out(path, stored):
 
 
 def from_diffusers(part, stored):
-    blocks = count(stored, {"ddit": "transformer_blocks.{}.attn.to_q.weight",
-                            "vae": "encoder.down_blocks.{}.resnets.0.conv1.weight"}[part])
+    blocks = count(stored, {"ddit": "transformer_blocks.", "vae": "encoder.down_blocks."}[part])
     found = {}
     for ours, theirs, how in renaming(part, blocks):
         if theirs[0].endswith("norm1_context.linear") and f"{theirs[0][:-20]}ff_context.net.2.weight" not in stored:
@@ -670,9 +674,14 @@ class DualDiffusion(nn.Module):
         found = inspect(path, t5, vae, tokenizer)
         if found.spiece is None:
             raise ValueError(f"{path}: holds no tokenizer; give T5's spiece.model (--spiece)")
-        tokenizer, config = Tokenizer(found.spiece), found.config()
-        config.ddit.vocab = config.ddit.vocab or tokenizer.vocab_size
-        if "ddit" in found.parts and config.ddit.vocab != tokenizer.vocab_size:
+        config = found.config()
+        try:
+            tokenizer = Tokenizer(found.spiece)
+        except ValueError as error:
+            raise ValueError(f"{tokenizer or path}: {error}") from error
+        if "text_head.linear.weight" not in found.parts.get("ddit", {}):  # a new one, which fits
+            config.ddit.vocab = tokenizer.vocab_size
+        if config.ddit.vocab != tokenizer.vocab_size:
             raise ValueError(f"{path}: its text head knows {config.ddit.vocab} tokens, its tokenizer "
                              f"{tokenizer.vocab_size}; give the tokenizer that it was trained with (--spiece)")
         where = {"t5": "cpu"} if offload else {}
@@ -768,14 +777,15 @@ def describe(found):
         with torch.device("meta"):
             wanted = MODULES[part](getattr(config, part)).state_dict().keys()
         used = [tensors[name] for name in wanted if name in tensors]
-        size = sum(s.shape.numel() for s in used)
         kinds = ", ".join(sorted({s.dtype for s in used}))
-        numbers = ", ".join(f"{k} {v}" for k, v in asdict(getattr(config, part)).items())
-        lines.append(f"{what:12s} {size:,} numbers, {kinds}, in {tensors.path}\n{'':12s} {numbers}")
+        fields = ", ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}"
+                           for k, v in asdict(getattr(config, part)).items())
+        lines.append(f"{what:12s} {sum(s.shape.numel() for s in used):,} parameters, {kinds}, "
+                     f"{sum(s.nbytes for s in used) / 1e9:.3f} GB, in {tensors.path}\n{'':12s} ({fields})")
     lines.append(f"{'tokenizer':12s} " + ("missing" if found.spiece is None else
                                          f"{Tokenizer(found.spiece).vocab_size} tokens, the mask token among them"))
     whole = len(found.parts) == len(WHAT) and found.spiece is not None
-    reads = whole and config.ddit.vocab > 0
+    reads = whole and "text_head.linear.weight" in found.parts["ddit"]
     lines.append("can draw and read" if reads else "can draw; to read, it must be trained first (no text head)" if whole
                  else "can do nothing yet: give what is missing (--t5, --vae, --spiece)")
     return "\n".join(lines)

@@ -34,7 +34,7 @@ class Tokenizer:
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ValueError("the tokenizer is not a SentencePiece model (T5's is named spiece.model)") from error
+            raise ValueError("not a SentencePiece model (T5's is named spiece.model)") from error
         self.model = model
         self.eos_id = self.pieces.eos_id()
         self.vocab_size = len(self.pieces) + SENTINELS

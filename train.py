@@ -552,7 +552,8 @@ def pool_path(args, dd, source):
 
 def keep_settings(path, args, recipe, device):
     """A folder holds one run: note its settings, and refuse to go on with others -> the dtype to compute in."""
-    settings = {"preset": args.preset, "data": args.data, "init": args.init, "seed": args.seed, **asdict(recipe)}
+    given = {name: vars(args)[name] for name in ("preset", "data", "init", "t5", "vae", "spiece", "seed")}
+    settings = given | asdict(recipe)
     if os.path.exists(path):
         with open(path) as f:
             kept = json.load(f)

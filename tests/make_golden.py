@@ -1,17 +1,20 @@
 """Golden values for test_networks.py, computed by other people's code: diffusers' SD3 transformer and autoencoder
 and transformers' T5 encoder. Needs both packages; the tests read only the file that this writes.
 
-    PYTHONPATH=. python tests/make_golden.py
+    PYTHONPATH=. python tests/make_golden.py path/to/spiece.model
 
 Weights are random everywhere, also where training starts from zeros or ones, and are not stored: every tensor is drawn
 from a generator seeded with its name, whose stream numpy has frozen (NEP 19). The names are SD3's single-file names.
 They reach the other side through diffusers' own converters for SD3's file, so names and layouts are tested with them.
 """
+import hashlib
 import json
 import math
+import sys
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -175,6 +178,31 @@ def golden_folders(g):
     return out, names
 
 
+WORDS = ("the a of and to in is was photograph unbelievably antidisestablishmentarianism Paris Washington don't it's "
+         "e-mail U.S.A. naïve café façade Zürich Straße größer œuvre señor ação Ελλάδα κόσμος Москва привет мир שלום "
+         "مرحبا नमस्ते 你好 世界 日本語 カタカナ 한국어 สวัสดี fi ½ ² Å ① ™ … “quoted” «guillemets» — – 😀 👩‍👩‍👧 🇫🇷 ❤️ 1 "
+         "42 2024 3.14159 1,000,000 -7 50% $9.99 #tag @user http://example.org/a?b=c&d=e foo_bar CamelCase x86 "
+         "C++ <b> </b> {json: [1]} \\n / | ~ ^ ` ' \" ! ? ; : . , ( ) [ ] * + = é ﬁne ｆｕｌｌ "
+         "\u200bzero\u00adsoft").split()
+SPACES = [" ", " ", " ", "  ", "   ", "\t", "\n", "\u00a0", "\u3000", ""]
+
+
+def tokenizer_lines():
+    """6,000 lines in several scripts, with punctuation, digits, emoji and every kind of space."""
+    rng = Random(0)
+    for _ in range(6000):
+        text = "".join(rng.choice(WORDS) + rng.choice(SPACES) for _ in range(rng.randint(1, 12)))
+        yield rng.choice(["", "", "", " ", "\n"]) + rng.choice([str, str, str, str.upper, str.title])(text)
+
+
+def tokenizer_checksum(spiece):
+    """Of the ids that transformers' T5 tokenizer gives for those lines."""
+    from transformers import T5Tokenizer
+    reference = T5Tokenizer.from_pretrained(Path(spiece).parent)
+    ids = [reference(line).input_ids for line in tokenizer_lines()]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
 @torch.no_grad()
 def golden():
     """-> {name: tensor}, inputs and outputs."""
@@ -222,4 +250,5 @@ if __name__ == "__main__":
     values = golden()
     with torch.no_grad():
         folders = golden_folders(values)[1]
-    save_file(values, PATH, {"shapes": json.dumps(shapes()), "folders": json.dumps(folders)})
+    save_file(values, PATH, {"shapes": json.dumps(shapes()), "folders": json.dumps(folders),
+                             "tokenizer": tokenizer_checksum(sys.argv[1])})

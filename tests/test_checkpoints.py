@@ -77,7 +77,7 @@ def test_sd3_single_file(tmp_path, together):
     else:
         save_file(states("t5")["t5"], tmp_path / "t5.safetensors")
         dd = load(single_file(tmp_path / "sd3.safetensors", "single", "vae"), t5=str(tmp_path / "t5.safetensors"))
-    assert dd.config.ddit.heads == 2 and dd.config.ddit.vocab == 0
+    assert dd.config.ddit.heads == 2 and dd.config.ddit.vocab == 32100
     assert_close(dd.ddit(GOLDEN["latents"], GOLDEN["t"], GOLDEN["text"])[0], GOLDEN["single.velocity"])
     assert_close(dd.t5(GOLDEN["tokens"].long()), GOLDEN["states"])
     assert_close(dd.vae.encode(GOLDEN["pixels"])[1], GOLDEN["logvar"])
@@ -238,3 +238,59 @@ def test_a_folder_without_a_part(tmp_path):
     path = folder(tmp_path / "sd3", "sd3")
     shutil.rmtree(f"{path}/vae")
     assert load(path).missing == ["VAE"]
+
+
+# ---------------------------------------------------------------- where diffusers and transformers are installed
+
+LIVE = [  # depth, heads, context width, VAE width, file type, shard size, latents (h, w)
+    (1, 4, 40, 32, "float32", "10GB", (8, 8)),
+    (3, 3, 24, 64, "float16", "10GB", (12, 6)),
+    (4, 1, 64, 32, "bfloat16", "200KB", (4, 16)),
+]
+
+
+@pytest.mark.parametrize("depth, heads, context, vae_width, dtype, shard, latent", LIVE)
+def test_files_that_diffusers_wrote(tmp_path, depth, heads, context, vae_width, dtype, shard, latent):
+    """diffusers and transformers write a folder, we read it: the same velocity, states, latents and pictures. What we
+    export of it they read back, bit for bit."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    torch.manual_seed(depth)
+    made = {
+        "transformer": diffusers.SD3Transformer2DModel(
+            num_layers=depth, num_attention_heads=heads, attention_head_dim=64, joint_attention_dim=context,
+            caption_projection_dim=64 * heads, pooled_projection_dim=16, pos_embed_max_size=12, out_channels=16),
+        "vae": diffusers.AutoencoderKL(**make_golden.FOLDER["vae"] | {
+            "block_out_channels": [vae_width, vae_width * 2, vae_width * 4, vae_width * 4], "norm_num_groups": 32}),
+        "text_encoder_3": transformers.T5EncoderModel(transformers.T5Config(
+            **make_golden.FOLDER["text_encoder"] | {"d_model": context}))}
+    for part, module in made.items():
+        for p in module.parameters():  # far from the initial values, many of which are 0 and 1
+            p.add_(0.1 * torch.randn_like(p))
+        module.to(getattr(torch, dtype)).save_pretrained(tmp_path / part, max_shard_size=shard)
+        module.float().eval()
+    dd = load(str(tmp_path))
+    h, w = latent
+    x, t, text = torch.randn(2, 16, h, w), torch.tensor([0.2, 0.9]), torch.randn(2, 5, context)
+    velocity = dd.ddit(x, t, text)[0]
+    assert_close(velocity, made["transformer"](x, text, torch.zeros(2, 16), 1000 * t).sample)
+    tokens = torch.randint(64, (2, 9))
+    assert_close(dd.t5(tokens), made["text_encoder_3"](tokens).last_hidden_state)
+    pixels = torch.rand(1, 3, 8 * h, 8 * w)
+    assert_close(dd.vae.encode(pixels)[0], made["vae"].encode(pixels).latent_dist.mean)
+    assert_close(dd.vae.decode(x), made["vae"].decode(x).sample)
+
+    dd.tokenizer = DualDiffusion.load(SHIPPED).tokenizer
+    dd.export(str(tmp_path / "back"), shard=300_000)
+    t5 = transformers.T5EncoderModel.from_pretrained(tmp_path / "back" / "text_encoder")
+    vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "back" / "vae")
+    assert type(diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "back" / "scheduler")).__name__
+    transformer = diffusers.SD3Transformer2DModel.from_pretrained(
+        tmp_path / "back" / "transformer", low_cpu_mem_usage=False, ignore_mismatched_sizes=True)
+    new = ("norm_out", "proj_out", "time_text_embed.text_embedder", "time_text_embed.timestep_embedder.linear_2.bias",
+           f"transformer_blocks.{depth - 1}.norm1_context")  # renamed by the authors, folded, or grown
+    for theirs, first in ((vae, made["vae"]), (t5, made["text_encoder_3"]), (transformer, made["transformer"])):
+        before = first.state_dict()
+        shared = {name: p for name, p in theirs.state_dict().items() if not name.startswith(new)}
+        assert len(shared) > 0.7 * len(before)
+        for name, p in shared.items():
+            assert torch.equal(p, before[name]), name

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from model import DualDiffusion
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCENE = os.path.join(ROOT, "assets", "scene.png")
 
@@ -30,6 +32,9 @@ def files(tmp_path_factory):
     shipped = open(os.path.join(ROOT, "assets", "tiny.safetensors"), "rb").read()
     (folder / "cut.safetensors").write_bytes(shipped[:len(shipped) // 2])
     save_file({"x": torch.zeros(2)}, folder / "other.safetensors")
+    shipped = DualDiffusion.load(os.path.join(ROOT, "assets", "tiny.safetensors"))
+    shipped.ddit = shipped.t5 = None
+    shipped.save(str(folder / "stage0.safetensors"))
     Image.new("RGB", (20, 20), "red").save(folder / "ok.png")
     (folder / "broken.jsonl").write_text('{"image": "ok.png", "caption": "c"}\n{"image": "ok.png", \n')
     (folder / "missing.jsonl").write_text(json.dumps({"image": "gone.png", "caption": "c"}) + "\n")
@@ -56,7 +61,18 @@ MISTAKES = {
         (["--caption", "ok.png", "--ckpt", "empty.safetensors"], "empty.safetensors: not a readable"),
         (["--caption", "ok.png", "--ckpt", "cut.safetensors"], "cut.safetensors: not a readable"),
         (["--caption", "ok.png", "--ckpt", "other.safetensors"], "other.safetensors"),
-        (["--caption", "ok.png", "--ckpt", "void"], "void: not a readable"),
+        (["--caption", "ok.png", "--ckpt", "void"], "void: holds no .safetensors file"),
+        (["--caption", "ok.png", "--ckpt", "stage0.safetensors"], "stage0.safetensors: holds no transformer and no T5"),
+        (["--caption", "ok.png", "--t5", "stage0.safetensors"], "stage0.safetensors: holds no T5"),
+        (["--caption", "ok.png", "--spiece", "text.png"], "text.png: not a SentencePiece model"),
+        (["--t2i", "x", "--size", "100"], "multiples of 16"),
+        (["--t2i", "x", "--size", "wide"], "is not like 512 or 768x512"),
+        (["--t2i", "a circle", "--size", "64x256"], "larger than the model's 8x8 positions"),
+    ],
+    "model.py": [
+        (["none.safetensors"], "none.safetensors: no such checkpoint"),
+        (["cut.safetensors"], "cut.safetensors: not a readable"),
+        (["other.safetensors"], "other.safetensors: holds no part"),
     ],
     "train.py": [
         (["--stage", "7"], "--stage: invalid choice"),
