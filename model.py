@@ -681,9 +681,9 @@ class DualDiffusion(nn.Module):
             raise ValueError(f"{tokenizer or path}: {error}") from error
         if "text_head.linear.weight" not in found.parts.get("ddit", {}):  # a new one, which fits
             config.ddit.vocab = tokenizer.vocab_size
-        if config.ddit.vocab != tokenizer.vocab_size:
-            raise ValueError(f"{path}: its text head knows {config.ddit.vocab} tokens, its tokenizer "
-                             f"{tokenizer.vocab_size}; give the tokenizer that it was trained with (--spiece)")
+        if config.ddit.vocab != tokenizer.vocab_size or config.t5.vocab_size < tokenizer.vocab_size:
+            raise ValueError(f"{path}: the text head knows {config.ddit.vocab} tokens, T5 {config.t5.vocab_size}, the "
+                             f"tokenizer {tokenizer.vocab_size}; give the one that they were trained with (--spiece)")
         where = {"t5": "cpu"} if offload else {}
         return cls(config, tokenizer, **{part: read_part(part, tensors, getattr(config, part), where.get(part, device),
                                                          dtype) for part, tensors in found.parts.items()}).eval()
