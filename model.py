@@ -251,6 +251,8 @@ PRESETS = {
 MODULES = {"ddit": DDiT, "t5": T5Encoder, "vae": VAE}
 
 # ---------------------------------------------------------------- checkpoint files, ours and other people's
+# Loading has two steps. `inspect` finds out from names and shapes what a file or folder holds and gives every tensor
+# our name, unread. `read_part` then builds a module and reads what it wants, nothing else. `export` is the way back.
 
 # Stability's single files: a prefix a part. Ours are written so too.
 PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}
@@ -360,10 +362,15 @@ class Stored:
     def nbytes(self):
         return self.shape.numel() * (TYPES[self.dtype].itemsize if self.dtype in TYPES else 1)
 
+    @property
+    def own_dtype(self):
+        """The type to compute in that loses nothing and takes the least room: the file's, but for fp8."""
+        return torch.bfloat16 if self.dtype == "F8_E4M3" else TYPES.get(self.dtype)
+
     def read(self, device="cpu", dtype=torch.float32):
-        """dtype None is the file's own (bf16 for fp8, in which nothing is computed). On the CPU and of that type the
-        tensor is the file, mapped. Otherwise the file is let go at once: no page of it stays beside the copy."""
-        tensors, dtype = [], dtype or {"F8_E4M3": torch.bfloat16}.get(self.dtype, TYPES.get(self.dtype))
+        """dtype None is `own_dtype`. A tensor that needs no conversion is the file itself, mapped. Otherwise the file
+        is let go at once, so that no page of it stays in memory beside the copy."""
+        tensors, dtype = [], dtype or self.own_dtype
         for path, name, _ in self.pieces:
             with safe_open(path, framework="pt") as f:
                 tensors.append(f.get_tensor(name).to(device, dtype))
@@ -573,7 +580,7 @@ def read_part(part, tensors, config, device, dtype):
         module = MODULES[part](config)
     state = from_sd3(tensors, config) if part == "ddit" else {}
     for name, tensor in state.items():
-        state[name] = tensor.to(device, dtype or TYPES[tensors["x_embedder.proj.weight"].dtype])
+        state[name] = tensor.to(device, dtype or tensors["x_embedder.proj.weight"].own_dtype)
     for name, wanted in module.state_dict().items():
         if name in state:
             continue
