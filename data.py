@@ -5,15 +5,19 @@ A source of data, whichever it is, is indexed: `image(i)` is a picture, `caption
 user's files. The world also judges: `read_scene` recovers the objects of a drawn image without any network, and
 `telling_holds` says whether a sentence is true of a scene.
 """
+import argparse
 import colorsys
 import functools
+import io
 import json
 import os
 import re
+import sys
+import tarfile
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 # ---------------------------------------------------------------- the world
 
@@ -309,11 +313,12 @@ def question_ids(tokenizer, question, answer, length):
 # ---------------------------------------------------------------- the user's images and texts
 
 
-def load_image(path, width, height=None):
+def load_image(path, width, height=None, file=None):
     """Any picture file -> RGB image of width x height (square if only one is given): turned upright by its EXIF note,
-    transparency on white, resized (bicubic) to cover, centre cropped. Raises ValueError if it is no picture."""
+    transparency on white, resized (bicubic) to cover, centre cropped. `file`: bytes to read instead of opening `path`.
+    Raises ValueError if it is no picture, or one of more than 179 million pixels."""
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(file) if file is not None else path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16-bit grey
                 image = Image.fromarray((np.asarray(image).astype(float) / 257).clip(0, 255).astype(np.uint8))
@@ -324,7 +329,7 @@ def load_image(path, width, height=None):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        empty = os.path.isfile(path) and os.path.getsize(path) == 0
+        empty = file == b"" or file is None and os.path.isfile(path) and os.path.getsize(path) == 0
         raise ValueError(f"{path}: cannot be read as an image "
                          f"({'the file is empty' if empty else str(error).splitlines()[0]})") from None
 
@@ -340,21 +345,70 @@ def to_images(pixels):
     return ((pixels + 1) * 127.5 + 0.5).astype(np.uint8)
 
 
-class Records:
-    """The user's data: a JSONL file of {"image": path, "caption": text} and/or {"image", "question", "answer"}, paths
-    relative to the file; or a folder of images, whose caption is the .txt of the same name or, without one, the name
-    of the folder they lie in. Every record is checked when it is opened; a bad one is named with its line."""
-    def __init__(self, path, size):
-        self.path, self.size = path, size
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{path}: no such file or folder to train on")
-        self.rows = self._folder() if os.path.isdir(path) else self._jsonl()
-        if not self.rows:
-            raise ValueError(f"{path}: holds no images")
+class Record(NamedTuple):
+    """One image and what is said of it."""
+    image: str                # a path; in a .tar, the shard's path and the member's name
+    captions: tuple           # of str; may be empty where there are questions
+    asked: tuple              # of (question, answer)
+    inside: tuple = ()        # in a .tar: where the image's bytes begin, and how many there are
 
-    def _folder(self):
-        rows = []
-        for folder, _, names in sorted(os.walk(self.path)):
+    @classmethod
+    def read(cls, row, base, where, inside=()):
+        """A JSON object in one of the forms that people have -> Record. `base`: the folder that paths start from;
+        `where`: for messages. Raises ValueError with one line."""
+        if not isinstance(row, dict):
+            raise ValueError(f'{where}: want an object like {{"image": path, "caption": text}}')
+        image = next((row[key] for key in ("image", "image_path", "file_name") if key in row), None)
+        captions = [row[key] for key in ("caption", "re_caption", "text") if key in row]
+        asked = []
+        if "question" in row:
+            answers = row.get("answers", [row.get("answer")])
+            answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
+            asked = [(row["question"], max(answers, key=answers.count, default=None))]  # ten people: what most said
+        turns = [turn["value"].replace("<image>", "").strip() for turn in row.get("conversations", [])]
+        asked += zip(turns[0::2], turns[1::2])  # LLaVA: a human and the model in turn
+        if not isinstance(image, str):
+            raise ValueError(f'{where}: names no image ("image", "image_path" or "file_name")')
+        if not captions and not asked:
+            raise ValueError(f'{where}: has neither "caption" nor "question" with "answer", nor "conversations"')
+        if not all(isinstance(text, str) for text in (*captions, *(text for pair in asked for text in pair))):
+            raise ValueError(f"{where}: captions, questions and answers are strings")
+        return cls(os.path.join(base, image), tuple(captions), tuple(asked), inside)
+
+
+def expand(pattern):
+    """"d/{000..002}.tar" -> ["d/000.tar", "d/001.tar", "d/002.tar"], as a shell would."""
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not braces:
+        return [pattern]
+    first, last = braces.groups()
+    return [path for n in range(int(first), int(last) + 1)
+            for path in expand(f"{pattern[:braces.start()]}{n:0{len(first)}d}{pattern[braces.end():]}")]
+
+
+class Records:
+    """The user's data, from one or several of: a .json list or .jsonl of objects (`Record.read` knows the forms); a
+    folder of images, captioned by its metadata.jsonl, or by the .txt of the same name, or else by the name of the
+    folder they lie in; WebDataset shards, .tar files of images, each with its .txt or .json ({000..999} for many).
+
+    Texts are read when it is opened, and a bad line is named; images, when they are asked for."""
+    def __init__(self, paths, size):
+        self.size, self.rows = size, []
+        for path in (one for given in ([paths] if isinstance(paths, str) else paths) for one in expand(given)):
+            if not os.path.exists(path):
+                raise FileNotFoundError(f"{path}: no such file or folder to train on")
+            read = (self.folder if os.path.isdir(path) else self.shard if path.endswith(".tar") else self.json)
+            found = list(read(path))
+            if not found:
+                raise ValueError(f"{path}: holds no images")
+            self.rows += found
+
+    @staticmethod
+    def folder(path):
+        if os.path.exists(listed := os.path.join(path, "metadata.jsonl")):
+            yield from Records.json(listed)
+            return
+        for folder, _, names in sorted(os.walk(path)):
             for name in sorted(names):
                 stem, extension = os.path.splitext(os.path.join(folder, name))
                 if extension.lower() not in Image.registered_extensions():
@@ -363,44 +417,145 @@ class Records:
                 if os.path.exists(stem + ".txt"):
                     with open(stem + ".txt", encoding="utf-8") as f:
                         text = f.read().strip()
-                rows.append({"image": os.path.join(folder, name), "caption": text})
-        return rows
+                yield Record(os.path.join(folder, name), (text,), ())
 
-    def _jsonl(self):
-        rows, base = [], os.path.dirname(self.path)
-        with open(self.path, encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
+    @staticmethod
+    def json(path):
+        base = os.path.dirname(path)
+        with open(path, encoding="utf-8") as f:
+            if path.endswith(".json"):
+                lines, parse = [f.read()], json.loads
+            else:
+                lines, parse = f, lambda line: [json.loads(line)]
+            for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                where = f"{self.path}, line {number}"
                 try:
-                    row = json.loads(line)
-                    row["image"] = os.path.join(base, row["image"])
+                    rows = parse(line)
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: not valid JSON ({error})") from None
-                except (KeyError, TypeError):
-                    raise ValueError(f'{where}: want {{"image": path, "caption": text}}') from None
-                if not os.path.isfile(row["image"]):
-                    raise FileNotFoundError(f"{where}: no such image: {row['image']}")
-                texts = [row[key] for key in ("caption", "question", "answer") if key in row]
-                if not ("caption" in row or ("question" in row and "answer" in row)):
-                    raise ValueError(f'{where}: has neither "caption" nor "question" with "answer"')
-                if not all(isinstance(text, str) for text in texts):
-                    raise ValueError(f"{where}: captions, questions and answers are strings")
-                rows.append(row)
-        return rows
+                    raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
+                for k, row in enumerate(rows, number):
+                    where = f"{path}, {'item' if path.endswith('.json') else 'line'} {k}"
+                    try:
+                        record = Record.read(row, base, where)
+                    except (KeyError, TypeError, AttributeError):
+                        raise ValueError(f"{where}: not in a form that this program knows") from None
+                    if not os.path.isfile(record.image):
+                        raise FileNotFoundError(f"{where}: no such image: {record.image}")
+                    yield record
+
+    @staticmethod
+    def shard(path):
+        """One pass over the shard's headers. Members of one sample share their name up to the first dot."""
+        def finish(sample):
+            if "inside" in sample:
+                yield Record.read(sample, "", sample["image"], sample["inside"])
+        try:
+            with tarfile.open(path) as tar:
+                sample, stem = {}, None
+                for member in tar:
+                    if not member.isfile():
+                        continue
+                    head, name = os.path.split(member.name)
+                    key, extension = os.path.join(head, name.split(".")[0]), os.path.splitext(name)[1].lower()
+                    if key != stem:
+                        yield from finish(sample)
+                        sample, stem = {}, key
+                    if extension in (".txt", ".json"):
+                        text = tar.extractfile(member).read().decode()
+                        sample |= {"caption": text.strip()} if extension == ".txt" else {
+                            k: v for k, v in json.loads(text).items() if k not in ("image", "image_path", "file_name")}
+                    elif extension in Image.registered_extensions():
+                        sample |= {"image": f"{path}/{member.name}", "inside": (member.offset_data, member.size)}
+                yield from finish(sample)
+        except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not a readable .tar shard ({error})") from None
 
     def __len__(self):
         return len(self.rows)
 
     def image(self, i):
-        return np.asarray(load_image(self.rows[i]["image"], self.size))
+        """-> (size,size,3) uint8. Raises ValueError naming the image if it cannot be read."""
+        row, file = self.rows[i], None
+        if row.inside:
+            start, count = row.inside
+            with open(row.image[:row.image.index(".tar/") + 4], "rb") as f:
+                f.seek(start)
+                file = f.read(count)
+        return np.asarray(load_image(row.image, self.size, file=file))
 
     def caption(self, i, rng):
-        """Its caption; a record that has none is told by its question and answer."""
+        """One of its captions; a record that has none is told by a question with its answer."""
         row = self.rows[i]
-        return row["caption"] if "caption" in row else f"{row['question']} {row['answer']}"
+        return pick(rng, row.captions) if row.captions else " ".join(pick(rng, row.asked))
 
     def question(self, i, rng):
-        row = self.rows[i]
-        return (row["question"], row["answer"]) if "question" in row else None
+        """-> question, answer; None if it has none."""
+        asked = self.rows[i].asked
+        return pick(rng, asked) if asked else None
+
+
+# ---------------------------------------------------------------- pictures for people
+
+
+def sheet(path, cells, columns=4, width=192):
+    """A PNG of pictures with their texts. cells: [(image (H,W,3) uint8, text)]; width: of one, in pixels."""
+    font = ImageFont.load_default(size=12)
+    rows = []
+    for at in range(0, len(cells), columns):
+        texts = [wrap(text, font, width) for _, text in cells[at:at + columns]]
+        row = Image.new("RGB", (columns * (width + 8), width + 20 + 15 * max(t.count("\n") for t in texts)), "white")
+        for k, ((image, _), text) in enumerate(zip(cells[at:at + columns], texts)):
+            row.paste(Image.fromarray(image).resize((width, width), Image.Resampling.NEAREST), (k * (width + 8) + 4, 4))
+            ImageDraw.Draw(row).text((k * (width + 8) + 4, width + 6), text, fill="black", font=font, spacing=2)
+        rows.append(np.asarray(row))
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
+def wrap(text, font, width):
+    lines = []
+    for paragraph in text.split("\n"):
+        lines.append("")
+        for word in paragraph.split():
+            if font.getlength(f"{lines[-1]} {word}") > width:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw samples of a data set as the model will see them.")
+    parser.add_argument("data", nargs="*", help="what train.py's --data takes; default: the built-in world")
+    parser.add_argument("--size", type=int, default=64, help="pixels of a side (256 or 512 at full size)")
+    parser.add_argument("--num", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="data.png")
+    args = parser.parse_args()
+    source, rng = Records(args.data, args.size) if args.data else World(args.seed), np.random.default_rng(args.seed)
+    cells, bad = [], []
+    for i in rng.permutation(min(len(source), 10_000)):
+        try:
+            image = source.image(int(i))
+        except ValueError as error:
+            bad.append(str(error))
+            continue
+        asked = source.question(int(i), rng)
+        text = f"[{source.caption(int(i), rng)}]" + (f"\nQ: {asked[0]} A: [{asked[1]}]" if asked else "")
+        cells.append((image, text))
+        if len(cells) == args.num:
+            break
+    for line in bad:
+        print(line, file=sys.stderr)
+    if not cells:
+        raise ValueError(f"{' '.join(args.data)}: no image can be read")
+    sheet(args.out, cells)
+    print(f"{args.out}: {len(cells)} of {len(source) if args.data else 'endless'} samples; "
+          f"what is in [brackets] may be masked")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -37,7 +36,7 @@ from tqdm import tqdm
 import data
 from losses import corrupt, joint_loss
 from model import DTYPES, PRESETS, DualDiffusion, add_parts
-from sample import SHIPPED, Parser, answer, caption, existing_device, fail, text_to_image
+from sample import SHIPPED, Parser, answer, caption, existing_device, fail, text_to_image, warn
 from t5 import Tokenizer
 
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws
@@ -144,18 +143,40 @@ def draw_rows(seed, first, count, total):
     return [int(order[at // total][at % total]) for at in stream]
 
 
-def encode_pool(dd, source, total, path):
-    """Encode `total` images once; later stages and runs read them from `path` -> memory-mapped array
-    (total,2,C,h,w) float16 of means and log-variances."""
+def readable(source, path):
+    """Try every image once -> the indices of those that can be read, kept in `path`; the others are named in a list
+    beside it. More than one in ten bad among a thousand: something else is wrong, and the run ends."""
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        good, bad = [], {}
+        for i in tqdm(range(len(source)), desc="checking images once", unit="image"):
+            try:
+                source.image(i)
+                good.append(i)
+            except (ValueError, OSError) as error:
+                bad[i] = str(error)
+                if sum(j > i - 1000 for j in bad) > 100:
+                    fail(f"more than 100 bad images among the last thousand, the last: {error}")
+        if bad:
+            with open(f"{path}.bad.txt", "w") as f:
+                f.writelines(f"{line}\n" for line in bad.values())
+            warn(f"{len(bad)} of {len(source)} images cannot be read and are left out: {path}.bad.txt names them")
+        np.save(path, good)
+    return np.load(path).tolist()
+
+
+def encode_pool(dd, source, ids, path):
+    """Encode images once; later stages and runs read them from `path` -> memory-mapped array (max(ids)+1,2,C,h,w)
+    float16 of means and log-variances, filled in at `ids`."""
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         side = dd.config.settings.size // dd.config.vae.factor
         pool = np.lib.format.open_memmap(f"{path}.partial", "w+", np.float16,
-                                         (total, 2, dd.config.vae.latent_channels, side, side))
+                                         (max(ids) + 1, 2, dd.config.vae.latent_channels, side, side))
         with torch.inference_mode():
-            for at in tqdm(range(0, total, 100), desc="encoding images once", unit_scale=100, unit="image"):
-                pixels = data.to_pixels([source.image(i) for i in range(at, min(at + 100, total))])
-                pool[at:at + 100] = torch.stack(dd.vae.encode(torch.from_numpy(pixels).to(dd.device)), 1).cpu().numpy()
+            for part in in_batches("encoding images once", list(ids), 100):
+                pixels = torch.from_numpy(data.to_pixels([source.image(i) for i in part]))
+                pool[part] = torch.stack(dd.vae.encode(pixels.to(dd.device)), 1).float().cpu().numpy()
         pool.flush()
         os.replace(f"{path}.partial", path)
     return np.load(path, mmap_mode="r")
@@ -270,31 +291,6 @@ def report(scores):
         for what, (right, total) in scores.items())
 
 
-def sheet(path, cells, columns=4, width=192):
-    """A PNG of pictures with their texts. cells: [(image (H,W,3) uint8, text)]; width: of one, in pixels."""
-    font = ImageFont.load_default(size=12)
-    rows = []
-    for at in range(0, len(cells), columns):
-        texts = [wrap(text, font, width) for _, text in cells[at:at + columns]]
-        row = Image.new("RGB", (columns * (width + 8), width + 20 + 15 * max(t.count("\n") for t in texts)), "white")
-        for k, ((image, _), text) in enumerate(zip(cells[at:at + columns], texts)):
-            row.paste(Image.fromarray(image).resize((width, width), Image.Resampling.NEAREST), (k * (width + 8) + 4, 4))
-            ImageDraw.Draw(row).text((k * (width + 8) + 4, width + 6), text, fill="black", font=font, spacing=2)
-        rows.append(np.asarray(row))
-    Image.fromarray(np.concatenate(rows)).save(path)
-
-
-def wrap(text, font, width):
-    lines = []
-    for paragraph in text.split("\n"):
-        lines.append("")
-        for word in paragraph.split():
-            if font.getlength(f"{lines[-1]} {word}") > width:
-                lines.append("")
-            lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
-
-
 def reconstruct(dd, images):
     """Images -> what is left of them after the VAE's round trip, uint8."""
     with torch.inference_mode():
@@ -309,7 +305,7 @@ def show(dd, source, indices, path, seed=0):
     if dd.ddit is None:
         images = [source.image(i) for i in indices[:8]]
         pairs = zip(images, reconstruct(dd, images))
-        return sheet(path, [cell for true, seen in pairs for cell in ((true, "true"), (seen, "seen"))])
+        return data.sheet(path, [cell for true, seen in pairs for cell in ((true, "true"), (seen, "seen"))])
     texts = [source.caption(i, rng) for i in indices[:8]]
     drawn = text_to_image(dd, texts, cfg=settings.cfg, shift=settings.shift, generator=generator)
     images = [source.image(i) for i in indices[-8:]]
@@ -317,7 +313,7 @@ def show(dd, source, indices, path, seed=0):
     asked = [(source.question(i, rng) or ("what is this?",))[0] for i in indices[-8:]]
     read = zip(images, caption(dd, pixels, generator=generator, **READING), asked,
                answer(dd, pixels, asked, generator=generator, **READING))
-    sheet(path, [*zip(data.to_images(drawn), texts), *((im, f"{c}\n{q}\n> {a}") for im, c, q, a in read)])
+    data.sheet(path, [*zip(data.to_images(drawn), texts), *((im, f"{c}\n{q}\n> {a}") for im, c, q, a in read)])
 
 
 # ---------------------------------------------------------------- the loop
@@ -409,10 +405,12 @@ def main():
     size = PRESETS[args.preset].settings.size
     if args.data:
         source = unseen = data.Records(args.data, size)
-        if len(source) < 20:
-            fail(f"{args.data}: holds {len(source)} images; training wants 20 or more")
-        unseen_ids = range(0, len(source), max(20, len(source) // 250))
-        train_ids = sorted(set(range(len(source))) - set(unseen_ids))
+        with rank_0_first(rank, processes):
+            ids = readable(source, kept_path(args, source, "images"))
+        if len(ids) < 20:
+            fail(f"{' '.join(args.data)}: holds {len(ids)} images; training wants 20 or more")
+        unseen_ids = ids[::max(20, len(ids) // 250)]
+        train_ids = sorted(set(ids) - set(unseen_ids))
     else:
         source, unseen = data.World(args.seed), data.World(UNSEEN + args.seed)
         unseen_ids, train_ids = range(args.judge or 250), range(recipe.pool)
@@ -439,7 +437,8 @@ def main():
         names = ("reconstruction", "kl")
     else:
         with rank_0_first(rank, processes):
-            pool = encode_pool(dd, source, len(source) if args.data else recipe.pool, pool_path(args, dd, source))
+            path = kept_path(args, source, "latents", len(train_ids), dd.vae)
+            pool = encode_pool(dd, source, train_ids, path)
 
         def objective(rows, step, generator):
             mean, logvar = torch.from_numpy(pool[rows].astype(np.float32)).unbind(1)
@@ -505,16 +504,16 @@ def main():
     bar.close()
 
     if rank == 0:
-        finish(args, recipe, dd, source, unseen, unseen_ids, folder)
+        finish(args, recipe, dd, source, train_ids, unseen, unseen_ids, folder)
     if processes > 1:
         dist.destroy_process_group()
 
 
-def finish(args, recipe, dd, source, unseen, unseen_ids, folder):
+def finish(args, recipe, dd, source, train_ids, unseen, unseen_ids, folder):
     """The end of a stage: the file for sample.py, the judged scores, a last sheet."""
     path = os.path.join(folder, "model.safetensors")
     if args.stage == "0":  # bring latents to mean 0 and deviation 1, which the transformer expects
-        pixels = torch.from_numpy(data.to_pixels([source.image(i) for i in range(min(512, len(source)))]))
+        pixels = torch.from_numpy(data.to_pixels([source.image(i) for i in train_ids[:512]]))
         with torch.inference_mode():
             z = torch.cat([dd.vae.encode(part.to(dd.device))[0] for part in pixels.split(64)])
         dd.config.vae.shift, dd.config.vae.scale = z.mean().item(), 1 / z.std().item()
@@ -542,12 +541,13 @@ def load_state(path, modules, optimizers, device):
     return state["step"]
 
 
-def pool_path(args, dd, source):
-    """A name that changes with whatever the latents depend on: the VAE, and which images."""
-    key = hashlib.sha256(repr(source.rows if args.data else (source.seed, len(source))).encode())
-    for tensor in dd.vae.state_dict().values():
+def kept_path(args, source, what, count=0, vae=None):
+    """A file's name that changes with whatever its content depends on: which images and how many, and for latents the
+    VAE."""
+    key = hashlib.sha256(repr((source.rows if args.data else source.seed, count)).encode())
+    for tensor in vae.state_dict().values() if vae else ():
         key.update(tensor.cpu().numpy().tobytes())
-    return os.path.join(args.out, f"latents-{key.hexdigest()[:12]}.npy")
+    return os.path.join(args.out, f"{what}-{key.hexdigest()[:12]}.npy")
 
 
 def keep_settings(path, args, recipe, device):
@@ -574,7 +574,8 @@ def parse_args():
     parser.add_argument("--eval", metavar="FILE", help="judge this checkpoint instead of training")
     parser.add_argument("--judge", type=int, help="scenes to judge on (1000 with --eval, 250 at the end of a stage)")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny")
-    parser.add_argument("--data", help="a JSONL file or a folder of images and texts; default: the built-in world")
+    parser.add_argument("--data", nargs="+", help="images and texts: .json, .jsonl, .tar or folders; default: the "
+                        "built-in world")
     parser.add_argument("--init", help="checkpoint to start from; default: the stage before")
     add_parts(parser)
     parser.add_argument("--out", default="runs", help="where stageN/ folders are made")

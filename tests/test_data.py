@@ -1,5 +1,8 @@
 """The built-in world, its judge, and the user's files."""
+import io
 import json
+import sys
+import tarfile
 from collections import Counter
 
 import numpy as np
@@ -151,24 +154,104 @@ def write_jsonl(path, rows):
     return str(path)
 
 
-def test_records_from_jsonl_and_folder(tmp_path):
-    (tmp_path / "cats").mkdir()
-    save(tmp_path / "cats" / "a.png", "RGB", "red")
-    save(tmp_path / "cats" / "b.png", "RGB", "blue")
-    (tmp_path / "cats" / "b.txt").write_text("a blue picture\n")
-    folder = data.Records(str(tmp_path), 16)
-    assert [folder.caption(i, None) for i in range(2)] == ["cats", "a blue picture"]
-    assert (folder.image(0) == (255, 0, 0)).all() and folder.question(0, None) is None
-    rows = [{"image": "cats/a.png", "caption": "red"}, "",
-            {"image": "cats/b.png", "question": "which?", "answer": "blue"}]
-    lines = data.Records(write_jsonl(tmp_path / "d.jsonl", rows), 16)
-    assert len(lines) == 2 and lines.caption(0, None) == "red" and lines.question(1, None) == ("which?", "blue")
+RNG = np.random.default_rng(0)
+
+
+def said(records):
+    """All that a data set says: (the image's grey value, captions, questions with answers) of each record."""
+    return [(int(records.image(i)[0, 0, 0]), row.captions, row.asked) for i, row in enumerate(records.rows)]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """0.png ... 5.png, of grey value 0, 10, ... 50."""
+    for k in range(6):
+        save(tmp_path / f"{k}.png", "L", 10 * k)
+    return tmp_path
+
+
+def test_a_folder(pictures):
+    (pictures / "big_cats").mkdir()
+    save(pictures / "big_cats" / "a.png", "L", 70)
+    save(pictures / "big_cats" / "b.png", "L", 80)
+    (pictures / "big_cats" / "b.txt").write_text("a lion\n")
+    records = data.Records(str(pictures / "big_cats"), 16)
+    assert said(records) == [(70, ("big cats",), ()), (80, ("a lion",), ())]
+    assert records.question(0, RNG) is None and records.caption(1, RNG) == "a lion"
+    write_jsonl(pictures / "metadata.jsonl", [{"file_name": "3.png", "text": "three"}])
+    assert said(data.Records(str(pictures), 16)) == [(30, ("three",), ())]
+
+
+ROWS = [({"image": "0.png", "caption": "zero"}, (0, ("zero",), ())),
+        ({"image_path": "1.png", "caption": "one", "re_caption": "a one"}, (10, ("one", "a one"), ())),
+        ({"image": "2.png", "question": "which?", "answer": "two"}, (20, (), (("which?", "two"),))),
+        ({"image": "3.png", "question": "?", "answers": [{"answer": "b"}, {"answer": "a"}, {"answer": "a"}]},
+         (30, (), (("?", "a"),))),
+        ({"image": "4.png", "conversations": [
+            {"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "four"},
+            {"from": "human", "value": "sure?"}, {"from": "gpt", "value": "yes"}]},
+         (40, (), (("what is it?", "four"), ("sure?", "yes"))))]
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_json_in_every_form(pictures, ending):
+    rows, wanted = zip(*ROWS)
+    if ending == "jsonl":
+        path = write_jsonl(pictures / "d.jsonl", [*rows, ""])
+    else:
+        path = str(pictures / "d.json")
+        (pictures / "d.json").write_text(json.dumps(rows))
+    records = data.Records(path, 16)
+    assert said(records) == list(wanted)
+    assert records.question(4, RNG) in wanted[4][2] and records.caption(2, RNG) == "which? two"
+    assert {records.caption(1, RNG) for _ in range(50)} == {"one", "a one"}
+    assert len(data.Records([path, path], 16)) == 2 * len(rows)
+
+
+def add(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def test_webdataset_shards(pictures):
+    for shard in range(2):
+        with tarfile.open(pictures / f"s-{shard:03d}.tar", "w") as tar:
+            for k in range(2):
+                n = 2 * shard + k
+                if k == 0:
+                    add(tar, f"d/{n}.txt", f"number {n}".encode())
+                add(tar, f"d/{n}.png", (pictures / f"{n}.png").read_bytes())
+                if k == 1:
+                    told = {"caption": f"nr. {n}", "question": "n?", "answer": str(n)}
+                    add(tar, f"d/{n}.json", json.dumps(told).encode())
+            add(tar, "d/x.txt", b"no image")
+    assert said(data.Records(str(pictures / "s-{000..001}.tar"), 16)) == [
+        (0, ("number 0",), ()), (10, ("nr. 1",), (("n?", "1"),)),
+        (20, ("number 2",), ()), (30, ("nr. 3",), (("n?", "3"),))]
+    (pictures / "s-002.tar").write_bytes((pictures / "s-001.tar").read_bytes()[:700])
+    with pytest.raises(ValueError, match="s-002.tar: not a readable .tar shard"):
+        data.Records(str(pictures / "s-002.tar"), 16)
+    with pytest.raises(FileNotFoundError, match="s-003.tar"):
+        data.Records(str(pictures / "s-{003..004}.tar"), 16)
+
+
+def test_the_sheet(pictures, monkeypatch, capsys):
+    monkeypatch.chdir(pictures)
+    (pictures / "bad.png").write_bytes(b"bad")
+    write_jsonl(pictures / "d.jsonl", [*(row for row, _ in ROWS), {"image": "bad.png", "caption": "bad"}])
+    monkeypatch.setattr(sys, "argv", ["data.py", "d.jsonl", "--size", "32"])
+    data.main()
+    out, err = capsys.readouterr()
+    assert "data.png: 5 of 6 samples" in out and "bad.png: cannot be read" in err
+    assert Image.open("data.png").size == (800, np.asarray(Image.open("data.png")).shape[0])
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"image": "x.png", "caption"', "line 2: not valid JSON"), ('{"caption": "no image"}', "line 2: want"),
+    ('{"image": "x.png", "caption"', "line 2: not valid JSON"), ('{"caption": "no image"}', "line 2: names no image"),
     ("7", "line 2: want"), ('{"image": "none.png", "caption": "c"}', "line 2: no such image: .*none.png"),
-    ('{"image": "x.png"}', "line 2: has neither")])
+    ('{"image": "x.png"}', "line 2: has neither"), ('{"image": "x.png", "caption": 7}', "line 2: captions, questions"),
+    ('{"image": "x.png", "conversations": [{"from": "human"}]}', "line 2: not in a form")])
 def test_a_bad_line_is_named(tmp_path, line, message):
     save(tmp_path / "x.png", "RGB", "red")
     with pytest.raises((ValueError, OSError), match=message):
