@@ -458,7 +458,7 @@ def main():
             kept = [line for line in f if json.loads(line)["step"] <= start]
         with open(metrics, "w") as f:
             f.writelines(kept)
-    stop = []  # Ctrl-C and a polite kill end the run after the step in hand, with a checkpoint
+    stop = []  # Ctrl-C and a polite kill end the run soon, with a checkpoint
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, frame: stop.append(number))
 
@@ -482,23 +482,31 @@ def main():
         log.append(torch.stack([*parts, norm]).detach())
 
         done = step + 1
-        if rank == 0 and (done % 20 == 0 or done == recipe.steps):  # the one place that waits for the device
-            *losses, norm = torch.stack(log).mean(0).tolist()
+        ending = bool(stop)
+        if processes > 1:  # a signal reaches the processes at different steps: every 20, they agree on one to stop at
+            agreed = torch.tensor(float(ending), device=device)
+            if done % 20 == 0:
+                dist.all_reduce(agreed, dist.ReduceOp.MAX)
+            ending = done % 20 == 0 and agreed.item() > 0
+        report_now = done % 20 == 0 or done == recipe.steps  # here and at checkpoints the loop waits for the device
+        save_now = done % args.save_every == 0 or done == recipe.steps or ending
+        if rank == 0 and (report_now or save_now) and not torch.isfinite(loss + norm):
+            fail(f"the loss or its gradient is not a number at step {done}; the last checkpoint is from before it. "
+                 f"Lower --rate or --muon")
+        if rank == 0 and report_now:
+            *losses, mean_norm = torch.stack(log).mean(0).tolist()
             speed, log, since = len(log) * recipe.batch / (time.perf_counter() - since), [], time.perf_counter()
-            if not all(map(np.isfinite, losses)):
-                fail(f"the loss is not a number at step {done}; nothing was saved since the last checkpoint. "
-                     f"Lower --rate or --muon")
             bar.set_postfix({n: f"{x:.4f}" for n, x in zip(names, losses)}
                             | {"rate": f"{optimizers[0].param_groups[0]['lr']:.1e}", "images/s": f"{speed:.0f}"})
             with open(metrics, "a") as f:
-                f.write(json.dumps({"step": done, **dict(zip(names, losses)), "grad_norm": norm,
+                f.write(json.dumps({"step": done, **dict(zip(names, losses)), "grad_norm": mean_norm,
                                     "rate": optimizers[0].param_groups[0]["lr"], "images_per_s": speed}) + "\n")
-        if rank == 0 and (done % args.save_every == 0 or done == recipe.steps or stop):
+        if rank == 0 and save_now:
             save_state(checkpoint, done, modules, optimizers)
         if rank == 0 and done % args.show_every == 0 and done < recipe.steps:
             show(dd, unseen, unseen_ids, os.path.join(folder, f"samples-{done:06d}.png"))
             since = time.perf_counter()
-        if stop:
+        if ending:
             bar.close()
             sys.exit(f"stopped after step {done}; the same command goes on from there")
     bar.close()

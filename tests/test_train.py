@@ -65,6 +65,31 @@ def test_a_killed_run_ends_with_the_same_weights(uninterrupted, tmp_path):
     assert steps == [20, 30]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_polite_kill_leaves_a_checkpoint(tmp_path, processes):
+    """SIGTERM, as a cluster sends it. Two processes get it at different steps, and stop at the same one."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    args = ["--stage", 1, "--steps", 10_000, "--save-every", 10_000, "--out", tmp_path, *SMALL]
+    launch = launch if processes == 2 else command()[:1]
+    running = subprocess.Popen([*launch, *command(*args)[1:]], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "stage1" / "metrics.jsonl").exists():
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    err = running.communicate(timeout=60)[1]
+    step = torch.load(tmp_path / "stage1" / "checkpoint.pt")["step"]
+    assert running.returncode != 0 and 20 <= step < 10_000 and (processes == 1 or step % 20 == 0)
+    assert f"stopped after step {step}; the same command goes on from there" in err
+
+
+def test_a_loss_that_is_no_number_is_not_saved(tmp_path):
+    done = subprocess.run(command("--stage", 1, "--steps", 40, "--save-every", 5, "--rate", "1e30", "--out", tmp_path,
+                                  *SMALL), capture_output=True, text=True)
+    assert done.returncode == 2 and "not a number at step" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "stage1" / "checkpoint.pt").exists()
+
+
 def test_two_processes_learn_what_one_does(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
     args = ["--stage", 1, "--steps", 10, "--muon", 0, *SMALL]  # Muon's bf16 iteration would amplify rounding
