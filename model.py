@@ -249,6 +249,112 @@ PRESETS = {
 }
 
 MODULES = {"ddit": DDiT, "t5": T5Encoder, "vae": VAE}
+WHAT = {"ddit": "transformer", "t5": "T5", "vae": "VAE"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to compute in; fp16 is too narrow for T5-XXL
+
+
+class DualDiffusion(nn.Module):
+    """The whole system. `ddit`, `t5`, `vae` are modules, `tokenizer` a t5.Tokenizer, `config` a Config; a part that a
+    file does not hold (what stage 0 writes has no ddit) is None."""
+    def __init__(self, config, tokenizer, ddit=None, t5=None, vae=None):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.ddit, self.t5, self.vae = ddit, t5, vae
+
+    @classmethod
+    def build(cls, config, tokenizer, parts=("ddit", "t5", "vae")):
+        """Fresh random weights. Both vocabularies follow the tokenizer; T5's table is rounded up to a multiple of
+        128 rows (32,100 -> 32,128), as T5's authors did."""
+        config.ddit.vocab = tokenizer.vocab_size
+        config.t5.vocab_size = -(-tokenizer.vocab_size // 128) * 128
+        return cls(config, tokenizer, **{part: MODULES[part](getattr(config, part)) for part in parts})
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    @property
+    def missing(self):
+        """What it still needs to draw and read, in words: ["T5"]; empty when whole."""
+        return [what for part, what in WHAT.items() if getattr(self, part) is None]
+
+    def encode_text(self, tokens):
+        """Tokens (B,L) long -> T5's states (B,L,text_dim), where the transformer is (T5 itself may be elsewhere)."""
+        return self.t5(tokens.to(self.t5.shared.weight.device)).to(self.device)
+
+    def encode_image(self, pixels, generator=None):
+        """Pixels (B,3,H,W) in [-1,1] -> the latents the transformer sees. With a generator a sample of the posterior
+        (training), without one its mean."""
+        mean, logvar = self.vae.encode(pixels.to(self.device))
+        if generator is not None:
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
+            mean = mean + torch.exp(0.5 * logvar) * noise
+        return self.vae.normalize(mean)
+
+    def decode_image(self, latents):
+        """Latents as the transformer sees them -> pixels (B,3,8h,8w), clamped to [-1,1]."""
+        return self.vae.decode(self.vae.denormalize(latents)).float().clamp(-1, 1)
+
+    def save(self, path, dtype=None):
+        """One self-contained .safetensors: all parts under SD3's names, the tokenizer as bytes, the configuration as
+        JSON in the header. Written beside, then renamed, so a reader never meets half a file. `dtype`: of the
+        floating-point tensors on disk, e.g. torch.float16; as they are when None."""
+        tensors = {prefix + name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+                   for part, prefix in PREFIXES.items() if getattr(self, part) is not None
+                   for name, tensor in getattr(self, part).state_dict().items()}
+        tensors[SPIECE] = torch.frombuffer(bytearray(self.tokenizer.model), dtype=torch.uint8)
+        save_file(tensors, f"{path}.partial", {"format": "pt", "config": json.dumps(asdict(self.config))})
+        os.replace(f"{path}.partial", path)
+
+    @classmethod
+    def load(cls, path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
+        """Read a checkpoint: a file of ours, an SD3 single file, or a folder in diffusers layout.
+
+        t5, vae: another file or folder to take that part from; tokenizer: a spiece.model; offload: T5 stays on the CPU.
+        Modules are built without memory; a tensor is mapped from its file and converted once, straight to its device
+        and type. Raises FileNotFoundError or ValueError with one line that says what is wrong, and where."""
+        found = inspect(path, t5, vae, tokenizer)
+        if found.spiece is None:
+            raise ValueError(f"{path}: holds no tokenizer; give T5's spiece.model (--spiece)")
+        config = found.config()
+        try:
+            tokenizer = Tokenizer(found.spiece)
+        except ValueError as error:
+            raise ValueError(f"{tokenizer or path}: {error}") from error
+        if "text_head.linear.weight" not in found.parts.get("ddit", {}):  # a new one, which fits
+            config.ddit.vocab = tokenizer.vocab_size
+        if config.ddit.vocab != tokenizer.vocab_size or config.t5.vocab_size < tokenizer.vocab_size:
+            raise ValueError(f"{path}: the text head knows {config.ddit.vocab} tokens, T5 {config.t5.vocab_size}, the "
+                             f"tokenizer {tokenizer.vocab_size}; give the one that they were trained with (--spiece)")
+        where = {"t5": "cpu"} if offload else {}
+        return cls(config, tokenizer, **{part: read_part(part, tensors, getattr(config, part), where.get(part, device),
+                                                         dtype) for part, tensors in found.parts.items()}).eval()
+
+    def export(self, folder, shard=5 << 30):
+        """Write the diffusers layout as the authors' release has it: a folder a part, files of at most `shard` bytes.
+        The tensors are this model's, bit for bit. `null_image_embd`, what the authors feed in place of an image where
+        there is none, we neither use nor keep; it is written as zeros."""
+        if self.missing:
+            raise ValueError(f"nothing written to {folder}: holds no {' and no '.join(self.missing)}")
+        blocks = {"ddit": self.config.ddit.depth, "vae": len(self.config.vae.multipliers), "t5": 0}
+        for part in MODULES:
+            ours, theirs = getattr(self, part).state_dict(), {}
+            for module, (names, how) in {module: rest for module, *rest in renaming(part, blocks[part])}.items():
+                for suffix in SUFFIXES:
+                    if module + suffix in ours:
+                        tensor = convert(ours.pop(module + suffix), how)
+                        theirs |= {n + suffix: piece for n, piece in zip(names, tensor.chunk(len(names)))}
+            if part == "ddit":
+                theirs["null_image_embd"] = torch.zeros(1, 8, self.config.ddit.width, dtype=self.ddit.pos_embed.dtype)
+            write_shards(os.path.join(folder, FOLDERS[part][-1]), "model" if part == "t5" else
+                         "diffusion_pytorch_model", theirs | ours, shard)
+        for name, content in diffusers_configs(self.config).items():
+            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+            with open(os.path.join(folder, name), "w") as f:
+                json.dump(content, f, indent=2)
+        with open(os.path.join(folder, "tokenizer", "spiece.model"), "wb") as f:
+            f.write(self.tokenizer.model)
+
 
 # ---------------------------------------------------------------- checkpoint files, ours and other people's
 # Loading has two steps. `inspect` finds out from names and shapes what a file or folder holds and gives every tensor
@@ -313,8 +419,6 @@ SUFFIXES = ("", ".weight", ".bias")
 TOLD = {"ddit": {"heads": "num_attention_heads"}, "t5": {"max_distance": "relative_attention_max_distance"},
         "vae": {"groups": "norm_num_groups", "shift": "shift_factor", "scale": "scaling_factor"}}  # by config.json
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to compute in; fp16 is too narrow for T5-XXL
-WHAT = {"ddit": "transformer", "t5": "T5", "vae": "VAE"}
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 
 # What else people have in .safetensors files, by a piece of a tensor's name.
@@ -616,109 +720,6 @@ def from_sd3(tensors, config):
                 if layer.startswith("adaLN"):  # SD3's shift and scale before the attention stay
                     state[last + layer + suffix][:2 * config.width] = tensors[last + layer + suffix].read()
     return state
-
-
-class DualDiffusion(nn.Module):
-    """The whole system. `ddit`, `t5`, `vae` are modules, `tokenizer` a t5.Tokenizer, `config` a Config; a part that a
-    file does not hold (what stage 0 writes has no ddit) is None."""
-    def __init__(self, config, tokenizer, ddit=None, t5=None, vae=None):
-        super().__init__()
-        self.config, self.tokenizer = config, tokenizer
-        self.ddit, self.t5, self.vae = ddit, t5, vae
-
-    @classmethod
-    def build(cls, config, tokenizer, parts=("ddit", "t5", "vae")):
-        """Fresh random weights. Both vocabularies follow the tokenizer; T5's table is rounded up to a multiple of
-        128 rows (32,100 -> 32,128), as T5's authors did."""
-        config.ddit.vocab = tokenizer.vocab_size
-        config.t5.vocab_size = -(-tokenizer.vocab_size // 128) * 128
-        return cls(config, tokenizer, **{part: MODULES[part](getattr(config, part)) for part in parts})
-
-    @property
-    def device(self):
-        return next(self.parameters()).device
-
-    @property
-    def missing(self):
-        """What it still needs to draw and read, in words: ["T5"]; empty when whole."""
-        return [what for part, what in WHAT.items() if getattr(self, part) is None]
-
-    def encode_text(self, tokens):
-        """Tokens (B,L) long -> T5's states (B,L,text_dim), where the transformer is (T5 itself may be elsewhere)."""
-        return self.t5(tokens.to(self.t5.shared.weight.device)).to(self.device)
-
-    def encode_image(self, pixels, generator=None):
-        """Pixels (B,3,H,W) in [-1,1] -> the latents the transformer sees. With a generator a sample of the posterior
-        (training), without one its mean."""
-        mean, logvar = self.vae.encode(pixels.to(self.device))
-        if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
-            mean = mean + torch.exp(0.5 * logvar) * noise
-        return self.vae.normalize(mean)
-
-    def decode_image(self, latents):
-        """Latents as the transformer sees them -> pixels (B,3,8h,8w), clamped to [-1,1]."""
-        return self.vae.decode(self.vae.denormalize(latents)).float().clamp(-1, 1)
-
-    def save(self, path, dtype=None):
-        """One self-contained .safetensors: all parts under SD3's names, the tokenizer as bytes, the configuration as
-        JSON in the header. Written beside, then renamed, so a reader never meets half a file. `dtype`: of the
-        floating-point tensors on disk, e.g. torch.float16; as they are when None."""
-        tensors = {prefix + name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-                   for part, prefix in PREFIXES.items() if getattr(self, part) is not None
-                   for name, tensor in getattr(self, part).state_dict().items()}
-        tensors[SPIECE] = torch.frombuffer(bytearray(self.tokenizer.model), dtype=torch.uint8)
-        save_file(tensors, f"{path}.partial", {"format": "pt", "config": json.dumps(asdict(self.config))})
-        os.replace(f"{path}.partial", path)
-
-    @classmethod
-    def load(cls, path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
-        """Read a checkpoint: a file of ours, an SD3 single file, or a folder in diffusers layout.
-
-        t5, vae: another file or folder to take that part from; tokenizer: a spiece.model; offload: T5 stays on the CPU.
-        Modules are built without memory; a tensor is mapped from its file and converted once, straight to its device
-        and type. Raises FileNotFoundError or ValueError with one line that says what is wrong, and where."""
-        found = inspect(path, t5, vae, tokenizer)
-        if found.spiece is None:
-            raise ValueError(f"{path}: holds no tokenizer; give T5's spiece.model (--spiece)")
-        config = found.config()
-        try:
-            tokenizer = Tokenizer(found.spiece)
-        except ValueError as error:
-            raise ValueError(f"{tokenizer or path}: {error}") from error
-        if "text_head.linear.weight" not in found.parts.get("ddit", {}):  # a new one, which fits
-            config.ddit.vocab = tokenizer.vocab_size
-        if config.ddit.vocab != tokenizer.vocab_size or config.t5.vocab_size < tokenizer.vocab_size:
-            raise ValueError(f"{path}: the text head knows {config.ddit.vocab} tokens, T5 {config.t5.vocab_size}, the "
-                             f"tokenizer {tokenizer.vocab_size}; give the one that they were trained with (--spiece)")
-        where = {"t5": "cpu"} if offload else {}
-        return cls(config, tokenizer, **{part: read_part(part, tensors, getattr(config, part), where.get(part, device),
-                                                         dtype) for part, tensors in found.parts.items()}).eval()
-
-    def export(self, folder, shard=5 << 30):
-        """Write the diffusers layout as the authors' release has it: a folder a part, files of at most `shard` bytes.
-        The tensors are this model's, bit for bit. `null_image_embd`, what the authors feed in place of an image where
-        there is none, we neither use nor keep; it is written as zeros."""
-        if self.missing:
-            raise ValueError(f"nothing written to {folder}: holds no {' and no '.join(self.missing)}")
-        blocks = {"ddit": self.config.ddit.depth, "vae": len(self.config.vae.multipliers), "t5": 0}
-        for part in MODULES:
-            ours, theirs = getattr(self, part).state_dict(), {}
-            for module, (names, how) in {module: rest for module, *rest in renaming(part, blocks[part])}.items():
-                for suffix in SUFFIXES:
-                    if module + suffix in ours:
-                        tensor = convert(ours.pop(module + suffix), how)
-                        theirs |= {n + suffix: piece for n, piece in zip(names, tensor.chunk(len(names)))}
-            if part == "ddit":
-                theirs["null_image_embd"] = torch.zeros(1, 8, self.config.ddit.width, dtype=self.ddit.pos_embed.dtype)
-            write_shards(os.path.join(folder, FOLDERS[part][-1]), "model" if part == "t5" else
-                         "diffusion_pytorch_model", theirs | ours, shard)
-        for name, content in diffusers_configs(self.config).items():
-            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-            with open(os.path.join(folder, name), "w") as f:
-                json.dump(content, f, indent=2)
-        with open(os.path.join(folder, "tokenizer", "spiece.model"), "wb") as f:
-            f.write(self.tokenizer.model)
 
 
 def write_shards(folder, stem, state, size):
