@@ -320,8 +320,9 @@ def load_image(path, width, height=None, file=None):
     try:
         with Image.open(io.BytesIO(file) if file is not None else path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey
-                image = Image.fromarray((np.asarray(image).astype(float) / 257).clip(0, 255).astype(np.uint8))
+            if image.mode[0] in "IF":  # grey in 16 bits, or in fractions of 1
+                grey = np.asarray(image).astype(float) * (255 if image.mode == "F" else 1 / 257)
+                image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
             if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -351,6 +352,11 @@ class Record(NamedTuple):
     captions: tuple           # of str; may be empty where there are questions
     asked: tuple              # of (question, answer)
     inside: tuple = ()        # in a .tar: where the image's bytes begin, and how many there are
+
+    @property
+    def file(self):
+        """The file on disk that the image is, or is in."""
+        return self.image[:self.image.index(".tar/") + 4] if self.inside else self.image
 
     @classmethod
     def read(cls, row, base, where, inside=()):
@@ -422,7 +428,7 @@ class Records:
     @staticmethod
     def json(path):
         base = os.path.dirname(path)
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             if path.endswith(".json"):
                 lines, parse = [f.read()], json.loads
             else:
@@ -479,7 +485,7 @@ class Records:
         row, file = self.rows[i], None
         if row.inside:
             start, count = row.inside
-            with open(row.image[:row.image.index(".tar/") + 4], "rb") as f:
+            with open(row.file, "rb") as f:
                 f.seek(start)
                 file = f.read(count)
         return np.asarray(load_image(row.image, self.size, file=file))

@@ -9,7 +9,11 @@ References:
   Esser et al., Scaling Rectified Flow Transformers (SD3: MM-DiT), arXiv 2403.03206
   Peebles & Xie, Scalable Diffusion Models with Transformers (DiT: adaLN-Zero), arXiv 2212.09748
 
-Modules carry the names of SD3's single-file checkpoint, so loading one is stripping a prefix.
+Modules carry the names of SD3's single-file checkpoint, so loading one is stripping a prefix. The chapter ends with
+`DualDiffusion`; what follows it reads and writes the files that other people have.
+
+    python model.py FILE                 what a checkpoint is, by its names and shapes
+    python model.py FILE --export DIR    write it in diffusers' layout
 """
 import argparse
 import itertools
@@ -303,8 +307,7 @@ class DualDiffusion(nn.Module):
                    for part, prefix in PREFIXES.items() if getattr(self, part) is not None
                    for name, tensor in getattr(self, part).state_dict().items()}
         tensors[SPIECE] = torch.frombuffer(bytearray(self.tokenizer.model), dtype=torch.uint8)
-        save_file(tensors, f"{path}.partial", {"format": "pt", "config": json.dumps(asdict(self.config))})
-        os.replace(f"{path}.partial", path)
+        write_tensors(tensors, path, {"format": "pt", "config": json.dumps(asdict(self.config))})
 
     @classmethod
     def load(cls, path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
@@ -382,7 +385,6 @@ DIFFUSERS = {"t5": "", "ddit": """
     joint_blocks.{i}.x_block.attn.ln_q                 transformer_blocks.{i}.attn.norm_q
     joint_blocks.{i}.x_block.attn.ln_k                 transformer_blocks.{i}.attn.norm_k
     joint_blocks.{i}.x_block.attn.proj                 transformer_blocks.{i}.attn.to_out.0
-    joint_blocks.{i}.x_block.attn2.qkv                 transformer_blocks.{i}.attn2.to_{x}
     joint_blocks.{i}.x_block.mlp.fc1                   transformer_blocks.{i}.ff.net.0.proj
     joint_blocks.{i}.x_block.mlp.fc2                   transformer_blocks.{i}.ff.net.2
     joint_blocks.{i}.context_block.adaLN_modulation.1  transformer_blocks.{i}.norm1_context.linear
@@ -416,8 +418,8 @@ DIFFUSERS = {"t5": "", "ddit": """
     decoder.up.{i}.upsample.conv                       decoder.up_blocks.{r}.upsamplers.0.conv
 """}
 SUFFIXES = ("", ".weight", ".bias")
-TOLD = {"ddit": {"heads": "num_attention_heads"}, "t5": {"max_distance": "relative_attention_max_distance"},
-        "vae": {"groups": "norm_num_groups", "shift": "shift_factor", "scale": "scaling_factor"}}  # by config.json
+FROM_JSON = {"ddit": {"heads": "num_attention_heads"}, "t5": {"max_distance": "relative_attention_max_distance"},
+             "vae": {"groups": "norm_num_groups", "shift": "shift_factor", "scale": "scaling_factor"}}
 
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 
@@ -427,7 +429,7 @@ REFUSED = {
     "double_blocks.": "FLUX, another architecture", "single_transformer_blocks.": "FLUX, another architecture",
     "input_blocks.": "a U-Net (Stable Diffusion 1, 2 or XL), another architecture",
     "down_blocks.0.attentions": "a U-Net (Stable Diffusion 1, 2 or XL), another architecture",
-    "x_block.attn2.": "SD3.5-medium, whose blocks attend twice: D-DiT starts from SD3-medium (sd3_medium.safetensors)",
+    ".attn2.": "SD3.5-medium, whose blocks attend twice: D-DiT starts from SD3-medium (sd3_medium.safetensors)",
     "scale_weight": "T5 in scaled fp8, of which plain tensors tell half: take t5xxl_fp8_e4m3fn or t5xxl_fp16",
 }
 
@@ -494,7 +496,8 @@ class Tensors(dict):
 @dataclass
 class Found:
     """What a file or folder holds, by its names and shapes: `parts` {part: Tensors}, under our names. `hints`: what its
-    config.json files say and shapes do not, {part: {field: value}}; `header`: our own configuration, if it is ours."""
+    JSON files say and shapes do not, {part or "settings": {field: value}}; `header`: our own configuration, if it is
+    a file of ours."""
     path: str
     parts: dict = field(default_factory=dict)
     hints: dict = field(default_factory=dict)
@@ -505,8 +508,8 @@ class Found:
         """The configuration, ours or read off the tensors' shapes."""
         config = Config.from_dict(self.header) if self.header else Config()
         for part in self.parts.keys() - self.header.keys():
-            setattr(config, part, replace(SHAPES[part](self.parts[part]), **self.hints.get(part, {})))
-        config.settings.shift = self.hints.get("shift", config.settings.shift)
+            setattr(config, part, replace(FROM_SHAPES[part](self.parts[part]), **self.hints.get(part, {})))
+        config.settings = replace(config.settings, **self.hints.get("settings", {}))
         return config
 
 
@@ -541,7 +544,7 @@ def vae_config(x):
         x[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // channels for i in range(levels)))
 
 
-SHAPES = {"ddit": ddit_config, "t5": t5_config, "vae": vae_config}
+FROM_SHAPES = {"ddit": ddit_config, "t5": t5_config, "vae": vae_config}
 # A tensor that tells a part, and whether it is in diffusers' names.
 MARKS = {"joint_blocks.0.x_block.attn.qkv.weight": ("ddit", False),
          "transformer_blocks.0.attn.to_q.weight": ("ddit", True),
@@ -636,9 +639,10 @@ def inspect_folder(path):
         for part, tensors in sort_out(place, open_shards(place)).items():
             if part not in found.parts:
                 found.parts[part] = tensors
-                found.hints[part] = {ours: told[theirs] for ours, theirs in TOLD[part].items() if theirs in told}
-    found.hints |= {k: v for k, v in read_json(os.path.join(path, "scheduler", "scheduler_config.json")).items()
-                    if k == "shift"}
+                found.hints[part] = {ours: told[theirs] for ours, theirs in FROM_JSON[part].items() if theirs in told}
+    scheduler = read_json(os.path.join(path, "scheduler", "scheduler_config.json"))
+    found.hints["settings"] = read_json(os.path.join(path, "model_index.json")).get("d_dit", {}) | {
+        key: scheduler[key] for key in ("shift",) if key in scheduler}
     for name in ("tokenizer_3", "tokenizer"):
         spiece = os.path.join(path, name, "spiece.model")
         if found.spiece is None and os.path.exists(spiece):
@@ -722,6 +726,15 @@ def from_sd3(tensors, config):
     return state
 
 
+def write_tensors(tensors, path, metadata):
+    """Beside, then renamed; and, which safetensors does not see to, with the rights that files have here."""
+    save_file(tensors, f"{path}.partial", metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(f"{path}.partial", 0o666 & ~umask)
+    os.replace(f"{path}.partial", path)
+
+
 def write_shards(folder, stem, state, size):
     """Tensors -> FOLDER/STEM.safetensors, or several of at most `size` bytes (or one tensor) with an index."""
     shards, full = [{}], 0
@@ -734,7 +747,7 @@ def write_shards(folder, stem, state, size):
     files = [f"{stem}{f'-{k:05d}-of-{len(shards):05d}' if len(shards) > 1 else ''}.safetensors"
              for k in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards):
-        save_file(shard, os.path.join(folder, file), {"format": "pt"})
+        write_tensors(shard, os.path.join(folder, file), {"format": "pt"})
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())},
                  "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
@@ -749,7 +762,8 @@ def diffusers_configs(config):
         "model_index.json": {
             "_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"],
             "text_encoder": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "T5Tokenizer"],
-            "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
+            "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "d_dit": asdict(config.settings)},  # which others pass over
         "transformer/config.json": {
             "_class_name": "SD3JointModelFlexible", "vocab_size": ddit.vocab, "sample_size": 128,
             "patch_size": ddit.patch, "in_channels": ddit.channels, "out_channels": ddit.channels,

@@ -13,6 +13,7 @@ References:
   Chang et al., MaskGIT, arXiv 2202.04200: unmasking the most confident first
 """
 import argparse
+import math
 import os
 import sys
 
@@ -31,7 +32,7 @@ def time_grid(steps, shift):
     return shift * t / (1 + (shift - 1) * t)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def text_to_image(dd, prompts, negative="", height=None, width=None, length=None, steps=28, cfg=7.0, shift=3.0,
                   noise=None, generator=None):
     """Draw one image a prompt -> pixels (B,3,height,width) in [-1,1].
@@ -62,7 +63,7 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
 # ---------------------------------------------------------------- reading
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0, generator=None):
     """Draw the maskable tokens given the image and the other tokens -> tokens (B,L), forward passes used.
 
@@ -110,7 +111,8 @@ def draw_tokens(logits, temperature, generator):
     return drawn[:, 0], probs.gather(1, drawn)[:, 0]
 
 
-def caption(dd, images, length=None, steps=None, order="random", temperature=1.0, generator=None):
+@torch.no_grad()
+def caption(dd, images, length=None, steps=None, order="random", temperature=0.0, generator=None):
     """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens a text has; steps: passes at the most."""
     ids, maskable = caption_ids(dd.tokenizer, "", length or dd.config.settings.length)
     tokens, maskable = (torch.tensor([row] * len(images)) for row in (ids, maskable))
@@ -119,7 +121,8 @@ def caption(dd, images, length=None, steps=None, order="random", temperature=1.0
     return [dd.tokenizer.decode(row) for row in tokens]
 
 
-def answer(dd, images, questions, length=None, steps=None, order="random", temperature=1.0, generator=None):
+@torch.no_grad()
+def answer(dd, images, questions, length=None, steps=None, order="random", temperature=0.0, generator=None):
     """Answer one question an image -> list of str. length: tokens that question and answer have together."""
     rows = [question_ids(dd.tokenizer, question, "", length or dd.config.settings.length) for question in questions]
     tokens, maskable = (torch.tensor(column) for column in zip(*rows))
@@ -128,7 +131,8 @@ def answer(dd, images, questions, length=None, steps=None, order="random", tempe
     return [dd.tokenizer.decode(row[m]) for row, m in zip(tokens, maskable)]
 
 
-def infill(dd, images, texts, length=None, steps=None, order="random", temperature=1.0, generator=None):
+@torch.no_grad()
+def infill(dd, images, texts, length=None, steps=None, order="random", temperature=0.0, generator=None):
     """Fill in the blanks of one text an image -> list of str. Every underscore stands for one token."""
     length = length or dd.config.settings.length
     tokens = torch.tensor([blank_ids(dd.tokenizer, text, length) for text in texts])
@@ -167,9 +171,17 @@ class Parser(argparse.ArgumentParser):
 def existing_device(name):
     """An argparse type: a device that exists."""
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=name).item()  # "meta" exists, but holds no numbers
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise argparse.ArgumentTypeError(f"there is no device {name} here") from None
+
+
+def seed(text):
+    """An argparse type: what a random generator can be seeded with."""
+    if not text.isdecimal() or int(text) >= 2 ** 40:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^40")
+    return int(text)
 
 
 def width_and_height(text):
@@ -198,7 +210,7 @@ def parse_args():
     files.add_argument("--device", type=existing_device, default="cuda" if torch.cuda.is_available() else "cpu")
     files.add_argument("--dtype", choices=list(DTYPES), help="to compute in; default: bf16 on a GPU, fp32 on a CPU")
     files.add_argument("--offload", action="store_true", help="keep T5 on the CPU, where GPU memory is short")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--steps", type=int, help="of the sampling grid; default: 28 to draw, the checkpoint's to read")
     parser.add_argument("--order", choices=["random", "confidence"], default="random", help="of unmasking text")
     parser.add_argument("--temperature", type=float, default=0.0, help="of drawing tokens; 0 (default): the likeliest")
@@ -209,28 +221,37 @@ def parse_args():
     parser.add_argument("--out", default="out.png", help="the drawn image, or the grid of all drawn images")
     args = parser.parse_args()
     for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):
-        if any(len(job) < 2 for job in getattr(args, name)):
+        if any(len(job) < 2 or not job[-1].strip() for job in getattr(args, name)):
             fail(f"--{name} wants an image and then {what}: --{name} img.png \"...\"")
     if not (args.vqa or args.caption or args.t2i or args.infill):
         fail("nothing to do: give --vqa, --caption, --t2i or --infill (--help shows how)")
-    if args.num < 1 or args.steps is not None and args.steps < 1 or args.temperature < 0:
-        fail("--num and --steps are at least 1, --temperature at least 0")
+    if args.num < 1 or args.steps is not None and args.steps < 1:
+        fail("--num and --steps are at least 1")
+    if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
+        fail("--temperature is 0 or from 0.01 to 100")
+    if args.cfg is not None and not math.isfinite(args.cfg):
+        fail("--cfg is a number")
     if args.t2i and not os.path.isdir(os.path.dirname(args.out) or "."):
         fail(f"--out {args.out}: no such folder")
-    if args.t2i and os.path.splitext(args.out)[1].lower() not in Image.registered_extensions():
+    if args.t2i and Image.registered_extensions().get(os.path.splitext(args.out)[1].lower()) not in Image.SAVE:
         fail(f"--out {args.out}: give it the ending of a picture, .png for one")
     if any("_" not in text for *_, text in args.infill):
         fail("--infill's text has no blank: each underscore stands for one token to fill in")
     return args
 
 
-def check_text(dd, text, room):
-    """Warn of what the model cannot take in: too many tokens, or words that its tokenizer never saw."""
-    tokens = len(dd.tokenizer.encode(text)) - 1
+def heard(dd, text, room):
+    """A text as the model can take it in: in lower case, if that is all it knows. Warns of words that its tokenizer
+    never saw, and of more tokens than there is room for; an underscore is one."""
+    unseen, lower = dd.tokenizer.unseen_words(text), dd.tokenizer.unseen_words(text.lower())
+    if len(lower) < len(unseen):
+        text, unseen = text.lower(), lower
+    if unseen:
+        warn(f"never seen in training, so expect little: {', '.join(unseen)}")
+    tokens = sum(len(dd.tokenizer.encode(part)) - 1 for part in text.split("_")) + text.count("_")
     if tokens > room:
         warn(f"{text[:40]!r}... has {tokens} tokens, the model takes {room}: its end is left out")
-    if unseen := dd.tokenizer.unseen_words(text):
-        warn(f"never seen in training, so expect little: {', '.join(unseen)}")
+    return text
 
 
 def main():
@@ -253,19 +274,16 @@ def main():
     if questions:
         longest, frame = "a " * settings.length, prompt_ids(dd.tokenizer, "", settings.length)
         room = len(prompt_ids(dd.tokenizer, longest, settings.length)) - len(frame)
-        for _, text in questions:
-            check_text(dd, text, room)
-        print(*answer(dd, pixels(im for im, _ in questions), [q for _, q in questions], **reading), sep="\n")
+        asked = [heard(dd, text, room) for _, text in questions]
+        print(*answer(dd, pixels(image for image, _ in questions), asked, **reading), sep="\n")
     if args.caption:
         print(*caption(dd, pixels(args.caption), **reading), sep="\n")
     if blanks:
-        for _, text in blanks:
-            check_text(dd, text, settings.length - 1)
-        print(*infill(dd, pixels(im for im, _ in blanks), [text for _, text in blanks], **reading), sep="\n")
+        texts = [heard(dd, text, settings.length - 1) for _, text in blanks]
+        print(*infill(dd, pixels(image for image, _ in blanks), texts, **reading), sep="\n")
     if args.t2i:
-        for text in args.t2i:
-            check_text(dd, text, settings.length - 1)
-        prompts = [text for text in args.t2i for _ in range(args.num)]
+        texts = [heard(dd, text, settings.length - 1) for text in args.t2i]
+        prompts = [text for text in texts for _ in range(args.num)]
         drawn = text_to_image(dd, prompts, width=size[0], height=size[1], steps=args.steps or 28, shift=settings.shift,
                               cfg=settings.cfg if args.cfg is None else args.cfg, generator=generator)
         write_grid(args.out, to_images(drawn), columns=args.num if len(args.t2i) > 1 else round(args.num ** 0.5 + 0.4))

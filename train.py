@@ -45,7 +45,8 @@ READING = {"order": "random", "temperature": 0.0}  # judged as sample.py reads b
 
 @dataclass
 class Recipe:
-    """The numbers of one stage, each a default that a flag of the same name overrides. These are Table 6's."""
+    """The numbers of one stage, each a default that a flag of the same name overrides. They are Table 6's where it has
+    them."""
     steps: int = 60_000
     batch: int = 512               # over all processes
     rate: float = 5e-5             # AdamW's learning rate
@@ -170,7 +171,7 @@ def encode_pool(dd, source, ids, path):
     float16 of means and log-variances, filled in at `ids`."""
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        side = dd.config.settings.size // dd.config.vae.factor
+        side = len(source.image(ids[0])) // dd.config.vae.factor
         pool = np.lib.format.open_memmap(f"{path}.partial", "w+", np.float16,
                                          (max(ids) + 1, 2, dd.config.vae.latent_channels, side, side))
         with torch.inference_mode():
@@ -409,18 +410,21 @@ def main():
             ids = readable(source, kept_path(args, source, "images"))
         if len(ids) < 20:
             fail(f"{' '.join(args.data)}: holds {len(ids)} images; training wants 20 or more")
-        unseen_ids = ids[::max(20, len(ids) // 250)]
-        train_ids = sorted(set(ids) - set(unseen_ids))
+        pictures = list(dict.fromkeys(source.rows[i].image for i in ids))  # one may have several rows: all go one way
+        kept = set(pictures[::max(20, -(-len(pictures) // (args.judge or 250)))])
+        unseen_ids = [i for i in ids if source.rows[i].image in kept]
+        train_ids = [i for i in ids if source.rows[i].image not in kept]
     else:
         source, unseen = data.World(args.seed), data.World(UNSEEN + args.seed)
         unseen_ids, train_ids = range(args.judge or 250), range(recipe.pool)
 
     dd, modules = starting_point(args, recipe, source, train_ids)
+    dd.config.settings.size, dd.config.settings.length = size, recipe.length  # it is to be used as it was trained
     dd.to(device)
     folder = os.path.join(args.out, f"stage{args.stage}")
     os.makedirs(folder, exist_ok=True)
     with rank_0_first(rank, processes):
-        dtype = keep_settings(os.path.join(folder, "run.json"), args, recipe, device)
+        dtype = keep_settings(folder, args, recipe, device, rank)
     frozen = {} if args.stage == "0" else {"t5": dd.t5}
     nets = {name: Cast(module, dtype) for name, module in (frozen | modules).items()}
     if processes > 1:
@@ -455,7 +459,7 @@ def main():
     start = load_state(checkpoint, modules, optimizers, device)
     if rank == 0 and os.path.exists(metrics):  # forget what was logged after that checkpoint
         with open(metrics) as f:
-            kept = [line for line in f if json.loads(line)["step"] <= start]
+            kept = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= start]
         with open(metrics, "w") as f:
             f.writelines(kept)
     stop = []  # Ctrl-C and a polite kill end the run soon, with a checkpoint
@@ -541,7 +545,7 @@ def load_state(path, modules, optimizers, device):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        fail(f"{path}: cannot be read ({str(error).splitlines()[0]}); delete it to start this stage anew")
+        fail(f"{path}: cannot be read ({str(error)[:80] or type(error).__name__}); delete it to start this stage anew")
     for name, module in modules.items():
         module.load_state_dict(state["modules"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -550,29 +554,30 @@ def load_state(path, modules, optimizers, device):
 
 
 def kept_path(args, source, what, count=0, vae=None):
-    """A file's name that changes with whatever its content depends on: which images and how many, and for latents the
-    VAE."""
-    key = hashlib.sha256(repr((source.rows if args.data else source.seed, count)).encode())
+    """A file's name that changes with whatever its content depends on: the images, when they were last changed, how
+    many there are and of what size; and for latents the VAE."""
+    stamp = ([(row, os.stat(row.file).st_mtime_ns) for row in source.rows], source.size) if args.data else source.seed
+    key = hashlib.sha256(repr((stamp, count)).encode())
     for tensor in vae.state_dict().values() if vae else ():
         key.update(tensor.cpu().numpy().tobytes())
     return os.path.join(args.out, f"{what}-{key.hexdigest()[:12]}.npy")
 
 
-def keep_settings(path, args, recipe, device):
-    """A folder holds one run: note its settings, and refuse to go on with others -> the dtype to compute in."""
+def keep_settings(folder, args, recipe, device, rank):
+    """A folder holds one run: note its settings, and refuse to go on from its checkpoint with others -> the dtype to
+    compute in. Only a run at a constant rate may be made longer."""
+    path = os.path.join(folder, "run.json")
     given = {name: vars(args)[name] for name in ("preset", "data", "init", "t5", "vae", "spiece", "seed")}
     settings = given | asdict(recipe)
-    if os.path.exists(path):
-        with open(path) as f:
-            kept = json.load(f)
-        changed = [f"{k} {kept.get(k)} is now {v}" for k, v in settings.items() if kept.get(k) != v]
-        if changed:
-            fail(f"{os.path.dirname(path)} holds a run with other settings ({', '.join(changed)}); "
-                 f"delete it or give another --out")
-    else:
-        kept = settings | {"dtype": args.dtype or faster_dtype(device, args.stage)}
+    if rank == 0 and not os.path.exists(os.path.join(folder, "checkpoint.pt")):
         with open(path, "w") as f:
-            json.dump(kept, f, indent=1)
+            json.dump(settings | {"dtype": args.dtype or faster_dtype(device, args.stage)}, f, indent=1)
+    with open(path) as f:
+        kept = json.load(f)
+    changed = [f"{k} {kept.get(k)} is now {v}" for k, v in settings.items()
+               if kept.get(k) != v and not (k == "steps" and recipe.schedule == "constant")]
+    if changed:
+        fail(f"{folder} holds a run with other settings ({', '.join(changed)}); delete it or give another --out")
     return DTYPES[kept["dtype"]]
 
 
@@ -580,7 +585,8 @@ def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["0", "1", "2", "3"])
     parser.add_argument("--eval", metavar="FILE", help="judge this checkpoint instead of training")
-    parser.add_argument("--judge", type=int, help="scenes to judge on (1000 with --eval, 250 at the end of a stage)")
+    parser.add_argument("--judge", type=int, help="images to judge on (1000 with --eval, 250 at the end of a stage; "
+                        "of the user's data at most one in twenty)")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny")
     parser.add_argument("--data", nargs="+", help="images and texts: .json, .jsonl, .tar or folders; default: the "
                         "built-in world")

@@ -17,6 +17,8 @@ from sample import SHIPPED, text_to_image
 
 with safe_open(make_golden.PATH, framework="pt") as f:
     FOLDERS = json.loads(f.metadata()["folders"])
+UMASK = os.umask(0)
+os.umask(UMASK)
 PREFIX = {"single": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}
 
 
@@ -151,7 +153,8 @@ def test_export_and_back(tmp_path):
     before.export(str(tmp_path), shard=1 << 20)
     after = DualDiffusion.load(str(tmp_path), dtype=None)
     assert after.config.ddit == before.config.ddit and after.config.t5 == before.config.t5
-    assert after.tokenizer.model == before.tokenizer.model
+    assert after.tokenizer.model == before.tokenizer.model and after.config.settings == before.config.settings
+    assert (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").stat().st_mode & 0o444 == 0o444 & ~UMASK
     ours, again = before.state_dict(), after.state_dict()
     assert ours.keys() == again.keys()
     assert all(torch.equal(ours[name], again[name]) and ours[name].dtype == again[name].dtype for name in ours)

@@ -2,6 +2,7 @@
 import json
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 
@@ -66,6 +67,12 @@ MISTAKES = {
         (["--caption", "ok.png", "--t5", "stage0.safetensors"], "stage0.safetensors: holds no T5"),
         (["--caption", "ok.png", "--spiece", "text.png"], "text.png: not a SentencePiece model"),
         (["--t2i", "x", "--size", "100"], "multiples of 16"),
+        (["--vqa", "ok.png", " "], "--vqa wants an image and then a question"),
+        (["--caption", "ok.png", "--temperature", "nan"], "--temperature"),
+        (["--t2i", "x", "--cfg", "nan"], "--cfg"),
+        (["--t2i", "x", "--out", "x.psd"], "x.psd"),
+        (["--caption", "ok.png", "--device", "meta"], "there is no device meta here"),
+        (["--caption", "ok.png", "--seed", "99999999999999999999"], "--seed"),
         (["--t2i", "x", "--size", "wide"], "is not like 512 or 768x512"),
         (["--t2i", "a circle", "--size", "64x256"], "larger than the model's 8x8 positions"),
     ],
@@ -114,6 +121,11 @@ def test_the_shipped_model_answers_alone_on_stdout():
     assert done.stdout == "red\n3\n3\n"
 
 
+def test_capital_letters_are_heard():
+    done = run("sample.py", "--vqa", SCENE, "What color is the CIRCLE?", "--infill", SCENE, "_" * 20)
+    assert done.stdout.splitlines()[0] == "red" and done.stderr == ""
+
+
 def test_odd_questions_still_get_an_answer_and_a_warning(tmp_path):
     Image.new("LA", (300, 90), (120, 40)).save(tmp_path / "odd.png")
     done = run("sample.py", "--vqa", tmp_path / "odd.png", "is there a " + "very " * 40 + "small circle?",
@@ -133,3 +145,21 @@ def test_drawing_captioning_and_filling_in(tmp_path):
     again = run("sample.py", "--t2i", "a small red circle", "--steps", 4, "--seed", 3, "--out", tmp_path / "a.png")
     run("sample.py", "--t2i", "a small red circle", "--steps", 4, "--seed", 3, "--out", tmp_path / "b.png")
     assert again.returncode == 0 and (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_the_readme_s_commands(tmp_path, monkeypatch):
+    """Those that use the model, and the Python, as they stand in README.md; in another folder, so that nothing is
+    written here."""
+    readme = open(os.path.join(ROOT, "README.md")).read()
+    os.symlink(os.path.join(ROOT, "assets"), tmp_path / "assets")
+    section = readme[readme.index("## Use it"):readme.index("## Real weights")]
+    commands = [line.strip() for line in section.splitlines() if line.startswith("    python sample.py")]
+    assert len(commands) == 4
+    for command in commands:
+        script, *args = shlex.split(command)[1:]
+        done = run(script, *args, cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
+    assert Image.open(tmp_path / "out.png").size == (196, 196)
+    code = section[section.index("```python") + len("```python"):section.rindex("```")]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
