@@ -641,7 +641,7 @@ def inspect_folder(path):
                 found.parts[part] = tensors
                 found.hints[part] = {ours: told[theirs] for ours, theirs in FROM_JSON[part].items() if theirs in told}
     scheduler = read_json(os.path.join(path, "scheduler", "scheduler_config.json"))
-    found.hints["settings"] = read_json(os.path.join(path, "model_index.json")).get("d_dit", {}) | {
+    found.hints["settings"] = read_json(os.path.join(path, "d_dit.json")) | {
         key: scheduler[key] for key in ("shift",) if key in scheduler}
     for name in ("tokenizer_3", "tokenizer"):
         spiece = os.path.join(path, name, "spiece.model")
@@ -762,8 +762,8 @@ def diffusers_configs(config):
         "model_index.json": {
             "_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"],
             "text_encoder": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "T5Tokenizer"],
-            "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "d_dit": asdict(config.settings)},  # which others pass over
+            "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
+        "d_dit.json": asdict(config.settings),  # ours alone
         "transformer/config.json": {
             "_class_name": "SD3JointModelFlexible", "vocab_size": ddit.vocab, "sample_size": 128,
             "patch_size": ddit.patch, "in_channels": ddit.channels, "out_channels": ddit.channels,
