@@ -89,22 +89,24 @@ def corrupt(latents_shape, tokens, maskable, mask_id, generator=None, mean=0.0, 
                       text_t, *mask_tokens(tokens, text_t, maskable, mask_id, generator=generator))
 
 
-def joint_loss(ddit, t5, latents, captions, tokens, corruption, text_weight=0.2):
-    """Eq. 9, both losses in one forward pass -> total, image loss, text loss (scalars).
+def joint_loss(ddit, t5, latents, captions, tokens, corruption, text_weight=0.2, image_weight=1.0):
+    """Eq. 9, both losses in one forward pass -> total, image loss, text loss (scalars). With image_weight 0 (Table 10,
+    understanding alone) the image half is not run, and its loss is 0.
 
     latents (B,C,H,W) clean; captions (B,L) what the image half reads; tokens (B,L) what the text half learns to
     write (captions again, or questions with answers); corruption: from `corrupt`, of the same rows.
 
     The image half is (noisy latents, clean text, t), the text half (clean latents, masked text, 0). They have the
     same shapes, so they are stacked along the batch: T5 and the transformer run once."""
-    n, (image_t, noise, text_t, noisy, masked) = len(latents), corruption
+    image_t, noise, text_t, noisy, masked = corruption
+    n = len(latents) if image_weight else 0  # rows of the image half
     device = latents.device
     noise, masked_text = noise.to(device), noisy.to(device)
-    stacked = torch.cat([noise_latents(latents, noise, image_t.to(device)), latents])
-    times = torch.cat([image_t, torch.zeros(n)]).to(device)
-    states = t5(torch.cat([captions, masked_text]))
-    predict = torch.cat([torch.zeros_like(masked), masked])  # stays on the CPU: indexing by it need not wait
+    stacked = torch.cat([noise_latents(latents, noise, image_t.to(device))[:n], latents])
+    times = torch.cat([image_t[:n], torch.zeros(len(latents))]).to(device)
+    states = t5(torch.cat([captions[:n], masked_text]))
+    predict = torch.cat([torch.zeros_like(masked[:n]), masked])  # stays on the CPU: indexing by it need not wait
     velocity, logits = ddit(stacked, times, states, predict=predict, draw=n)
-    image_loss = flow_matching_loss(velocity, latents, noise)
+    image_loss = flow_matching_loss(velocity, latents, noise) if n else velocity.new_zeros(())
     text_loss = masked_diffusion_loss(logits, tokens, masked.to(device), text_t.to(device))
-    return image_loss + text_weight * text_loss, image_loss, text_loss  # Eq. 9
+    return image_weight * image_loss + text_weight * text_loss, image_loss, text_loss  # Eq. 9

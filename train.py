@@ -58,6 +58,7 @@ class Recipe:
     clip: float = 2.0              # largest gradient norm
     length: int = 64               # tokens of text
     text_weight: float = 0.2       # of the text loss in Eq. 9
+    image_weight: float = 1.0      # of the image loss; 0: no image is drawn in training (Table 10)
     time_mean: float = 0.0         # of the image times' logit: above 0, more noise is seen
     time_std: float = 1.0
     drop: float = 0.1              # share of captions that the image half sees empty, for guidance
@@ -451,7 +452,7 @@ def main():
             corruption = corrupt(latents.shape, tokens, maskable, dd.tokenizer.mask_id, generator,
                                  recipe.time_mean, recipe.time_std).rows(mine)
             return joint_loss(nets["ddit"], nets["t5"], latents[mine].to(device), captions[mine].to(device),
-                              tokens[mine].to(device), corruption, recipe.text_weight)
+                              tokens[mine].to(device), corruption, recipe.text_weight, recipe.image_weight)
         names = ("image_loss", "text_loss")
 
     # Go on from the checkpoint, if this command left one.
@@ -476,7 +477,7 @@ def main():
         loss.backward()
         norm = nn.utils.clip_grad_norm_(learned, recipe.clip)
         for p, view in views:
-            view.grad = p.grad.flatten(1)
+            view.grad = p.grad.flatten(1) if p.grad is not None else None
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(recipe, step)

@@ -107,3 +107,11 @@ def test_the_stacked_pass_has_the_gradients_of_two_passes():
         + 0.2 * losses.masked_diffusion_loss(logits, tokens, c.masked, c.text_t)
     for a, b in zip(stacked, torch.autograd.grad(two, [table.weight, *mix.parameters()])):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+    rows = []
+
+    def counting(x, *rest, **named):
+        rows.append(len(x))
+        return ddit(x, *rest, **named)
+    alone = losses.joint_loss(counting, table, latents, captions, tokens, c, text_weight=0.2, image_weight=0)
+    assert rows == [8] and alone[1] == 0 and torch.isclose(alone[2], text) and torch.isclose(alone[0], 0.2 * text)
