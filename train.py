@@ -56,6 +56,7 @@ class Recipe:
     beta2: float = 0.999
     weight_decay: float = 1e-2
     clip: float = 2.0              # largest gradient norm
+    ema: float = 0.0               # decay of a running average of the weights, which is what the stage leaves; 0: none
     length: int = 64               # tokens of text
     text_weight: float = 0.2       # of the text loss in Eq. 9
     image_weight: float = 1.0      # of the image loss; 0: no image is drawn in training (Table 10)
@@ -72,12 +73,14 @@ class Recipe:
 # 0 would draw once in seventy times.
 _tiny = Recipe(steps=600, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, length=24, text_weight=1.0,
                time_mean=1.5, time_std=1.2, learn_t5="all")
+_paper = Recipe(ema=0.9995)
+_later = replace(_paper, rate=3e-5, warmup=1000)
 RECIPES = {
     "tiny": {"0": replace(_tiny, steps=2000, batch=16, schedule="linear"), "1": _tiny,
              "2": replace(_tiny, steps=40, learn_t5="mask"),
              "3": replace(_tiny, steps=2700, questions=0.7, schedule="linear")},
-    "sd3-medium": {"1": Recipe(), "2": Recipe(200_000, rate=3e-5, warmup=1000, length=256, learn_t5="mask"),
-                   "3": Recipe(50_000, rate=3e-5, warmup=1000, length=128, text_weight=1.0, questions=0.5)},
+    "sd3-medium": {"1": _paper, "2": replace(_later, steps=200_000, length=256, learn_t5="mask"),
+                   "3": replace(_later, steps=50_000, length=128, text_weight=1.0, questions=0.5)},
 }
 
 
@@ -199,10 +202,10 @@ def batch_texts(dd, source, rows, recipe, seed, first):
     return torch.tensor(captions), torch.tensor(tokens), torch.tensor(maskable)
 
 
-def save_state(path, step, modules, optimizers):
+def save_state(path, step, modules, optimizers, averages):
     """The checkpoint a run resumes from, atomically: written beside, flushed to disk, renamed."""
     state = {"step": step, "modules": {k: m.state_dict() for k, m in modules.items()},
-             "optimizers": [o.state_dict() for o in optimizers]}
+             "optimizers": [o.state_dict() for o in optimizers], "averages": averages}
     with open(f"{path}.partial", "wb") as f:
         torch.save(state, f)
         f.flush()
@@ -457,7 +460,8 @@ def main():
 
     # Go on from the checkpoint, if this command left one.
     checkpoint, metrics = os.path.join(folder, "checkpoint.pt"), os.path.join(folder, "metrics.jsonl")
-    start = load_state(checkpoint, modules, optimizers, device)
+    averages = [p.detach().clone() for p in learned] if recipe.ema else []
+    start = load_state(checkpoint, modules, optimizers, averages, device)
     if rank == 0 and os.path.exists(metrics):  # forget what was logged after that checkpoint
         with open(metrics) as f:
             kept = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= start]
@@ -484,6 +488,8 @@ def main():
             optimizer.step()
         for p in learned:
             p.grad = None
+        for average, p in zip(averages, learned):
+            average.lerp_(p.detach(), 1 - recipe.ema)
         log.append(torch.stack([*parts, norm]).detach())
 
         done = step + 1
@@ -507,7 +513,7 @@ def main():
                 f.write(json.dumps({"step": done, **dict(zip(names, losses)), "grad_norm": mean_norm,
                                     "rate": optimizers[0].param_groups[0]["lr"], "images_per_s": speed}) + "\n")
         if rank == 0 and save_now:
-            save_state(checkpoint, done, modules, optimizers)
+            save_state(checkpoint, done, modules, optimizers, averages)
         if rank == 0 and done % args.show_every == 0 and done < recipe.steps:
             show(dd, unseen, unseen_ids, os.path.join(folder, f"samples-{done:06d}.png"))
             since = time.perf_counter()
@@ -516,6 +522,8 @@ def main():
             sys.exit(f"stopped after step {done}; the same command goes on from there")
     bar.close()
 
+    for average, p in zip(averages, learned):
+        p.data.copy_(average)
     if rank == 0:
         finish(args, recipe, dd, source, train_ids, unseen, unseen_ids, folder)
     if processes > 1:
@@ -539,7 +547,7 @@ def finish(args, recipe, dd, source, train_ids, unseen, unseen_ids, folder):
     print(f"wrote {path}")
 
 
-def load_state(path, modules, optimizers, device):
+def load_state(path, modules, optimizers, averages, device):
     """-> the step to go on from; 0 where there is no checkpoint."""
     if not os.path.exists(path):
         return 0
@@ -551,6 +559,8 @@ def load_state(path, modules, optimizers, device):
         module.load_state_dict(state["modules"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
+    for average, saved in zip(averages, state["averages"], strict=True):
+        average.copy_(saved)
     return state["step"]
 
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 import train
 from model import DualDiffusion
+from sample import SHIPPED
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = ["--batch", "8", "--pool", "64", "--judge", "2", "--warmup", "2", "--dtype", "fp32"]
+SMALL = ["--batch", "8", "--pool", "64", "--judge", "2", "--warmup", "2", "--dtype", "fp32", "--ema", "0.9"]
 
 
 def command(*args):
@@ -63,6 +64,18 @@ def test_a_killed_run_ends_with_the_same_weights(uninterrupted, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     steps = [json.loads(line)["step"] for line in open(tmp_path / "stage1" / "metrics.jsonl")]
     assert steps == [20, 30]
+
+
+def test_the_average_of_the_weights(tmp_path):
+    """After two steps at decay 0.5: a quarter of the first weights, a quarter of the second, half of the third."""
+    args = ["--stage", 1, "--init", SHIPPED, *SMALL, "--out"]
+    for name, steps, ema in (("one", 1, 0), ("two", 2, 0), ("mean", 2, 0.5)):
+        run(*args, tmp_path / name, "--steps", steps, "--ema", ema)
+    first, one, two, mean = load_file(SHIPPED), *(weights(tmp_path / name) for name in ("one", "two", "mean"))
+    for name in (n for n in mean if n.startswith("model.diffusion_model.joint_blocks.0")):
+        wanted = first[name].double() / 4 + one[name].double() / 4 + two[name].double() / 2
+        assert torch.allclose(mean[name].double(), wanted, rtol=0, atol=2e-3), name  # they are stored in half precision
+        assert not torch.equal(mean[name], two[name])
 
 
 @pytest.mark.parametrize("processes", [1, 2])
