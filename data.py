@@ -70,9 +70,10 @@ GRID_Y, GRID_X = np.mgrid[0:SIDE, 0:SIDE] + 0.5
 class World:
     """Scenes of one to three objects, 64x64. Scene i is a function of (seed, i) alone.
 
-    pairs: "train" never shows a HELD colour-shape pair, "held" shows at least one in every scene."""
-    def __init__(self, seed=0, pairs="train"):
-        self.seed, self.pairs = seed, pairs
+    pairs: "train" never shows a HELD colour-shape pair, "held" shows at least one in every scene. kinds: of questions
+    that are asked, equally often; one that is listed twice, twice as often."""
+    def __init__(self, seed=0, pairs="train", kinds=KINDS):
+        self.seed, self.pairs, self.kinds = seed, pairs, kinds
 
     def __len__(self):
         return 2 ** 62
@@ -119,7 +120,7 @@ class World:
         """-> question, answer; with `kind`, of that kind, or None where the scene allows none."""
         things = self.scene(i)[0]
         while True:
-            wanted = kind or pick(rng, KINDS)
+            wanted = kind or pick(rng, self.kinds)
             asked = next(filter(None, (ask(things, wanted, rng) for _ in range(10))), None)
             if asked or kind:
                 return asked

@@ -419,7 +419,7 @@ def main():
         unseen_ids = [i for i in ids if source.rows[i].image in kept]
         train_ids = [i for i in ids if source.rows[i].image not in kept]
     else:
-        source, unseen = data.World(args.seed), data.World(UNSEEN + args.seed)
+        source, unseen = data.World(args.seed, kinds=args.kinds), data.World(UNSEEN + args.seed)
         unseen_ids, train_ids = range(args.judge or 250), range(recipe.pool)
 
     dd, modules = starting_point(args, recipe, source, train_ids)
@@ -578,7 +578,7 @@ def keep_settings(folder, args, recipe, device, rank):
     """A folder holds one run: note its settings, and refuse to go on from its checkpoint with others -> the dtype to
     compute in. Only a run at a constant rate may be made longer."""
     path = os.path.join(folder, "run.json")
-    given = {name: vars(args)[name] for name in ("preset", "data", "init", "t5", "vae", "spiece", "seed")}
+    given = {name: vars(args)[name] for name in ("preset", "data", "kinds", "init", "t5", "vae", "spiece", "seed")}
     settings = given | asdict(recipe)
     if rank == 0 and not os.path.exists(os.path.join(folder, "checkpoint.pt")):
         with open(path, "w") as f:
@@ -601,6 +601,9 @@ def parse_args():
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny")
     parser.add_argument("--data", nargs="+", help="images and texts: .json, .jsonl, .tar or folders; default: the "
                         "built-in world")
+    parser.add_argument("--kinds", nargs="+", choices=data.KINDS, default=list(data.KINDS), metavar="KIND", help="of "
+                        f"questions in the built-in world, of {', '.join(data.KINDS)}; one given twice is asked twice "
+                        "as often")
     parser.add_argument("--init", help="checkpoint to start from; default: the stage before")
     add_parts(parser)
     parser.add_argument("--out", default="runs", help="where stageN/ folders are made")
