@@ -282,10 +282,6 @@ class DualDiffusion(nn.Module):
         """What it still needs to draw and read, in words: ["T5"]; empty when whole."""
         return [what for part, what in WHAT.items() if getattr(self, part) is None]
 
-    def encode_text(self, tokens):
-        """Tokens (B,L) long -> T5's states (B,L,text_dim), where the transformer is (T5 itself may be elsewhere)."""
-        return self.t5(tokens.to(self.t5.shared.weight.device)).to(self.device)
-
     def encode_image(self, pixels, generator=None):
         """Pixels (B,3,H,W) in [-1,1] -> the latents the transformer sees. With a generator a sample of the posterior
         (training), without one its mean."""

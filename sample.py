@@ -46,7 +46,7 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
         noise = torch.randn(shape, generator=generator)
     x, guided = noise.to(dd.device), cfg != 1
     ids = [dd.tokenizer.encode(text, length) for text in [*prompts, *[negative] * len(prompts) * guided]]
-    text = dd.encode_text(torch.tensor(ids))
+    text = dd.t5(torch.tensor(ids, device=dd.device))
     nowhere = torch.zeros(text.shape[:2], dtype=torch.bool)  # no logits wanted
     grid = time_grid(steps, shift).tolist()
     for t, t_next in zip(grid, grid[1:]):
@@ -88,7 +88,7 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
         if not rows.any():
             continue
         passes += 1
-        states = dd.encode_text(tokens[rows])
+        states = dd.t5(tokens[rows].to(dd.device))
         time = torch.zeros(len(states), device=dd.device)
         _, logits = dd.ddit(latents[rows], time, states, predict=look[rows], draw=0)
         drawn, sure = draw_tokens(logits.cpu(), temperature, generator)

@@ -187,10 +187,11 @@ class T5Encoder(nn.Module):
                 table[bucket, head] = -slope * away.abs() - 4.0 * wrong_way
 
     def forward(self, tokens):
-        """Tokens (B,L), long -> states (B,L,d_model). No attention mask: padding is text too (it is EOS)."""
-        x = self.shared(tokens)
+        """Tokens (B,L), long -> states (B,L,d_model), where the tokens are, though T5 itself may be on another device.
+        No attention mask: padding is text too (it is EOS)."""
+        x = self.shared(tokens.to(self.shared.weight.device))
         blocks = self.encoder["block"]
-        bias = blocks[0].layer[0]["SelfAttention"].position_bias(tokens.shape[1], tokens.device)
+        bias = blocks[0].layer[0]["SelfAttention"].position_bias(tokens.shape[1], x.device)
         for block in blocks:
             x = block(x, bias)
-        return self.encoder["final_layer_norm"](x)
+        return self.encoder["final_layer_norm"](x).to(tokens.device)

@@ -137,7 +137,7 @@ def test_odd_questions_still_get_an_answer_and_a_warning(tmp_path):
 def test_drawing_captioning_and_filling_in(tmp_path):
     out = tmp_path / "two.png"
     done = run("sample.py", "--caption", SCENE, "--infill", SCENE, "a _ _ circle", "--t2i", "a small red circle",
-               "a large blue square", "--num", 2, "--steps", 4, "--out", out)
+               "a large blue square", "--num", 2, "--out", out)
     assert done.returncode == 0, done.stderr
     caption, filled, path = done.stdout.splitlines()
     assert path == str(out) and Image.open(out).size == (2 * 64 + 2, 2 * 64 + 2)
