@@ -8,16 +8,22 @@ user's files. The world also judges: `read_scene` recovers the objects of a draw
 import argparse
 import colorsys
 import functools
+import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import sys
 import tarfile
+import tempfile
+import zlib
+from array import array
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
 # ---------------------------------------------------------------- the world
 
@@ -28,7 +34,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")  # the cells, row by row
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1)}  # axis (0 rows), direction
 HELD = {("yellow", "triangle"), ("purple", "circle"), ("cyan", "square")}  # colour-shape pairs kept for testing
-KINDS = ("color", "shape", "size", "count", "exists", "where", "relation", "compare")
+KINDS = ("color", "shape", "size", "count", "exists", "where", "relation", "compare", "same")
 
 
 def pick(rng, options):
@@ -77,6 +83,9 @@ class World:
 
     def __len__(self):
         return 2 ** 62
+
+    def version(self, ids):
+        return self.seed, self.pairs, len(ids)
 
     @functools.lru_cache(maxsize=100_000)  # a training pool is asked for again and again
     def scene(self, i):
@@ -227,21 +236,24 @@ def ask(things, kind, rng):
         if len(found) > 1 or not found and rng.random() < .75:
             return None
         return f"what is {relation} the {the}?", str(found[0]) if found else "nothing"
-    if kind == "compare":
-        other = pick(rng, things)
-        that = refer(other, things, rng)
-        if other is thing or that is None:
+    other = pick(rng, things)  # what remains is of two objects, and answered by yes or no
+    that = refer(other, things, rng)
+    if other is thing or that is None:
+        return None
+    if kind == "same":
+        feature = pick(rng, ["color", "shape", "size"])
+        truth = getattr(thing, feature) == getattr(other, feature)
+        often = {"color": (.15, 1), "shape": (.25, 1), "size": (.45, .45)}[feature][truth]
+        if rng.random() > often:  # two of a color are rare: without this, "no" would nearly always be right
             return None
-        want, feature = rng.random() < .5, pick(rng, ["color", "shape", "size"])
-        relation, bigger = pick(rng, list(RELATIONS)), pick(rng, ["bigger", "smaller"])
+        question = f"are the {the} and the {that} the same {feature}?"
+    if kind == "compare":
+        want, relation, bigger = rng.random() < .5, pick(rng, list(RELATIONS)), pick(rng, ["bigger", "smaller"])
         claims = [(f"is the {the} {relation} the {that}?", related(thing.cell, relation, other.cell)),
                   (f"is the {the} {bigger} than the {that}?",
-                   (thing.size, other.size) == (("large", "small") if bigger == "bigger" else ("small", "large"))),
-                  (f"are the {the} and the {that} the same {feature}?",
-                   getattr(thing, feature) == getattr(other, feature))]
-        true_or_false = [claim for claim in claims if claim[1] == want]  # so that half the answers are yes
-        question, truth = pick(rng, true_or_false or claims)
-        return question, "yes" if truth else "no"
+                   (thing.size, other.size) == (("large", "small") if bigger == "bigger" else ("small", "large")))]
+        question, truth = pick(rng, [claim for claim in claims if claim[1] == want] or claims)  # half of them yes
+    return question, "yes" if truth else "no"
 
 
 def read_scene(image):
@@ -365,15 +377,18 @@ class Record(NamedTuple):
         `where`: for messages. Raises ValueError with one line."""
         if not isinstance(row, dict):
             raise ValueError(f'{where}: want an object like {{"image": path, "caption": text}}')
-        image = next((row[key] for key in ("image", "image_path", "file_name") if key in row), None)
-        captions = [row[key] for key in ("caption", "re_caption", "text") if key in row]
-        asked = []
-        if "question" in row:
-            answers = row.get("answers", [row.get("answer")])
-            answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
-            asked = [(row["question"], max(answers, key=answers.count, default=None))]  # ten people: what most said
-        turns = [turn["value"].replace("<image>", "").strip() for turn in row.get("conversations", [])]
-        asked += zip(turns[0::2], turns[1::2])  # LLaVA: a human and the model in turn
+        try:
+            image = next((row[key] for key in ("image", "image_path", "file_name") if key in row), None)
+            captions = [row[key] for key in ("caption", "re_caption", "text") if row.get(key) is not None]
+            asked = []
+            if "question" in row:
+                answers = row.get("answers", [row.get("answer")])
+                answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
+                asked = [(row["question"], max(answers, key=answers.count, default=None))]  # ten people: what most said
+            turns = [turn["value"].replace("<image>", "").strip() for turn in row.get("conversations", [])]
+            asked += zip(turns[0::2], turns[1::2])  # LLaVA: a human and the model in turn
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{where}: not in a form that this program knows") from None
         if not isinstance(image, str):
             raise ValueError(f'{where}: names no image ("image", "image_path" or "file_name")')
         if not captions and not asked:
@@ -393,97 +408,131 @@ def expand(pattern):
             for path in expand(f"{pattern[:braces.start()]}{n:0{len(first)}d}{pattern[braces.end():]}")]
 
 
-class Records:
-    """The user's data, from one or several of: a .json list or .jsonl of objects (`Record.read` knows the forms); a
-    folder of images, captioned by its metadata.jsonl, or by the .txt of the same name, or else by the name of the
-    folder they lie in; WebDataset shards, .tar files of images, each with its .txt or .json ({000..999} for many).
-
-    Texts are read when it is opened, and a bad line is named; images, when they are asked for."""
-    def __init__(self, paths, size):
-        self.size, self.rows = size, []
-        for path in (one for given in ([paths] if isinstance(paths, str) else paths) for one in expand(given)):
-            if not os.path.exists(path):
-                raise FileNotFoundError(f"{path}: no such file or folder to train on")
-            read = (self.folder if os.path.isdir(path) else self.shard if path.endswith(".tar") else self.json)
-            found = list(read(path))
-            if not found:
-                raise ValueError(f"{path}: holds no images")
-            self.rows += found
-
-    @staticmethod
-    def folder(path):
-        if os.path.exists(listed := os.path.join(path, "metadata.jsonl")):
-            yield from Records.json(listed)
-            return
-        for folder, _, names in sorted(os.walk(path)):
-            for name in sorted(names):
-                stem, extension = os.path.splitext(os.path.join(folder, name))
-                if extension.lower() not in Image.registered_extensions():
+def read_json(path):
+    """The records of a .json list, or of a .jsonl of one object a line."""
+    number = 0
+    with open(path, encoding="utf-8-sig") as f:
+        try:
+            rows = json.load(f) if path.endswith(".json") else (json.loads(line.strip() or "null") for line in f)
+            for number, row in enumerate(rows, 1):
+                if row is None:
                     continue
+                where = f"{path}, {'item' if path.endswith('.json') else 'line'} {number}"
+                record = Record.read(row, os.path.dirname(path), where)
+                if not os.path.isfile(record.image):
+                    raise FileNotFoundError(f"{where}: no such image: {record.image}")
+                yield record
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number + error.lineno}: not valid JSON ({error.msg})") from None
+
+
+def read_folder(path):
+    """The records of a folder of images: as its metadata.jsonl says, or each captioned by the .txt of the same name, or
+    else by the name of the folder it lies in."""
+    if os.path.exists(listed := os.path.join(path, "metadata.jsonl")):
+        yield from read_json(listed)
+        return
+    for folder, _, names in sorted(os.walk(path)):
+        for name in sorted(names):
+            stem, extension = os.path.splitext(os.path.join(folder, name))
+            if extension.lower() in Image.registered_extensions():
                 text = os.path.basename(os.path.abspath(folder)).replace("_", " ")
                 if os.path.exists(stem + ".txt"):
                     with open(stem + ".txt", encoding="utf-8") as f:
                         text = f.read().strip()
                 yield Record(os.path.join(folder, name), (text,), ())
 
-    @staticmethod
-    def json(path):
-        base = os.path.dirname(path)
-        with open(path, encoding="utf-8-sig") as f:
-            if path.endswith(".json"):
-                lines, parse = [f.read()], json.loads
-            else:
-                lines, parse = f, lambda line: [json.loads(line)]
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    rows = parse(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
-                for k, row in enumerate(rows, number):
-                    where = f"{path}, {'item' if path.endswith('.json') else 'line'} {k}"
-                    try:
-                        record = Record.read(row, base, where)
-                    except (KeyError, TypeError, AttributeError):
-                        raise ValueError(f"{where}: not in a form that this program knows") from None
-                    if not os.path.isfile(record.image):
-                        raise FileNotFoundError(f"{where}: no such image: {record.image}")
-                    yield record
 
-    @staticmethod
-    def shard(path):
-        """One pass over the shard's headers. Members of one sample share their name up to the first dot."""
-        def finish(sample):
-            if "inside" in sample:
-                yield Record.read(sample, "", sample["image"], sample["inside"])
-        try:
-            with tarfile.open(path) as tar:
-                sample, stem = {}, None
-                for member in tar:
-                    if not member.isfile():
-                        continue
-                    head, name = os.path.split(member.name)
-                    key, extension = os.path.join(head, name.split(".")[0]), os.path.splitext(name)[1].lower()
-                    if key != stem:
-                        yield from finish(sample)
-                        sample, stem = {}, key
-                    if extension in (".txt", ".json"):
-                        text = tar.extractfile(member).read().decode()
-                        sample |= {"caption": text.strip()} if extension == ".txt" else {
-                            k: v for k, v in json.loads(text).items() if k not in ("image", "image_path", "file_name")}
+def read_shard(path):
+    """The records of a WebDataset shard, a .tar of images, each with its .txt or .json, in one pass over the headers.
+    Members of one sample share their name up to the first dot."""
+    def stem(member):
+        head, name = os.path.split(member.name)
+        return head, name.split(".")[0]
+
+    try:
+        with tarfile.open(path) as tar:
+            for _, sample in itertools.groupby(filter(tarfile.TarInfo.isfile, tar), stem):
+                told, image = {}, None
+                for member in sample:
+                    extension = os.path.splitext(member.name)[1].lower()
+                    if extension == ".txt":
+                        told["caption"] = tar.extractfile(member).read().decode().strip()
+                    elif extension == ".json":
+                        told |= json.loads(tar.extractfile(member).read())
                     elif extension in Image.registered_extensions():
-                        sample |= {"image": f"{path}/{member.name}", "inside": (member.offset_data, member.size)}
-                yield from finish(sample)
-        except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not a readable .tar shard ({error})") from None
+                        image = member
+                if image:
+                    name = f"{path}/{image.name}"
+                    yield Record.read(told | {"image": name}, "", name, (image.offset_data, image.size))
+    except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path}: not a readable .tar shard ({error})") from None
+
+
+class Records:
+    """The user's data, from one or several of: a .json list or .jsonl of objects (`Record.read` knows the forms), a
+    folder of images, WebDataset shards ({000..999} for many). Whatever the form, it is read through once, and every
+    record noted in an index on disk, so that afterwards any of them is one seek away and none lies in memory.
+
+    size: side of the images, pixels; folder: where to keep the index for the next time. A bad line ends the reading
+    and is named; an image is first opened when it is asked for."""
+    def __init__(self, paths, size, folder=None):
+        self.size, stamp = size, []
+        paths = [path for given in ([paths] if isinstance(paths, str) else paths) for path in expand(given)]
+        for path in paths:
+            if not os.path.exists(path):
+                raise FileNotFoundError(f"{path}: no such file or folder to train on")
+            files = [os.path.join(at, name) for at, _, names in sorted(os.walk(path)) for name in sorted(names)]
+            stamp += [(file, os.stat(file).st_mtime_ns) for file in files or [path]]
+        key = hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]
+        if folder is None:
+            self.temporary = tempfile.TemporaryDirectory()
+            folder = self.temporary.name
+        self.lines = os.path.join(folder, f"records-{key}.jsonl")
+        if not os.path.exists(f"{self.lines}.npy"):
+            self.note(paths)
+        self.starts, self.hashes = np.load(f"{self.lines}.npy", mmap_mode="r").T  # where lines start; of image names
+
+    def note(self, paths):
+        starts, hashes = array("q"), array("q")
+        os.makedirs(os.path.dirname(self.lines), exist_ok=True)
+        with open(self.lines, "wb") as f:
+            for path in tqdm(paths, desc="reading", unit="file", disable=len(paths) == 1):
+                read = read_folder if os.path.isdir(path) else read_shard if path.endswith(".tar") else read_json
+                before = len(starts)
+                for record in read(path):
+                    starts.append(f.tell())
+                    hashes.append(zlib.crc32(record.image.encode()))
+                    f.write(json.dumps(record).encode() + b"\n")
+                if len(starts) == before:
+                    raise ValueError(f"{path}: holds no images")
+        with open(f"{self.lines}.partial", "wb") as f:
+            np.save(f, np.stack([starts, hashes], 1))
+        os.replace(f"{self.lines}.partial", f"{self.lines}.npy")
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.starts)
+
+    def row(self, i):
+        with open(self.lines, "rb") as f:
+            f.seek(self.starts[i])
+            image, captions, asked, inside = json.loads(f.readline())
+        return Record(image, tuple(captions), tuple(map(tuple, asked)), tuple(inside))
+
+    def version(self, ids):
+        """What those images depend on: their names, when they were last changed, and the size they are brought to."""
+        return self.size, [(row.image, os.stat(row.file).st_mtime_ns) for row in map(self.row, ids)]
+
+    def split(self, count):
+        """Keep some pictures apart, at most `count` and at most one in twenty, but one at least, chosen by the hash of
+        their names, so that all records of a picture go one way -> indices kept apart, indices of the others."""
+        pictures = np.unique(self.hashes)
+        last = pictures[max(1, min(count, len(pictures) // 20)) - 1]
+        return np.flatnonzero(self.hashes <= last), np.flatnonzero(self.hashes > last)
 
     def image(self, i):
         """-> (size,size,3) uint8. Raises ValueError naming the image if it cannot be read."""
-        row, file = self.rows[i], None
+        row, file = self.row(i), None
         if row.inside:
             start, count = row.inside
             with open(row.file, "rb") as f:
@@ -493,12 +542,12 @@ class Records:
 
     def caption(self, i, rng):
         """One of its captions; a record that has none is told by a question with its answer."""
-        row = self.rows[i]
+        row = self.row(i)
         return pick(rng, row.captions) if row.captions else " ".join(pick(rng, row.asked))
 
     def question(self, i, rng):
         """-> question, answer; None if it has none."""
-        asked = self.rows[i].asked
+        asked = self.row(i).asked
         return pick(rng, asked) if asked else None
 
 

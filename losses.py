@@ -42,12 +42,13 @@ def masked_diffusion_loss(logits, tokens, masked, t):
     """Eq. 7: cross-entropy at the masked positions, weighted by -alpha'(t) / (1 - alpha(t)), which is 1/t for the
     log-linear schedule, over batch x length.
 
-    logits (B,L,V), or (N,V) at the N masked positions in row order; tokens, masked (B,L); t (B,) -> scalar.
+    logits (B,L,V), or (N,V) at the N masked positions in row order; tokens, masked (B,L); t (B,) -> scalar. The last
+    three may stay on the CPU: what is picked out of them by `masked` is then found without waiting for the device.
     The last of the V outputs is the mask token. SUBS: it has probability zero, and tokens that are not masked are
     carried over, so they cost nothing."""
     logits = logits[masked] if logits.ndim == 3 else logits
-    nats = F.cross_entropy(logits[:, :-1].float(), tokens[masked], reduction="none")
-    weight = (1 / t)[:, None].expand(tokens.shape)[masked]
+    nats = F.cross_entropy(logits[:, :-1].float(), tokens[masked].to(logits.device), reduction="none")
+    weight = (1 / t)[:, None].expand(tokens.shape)[masked].to(logits.device)
     return (weight * nats).sum() / tokens.numel()  # Eq. 7
 
 
@@ -68,45 +69,42 @@ def flow_matching_loss(velocity, latents, noise):
 
 
 class Corruption(NamedTuple):
-    """Every random choice of one training step. Drawn for the whole global batch, on the CPU, then cut into parts,
-    so that the result does not depend on how many processes share the step."""
+    """Every random choice of one training step."""
     image_t: torch.Tensor  # (B,)
     noise: torch.Tensor    # (B,C,H,W)
     text_t: torch.Tensor   # (B,)
     noisy: torch.Tensor    # (B,L) tokens, some masked
     masked: torch.Tensor   # (B,L) bool
 
-    def rows(self, part):
-        return Corruption(*(x[part] for x in self))
+
+def corrupt(latent_shape, tokens, maskable, mask_id, text_t, generator=None, mean=0.0, std=1.0) -> Corruption:
+    """latent_shape (C,H,W), tokens (B,L), maskable (B,L) bool, text_t (B,) -> the times, noise and masks of those rows.
+    mean, std: of the image times' logit."""
+    n = len(tokens)
+    return Corruption(logit_normal_times(n, mean, std, generator), torch.randn(n, *latent_shape, generator=generator),
+                      text_t, *mask_tokens(tokens, text_t, maskable, mask_id, generator))
 
 
-def corrupt(latents_shape, tokens, maskable, mask_id, generator=None, mean=0.0, std=1.0) -> Corruption:
-    """latents_shape (B,C,H,W), tokens (B,L), maskable (B,L) bool -> the step's times, noise and masks. mean, std: of
-    the image times' logit."""
-    n = latents_shape[0]
-    image_t, text_t = logit_normal_times(n, mean, std, generator), stratified_times(n, generator=generator)
-    return Corruption(image_t, torch.randn(latents_shape, generator=generator),
-                      text_t, *mask_tokens(tokens, text_t, maskable, mask_id, generator=generator))
-
-
-def joint_loss(ddit, t5, latents, captions, tokens, corruption, text_weight=0.2, image_weight=1.0):
+def joint_loss(ddit, t5, latents, captions, tokens, corruption, text_weight=0.2, image_weight=1.0, read=None):
     """Eq. 9, both losses in one forward pass -> total, image loss, text loss (scalars). With image_weight 0 (Table 10,
     understanding alone) the image half is not run, and its loss is 0.
 
     latents (B,C,H,W) clean; captions (B,L) what the image half reads; tokens (B,L) what the text half learns to
-    write (captions again, or questions with answers); corruption: from `corrupt`, of the same rows.
+    write (captions again, or questions with answers); corruption: from `corrupt`; read (B,C,H,W): the latents that the
+    text is about, where those are other images (stage 2hr). Latents are on the device, all else may be on the CPU.
 
     The image half is (noisy latents, clean text, t), the text half (clean latents, masked text, 0). They have the
     same shapes, so they are stacked along the batch: T5 and the transformer run once."""
     image_t, noise, text_t, noisy, masked = corruption
     n = len(latents) if image_weight else 0  # rows of the image half
-    device = latents.device
-    noise, masked_text = noise.to(device), noisy.to(device)
-    stacked = torch.cat([noise_latents(latents, noise, image_t.to(device))[:n], latents])
-    times = torch.cat([image_t[:n], torch.zeros(len(latents))]).to(device)
-    states = t5(torch.cat([captions[:n], masked_text]))
+    device, read = latents.device, latents if read is None else read
+    noise = noise.to(device, non_blocking=True)
+    stacked = torch.cat([noise_latents(latents, noise, image_t.to(device))[:n], read])
+    times = torch.cat([image_t[:n], torch.zeros(len(read))]).to(device, non_blocking=True)
+    states = t5(torch.cat([captions[:n], noisy]).to(device, non_blocking=True))
     predict = torch.cat([torch.zeros_like(masked[:n]), masked])  # stays on the CPU: indexing by it need not wait
     velocity, logits = ddit(stacked, times, states, predict=predict, draw=n)
-    image_loss = flow_matching_loss(velocity, latents, noise) if n else velocity.new_zeros(())
-    text_loss = masked_diffusion_loss(logits, tokens, masked.to(device), text_t.to(device))
+    # The sum of nothing is 0, and gives the image head a gradient, which the processes of a parallel run expect.
+    image_loss = flow_matching_loss(velocity, latents, noise) if n else velocity.sum()
+    text_loss = masked_diffusion_loss(logits, tokens, masked, text_t)
     return image_weight * image_loss + text_weight * text_loss, image_loss, text_loss  # Eq. 9

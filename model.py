@@ -20,9 +20,9 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, field, replace
-from glob import escape, glob
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from t5 import SENTINELS, RMSNorm, T5Config, T5Encoder, Tokenizer
 from vae import VAE, VAEConfig
@@ -42,7 +43,7 @@ class DDiTConfig:
     width: int = 1536
     heads: int = 24
     patch: int = 2          # a token is patch x patch latents
-    channels: int = 16      # of the latents
+    channels: int = 16      # of the latents: what VAEConfig calls latent_channels
     text_dim: int = 4096    # of T5's states
     vocab: int = 32100      # outputs of the text head; the last is the mask token
     pos_size: int = 192     # side of the position table, in patches: the largest image
@@ -170,6 +171,8 @@ class TextHead(nn.Module):
 
 
 class DDiT(nn.Module):
+    checkpointing = False  # set on an instance that trains: far less memory, for a second forward pass of every block
+
     def __init__(self, config: DDiTConfig):
         super().__init__()
         self.config = config
@@ -214,7 +217,10 @@ class DDiT(nn.Module):
         x = x + self.positions(h, w).to(x.dtype)
         text = self.context_embedder(text.to(vec.dtype))
         for block in self.joint_blocks:
-            x, text = block(x, text, vec)
+            if self.checkpointing and torch.is_grad_enabled():
+                x, text = checkpoint(block, x, text, vec, use_reentrant=False)
+            else:
+                x, text = block(x, text, vec)
         x = self.final_layer(x[:draw], vec[:draw])
         velocity = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p, c=c)
         return velocity, self.text_head(text if predict is None else text[predict])
@@ -249,11 +255,11 @@ PRESETS = {
         DDiTConfig(depth=6, width=128, heads=2, text_dim=128, pos_size=8, qk_norm=True),
         T5Config(d_model=128, num_layers=2, num_heads=4, d_kv=32, d_ff=256, max_distance=32),
         VAEConfig(channels=8, groups=4),
-        Settings(size=64, length=24, cfg=3.0, shift=3.0, caption_steps=256, answer_steps=16)),
+        Settings(size=64, length=24, cfg=3.0)),
 }
 
 MODULES = {"ddit": DDiT, "t5": T5Encoder, "vae": VAE}
-WHAT = {"ddit": "transformer", "t5": "T5", "vae": "VAE"}
+PART_NAMES = {"ddit": "transformer", "t5": "T5", "vae": "VAE"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to compute in; fp16 is too narrow for T5-XXL
 
 
@@ -280,7 +286,7 @@ class DualDiffusion(nn.Module):
     @property
     def missing(self):
         """What it still needs to draw and read, in words: ["T5"]; empty when whole."""
-        return [what for part, what in WHAT.items() if getattr(self, part) is None]
+        return [name for part, name in PART_NAMES.items() if getattr(self, part) is None]
 
     def encode_image(self, pixels, generator=None):
         """Pixels (B,3,H,W) in [-1,1] -> the latents the transformer sees. With a generator a sample of the posterior
@@ -299,7 +305,7 @@ class DualDiffusion(nn.Module):
         """One self-contained .safetensors: all parts under SD3's names, the tokenizer as bytes, the configuration as
         JSON in the header. Written beside, then renamed, so a reader never meets half a file. `dtype`: of the
         floating-point tensors on disk, e.g. torch.float16; as they are when None."""
-        tensors = {prefix + name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        tensors = {prefix + name: tensor.to("cpu", dtype or tensor.dtype).contiguous()
                    for part, prefix in PREFIXES.items() if getattr(self, part) is not None
                    for name, tensor in getattr(self, part).state_dict().items()}
         tensors[SPIECE] = torch.frombuffer(bytearray(self.tokenizer.model), dtype=torch.uint8)
@@ -309,25 +315,28 @@ class DualDiffusion(nn.Module):
     def load(cls, path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
         """Read a checkpoint: a file of ours, an SD3 single file, or a folder in diffusers layout.
 
-        t5, vae: another file or folder to take that part from; tokenizer: a spiece.model; offload: T5 stays on the CPU.
-        Modules are built without memory; a tensor is mapped from its file and converted once, straight to its device
-        and type. Raises FileNotFoundError or ValueError with one line that says what is wrong, and where."""
-        found = inspect(path, t5, vae, tokenizer)
-        if found.spiece is None:
+        t5, vae: another file or folder to take that part from; tokenizer: a spiece.model; dtype: to compute in, one for
+        all or {"ddit": dtype, "t5": dtype, "vae": dtype} (a part not named: float32), None as in the file; offload: T5
+        stays on the CPU. Modules are built without memory; a tensor is mapped from its file and converted once,
+        straight to its device and type. Raises FileNotFoundError or ValueError with one line that says what is wrong,
+        and where."""
+        dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(MODULES, dtype)
+        if unknown := dtypes.keys() - MODULES.keys():
+            raise ValueError(f"dtype names {', '.join(sorted(unknown))}; the parts are {', '.join(MODULES)}")
+        config, parts, words = inspect(path, t5, vae, tokenizer)
+        if words is None:
             raise ValueError(f"{path}: holds no tokenizer; give T5's spiece.model (--spiece)")
-        config = found.config()
-        try:
-            tokenizer = Tokenizer(found.spiece)
-        except ValueError as error:
-            raise ValueError(f"{tokenizer or path}: {error}") from error
-        if "text_head.linear.weight" not in found.parts.get("ddit", {}):  # a new one, which fits
-            config.ddit.vocab = tokenizer.vocab_size
-        if config.ddit.vocab != tokenizer.vocab_size or config.t5.vocab_size < tokenizer.vocab_size:
+        vocab = words.vocab_size
+        if "text_head.linear.weight" not in parts.get("ddit", {}):  # a new one, which fits
+            config.ddit.vocab = vocab
+        if config.ddit.vocab != vocab or config.t5.vocab_size < vocab:
             raise ValueError(f"{path}: the text head knows {config.ddit.vocab} tokens, T5 {config.t5.vocab_size}, the "
-                             f"tokenizer {tokenizer.vocab_size}; give the one that they were trained with (--spiece)")
-        where = {"t5": "cpu"} if offload else {}
-        return cls(config, tokenizer, **{part: read_part(part, tensors, getattr(config, part), where.get(part, device),
-                                                         dtype) for part, tensors in found.parts.items()}).eval()
+                             f"tokenizer {vocab}; give the one that they were trained with (--spiece)")
+        modules = {}
+        for part, tensors in parts.items():
+            place = "cpu" if offload and part == "t5" else device
+            modules[part] = read_part(part, tensors, getattr(config, part), place, dtypes.get(part, torch.float32))
+        return cls(config, words, **modules).eval()
 
     def export(self, folder, shard=5 << 30):
         """Write the diffusers layout as the authors' release has it: a folder a part, files of at most `shard` bytes.
@@ -335,22 +344,14 @@ class DualDiffusion(nn.Module):
         there is none, we neither use nor keep; it is written as zeros."""
         if self.missing:
             raise ValueError(f"nothing written to {folder}: holds no {' and no '.join(self.missing)}")
-        blocks = {"ddit": self.config.ddit.depth, "vae": len(self.config.vae.multipliers), "t5": 0}
         for part in MODULES:
-            ours, theirs = getattr(self, part).state_dict(), {}
-            for module, (names, how) in {module: rest for module, *rest in renaming(part, blocks[part])}.items():
-                for suffix in SUFFIXES:
-                    if module + suffix in ours:
-                        tensor = convert(ours.pop(module + suffix), how)
-                        theirs |= {n + suffix: piece for n, piece in zip(names, tensor.chunk(len(names)))}
+            state = to_diffusers(part, getattr(self, part).state_dict())
             if part == "ddit":
-                theirs["null_image_embd"] = torch.zeros(1, 8, self.config.ddit.width, dtype=self.ddit.pos_embed.dtype)
-            write_shards(os.path.join(folder, FOLDERS[part][-1]), "model" if part == "t5" else
-                         "diffusion_pytorch_model", theirs | ours, shard)
+                state["null_image_embd"] = torch.zeros(1, 8, self.config.ddit.width, dtype=self.ddit.pos_embed.dtype)
+            stem = "model" if part == "t5" else "diffusion_pytorch_model"
+            write_shards(os.path.join(folder, FOLDERS[part][-1]), stem, state, shard)
         for name, content in diffusers_configs(self.config).items():
-            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-            with open(os.path.join(folder, name), "w") as f:
-                json.dump(content, f, indent=2)
+            write_json(os.path.join(folder, name), content)
         with open(os.path.join(folder, "tokenizer", "spiece.model"), "wb") as f:
             f.write(self.tokenizer.model)
 
@@ -361,12 +362,16 @@ class DualDiffusion(nn.Module):
 
 # Stability's single files: a prefix a part. Ours are written so too.
 PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}
+# A tensor that every file with that part has, under our name.
+KEY_TENSORS = {"ddit": "joint_blocks.0.x_block.attn.qkv.weight", "vae": "encoder.down.0.block.0.conv1.weight",
+               "t5": "encoder.final_layer_norm.weight"}
 SPIECE = "spiece_model"  # in our files: the tokenizer, as a uint8 tensor
 
 # diffusers: a folder a part (the authors' release: text_encoder; SD3's own: text_encoder_3, beside two of CLIP's), and
-# other names, which are listed here beside ours. {i} and {j} count blocks, {r} counts levels from the other end; {x} is
-# q, k and v, stored apart; {m} is a norm or convolution, {s} a side. Where one of ours has two lines, the second is the
-# authors'. swap: (scale, shift) there, (shift, scale) here; 1x1: a matrix there, a convolution here. T5: same names.
+# other names, which are listed here beside ours; T5's and those not listed are the same. {i} and {j} count blocks, {r}
+# counts levels from the other end; {x} is q, k and v, stored apart; {n} is one of them; {m} is a norm or convolution,
+# {s} a side. Where one of ours has two lines, the second is the authors'. swap: (scale, shift) there, (shift, scale)
+# here; 1x1: a matrix there, a convolution here.
 FOLDERS = {"ddit": ["transformer"], "t5": ["text_encoder_3", "text_encoder"], "vae": ["vae"]}
 DIFFUSERS = {"t5": "", "ddit": """
     pos_embed                                          pos_embed.pos_embed
@@ -375,18 +380,15 @@ DIFFUSERS = {"t5": "", "ddit": """
     t_embedder.mlp.2                                   time_text_embed.timestep_embedder.linear_2
     y_embedder.mlp.0                                   time_text_embed.text_embedder.linear_1
     y_embedder.mlp.2                                   time_text_embed.text_embedder.linear_2
-    context_embedder                                   context_embedder
     joint_blocks.{i}.x_block.adaLN_modulation.1        transformer_blocks.{i}.norm1.linear
     joint_blocks.{i}.x_block.attn.qkv                  transformer_blocks.{i}.attn.to_{x}
-    joint_blocks.{i}.x_block.attn.ln_q                 transformer_blocks.{i}.attn.norm_q
-    joint_blocks.{i}.x_block.attn.ln_k                 transformer_blocks.{i}.attn.norm_k
+    joint_blocks.{i}.x_block.attn.ln_{n}               transformer_blocks.{i}.attn.norm_{n}
     joint_blocks.{i}.x_block.attn.proj                 transformer_blocks.{i}.attn.to_out.0
     joint_blocks.{i}.x_block.mlp.fc1                   transformer_blocks.{i}.ff.net.0.proj
     joint_blocks.{i}.x_block.mlp.fc2                   transformer_blocks.{i}.ff.net.2
     joint_blocks.{i}.context_block.adaLN_modulation.1  transformer_blocks.{i}.norm1_context.linear
     joint_blocks.{i}.context_block.attn.qkv            transformer_blocks.{i}.attn.add_{x}_proj
-    joint_blocks.{i}.context_block.attn.ln_q           transformer_blocks.{i}.attn.norm_added_q
-    joint_blocks.{i}.context_block.attn.ln_k           transformer_blocks.{i}.attn.norm_added_k
+    joint_blocks.{i}.context_block.attn.ln_{n}         transformer_blocks.{i}.attn.norm_added_{n}
     joint_blocks.{i}.context_block.attn.proj           transformer_blocks.{i}.attn.to_add_out
     joint_blocks.{i}.context_block.mlp.fc1             transformer_blocks.{i}.ff_context.net.0.proj
     joint_blocks.{i}.context_block.mlp.fc2             transformer_blocks.{i}.ff_context.net.2
@@ -396,15 +398,11 @@ DIFFUSERS = {"t5": "", "ddit": """
     final_layer.linear                                 image_proj_out
     text_head.linear                                   text_proj_out
 """, "vae": """
-    {s}.conv_in                                        {s}.conv_in
     {s}.norm_out                                       {s}.conv_norm_out
-    {s}.conv_out                                       {s}.conv_out
     {s}.mid.block_1.{m}                                {s}.mid_block.resnets.0.{m}
     {s}.mid.block_2.{m}                                {s}.mid_block.resnets.1.{m}
     {s}.mid.attn_1.norm                                {s}.mid_block.attentions.0.group_norm
-    {s}.mid.attn_1.q                                   {s}.mid_block.attentions.0.to_q                1x1
-    {s}.mid.attn_1.k                                   {s}.mid_block.attentions.0.to_k                1x1
-    {s}.mid.attn_1.v                                   {s}.mid_block.attentions.0.to_v                1x1
+    {s}.mid.attn_1.{n}                                 {s}.mid_block.attentions.0.to_{n}              1x1
     {s}.mid.attn_1.proj_out                            {s}.mid_block.attentions.0.to_out.0            1x1
     encoder.down.{i}.block.{j}.{m}                     encoder.down_blocks.{i}.resnets.{j}.{m}
     encoder.down.{i}.block.{j}.nin_shortcut            encoder.down_blocks.{i}.resnets.{j}.conv_shortcut
@@ -414,237 +412,141 @@ DIFFUSERS = {"t5": "", "ddit": """
     decoder.up.{i}.upsample.conv                       decoder.up_blocks.{r}.upsamplers.0.conv
 """}
 SUFFIXES = ("", ".weight", ".bias")
-FROM_JSON = {"ddit": {"heads": "num_attention_heads"}, "t5": {"max_distance": "relative_attention_max_distance"},
-             "vae": {"groups": "norm_num_groups", "shift": "shift_factor", "scale": "scaling_factor"}}
-
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 
-# What else people have in .safetensors files, by a piece of a tensor's name.
+# What else people have in .safetensors files, by pieces of the names of its tensors: where all are found, it is that.
+UNET = "a U-Net (Stable Diffusion 1, 2 or XL), another architecture"
+SD35 = "SD3.5, which has norms on queries and keys: D-DiT starts from SD3-medium (sd3_medium.safetensors)"
 REFUSED = {
     "lora_": "a LoRA: changes to a model, not a model",
     "double_blocks.": "FLUX, another architecture", "single_transformer_blocks.": "FLUX, another architecture",
-    "input_blocks.": "a U-Net (Stable Diffusion 1, 2 or XL), another architecture",
-    "down_blocks.0.attentions": "a U-Net (Stable Diffusion 1, 2 or XL), another architecture",
+    "input_blocks.": UNET, "down_blocks.0.attentions": UNET,
     ".attn2.": "SD3.5-medium, whose blocks attend twice: D-DiT starts from SD3-medium (sd3_medium.safetensors)",
+    "y_embedder. .attn.ln_q.": SD35, "time_text_embed.text_embedder. .attn.norm_q.": SD35,
     "scale_weight": "T5 in scaled fp8, of which plain tensors tell half: take t5xxl_fp8_e4m3fn or t5xxl_fp16",
 }
 
 
-def renaming(part, blocks):
-    """-> [(module of ours, its modules in diffusers, how)] for a part of so many blocks or levels."""
-    rows = {}
-    for ours, theirs, *how in (line.split() for line in DIFFUSERS[part].strip().splitlines()):
-        for i, j, m, s in itertools.product(range(blocks), range(3), ("norm1", "conv1", "norm2", "conv2"),
-                                            ("encoder", "decoder")):
-            at = {"i": i, "r": blocks - 1 - i, "j": j, "m": m, "s": s}
-            names = tuple(theirs.format(**at, x=x) for x in ("qkv" if "{x}" in theirs else "-"))
-            rows[ours.format(**at), names] = "".join(how)
-    return [(ours, names, how) for (ours, names), how in rows.items()]
+def count(names, prefix):
+    """How many blocks or levels: one more than the largest n in names that start with `prefix` (a regex), dot, n."""
+    found = (re.match(rf"(?:{prefix})\.(\d+)\.", name) for name in names)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
-def convert(tensor, how):
+def renaming(part, names):
+    """-> [(module of ours, its modules in diffusers, conversion)], for as many blocks or levels as `names` have, which
+    may be of either layout."""
+    blocks = count(names, "joint_blocks|transformer_blocks|encoder.down|encoder.down_blocks")
+    values = {"i": range(blocks), "j": range(3), "m": ("norm1", "conv1", "norm2", "conv2"), "n": "qkv",
+              "s": ("encoder", "decoder")}
+    rows = []
+    for ours, theirs, *conversion in (line.split() for line in DIFFUSERS[part].strip().splitlines()):
+        used = [key for key in values if f"{{{key}}}" in ours]
+        for choice in itertools.product(*(values[key] for key in used)):
+            at = dict(zip(used, choice))
+            at["r"] = blocks - 1 - at.get("i", 0)
+            modules = [theirs.format(**at, x=x) for x in ("qkv" if "{x}" in theirs else "-")]
+            rows.append((ours.format(**at), modules, "".join(conversion)))
+    return rows
+
+
+def convert(tensor, conversion):
     """Between diffusers' form of a tensor and ours, either way."""
-    if how == "swap":
+    if conversion == "swap":
         return torch.cat(tensor.chunk(2)[::-1])
-    if how == "1x1" and tensor.ndim > 1:
+    if conversion == "1x1" and tensor.ndim > 1:
         return tensor.flatten(1) if tensor.ndim == 4 else tensor[..., None, None]
     return tensor
 
 
+def from_diffusers(part, stored):
+    """{diffusers' names: Stored} -> {our names: Stored}."""
+    found = dict(stored)
+    for ours, theirs, conversion in renaming(part, stored):
+        feed_forward = theirs[0].replace("norm1_context.linear", "ff_context.net.2.weight")
+        if feed_forward != theirs[0] and feed_forward not in stored:
+            conversion = "swap"  # the last block of SD3 ends its text stream early, and in the image head's way
+        for suffix in SUFFIXES:
+            pieces = [stored[name + suffix] for name in theirs if name + suffix in stored]
+            if pieces:
+                found[ours + suffix] = Stored([p for s in pieces for p in s.pieces], pieces[0].dtype, conversion)
+    return found
+
+
+def to_diffusers(part, state):
+    """{our names: tensor} -> {diffusers' names: tensor}."""
+    found = dict(state)
+    for ours, (theirs, conversion) in {ours: rest for ours, *rest in renaming(part, state)}.items():
+        for suffix in SUFFIXES:
+            if ours + suffix in state:
+                pieces = convert(found.pop(ours + suffix), conversion).chunk(len(theirs))
+                found |= {name + suffix: piece for name, piece in zip(theirs, pieces)}
+    return found
+
+
+@dataclass
 class Stored:
-    """A tensor that lies in a file, not read yet: `pieces` [(path, name, shape)], to be joined along the first axis."""
-    def __init__(self, pieces, dtype, how=""):
-        self.pieces, self.dtype, self.how = pieces, dtype, how
+    """A tensor that lies in a file, not read yet."""
+    pieces: list            # [(path, name, shape)], to be joined along the first axis
+    dtype: str              # as safetensors spells it
+    conversion: str = ""    # from diffusers' form of it
 
     @property
     def shape(self):
-        return convert(torch.cat([torch.empty(shape, device="meta") for _, _, shape in self.pieces]), self.how).shape
-
-    @property
-    def nbytes(self):
-        return self.shape.numel() * (TYPES[self.dtype].itemsize if self.dtype in TYPES else 1)
-
-    @property
-    def own_dtype(self):
-        """The type to compute in that loses nothing and takes the least room: the file's, but for fp8."""
-        return torch.bfloat16 if self.dtype == "F8_E4M3" else TYPES.get(self.dtype)
+        pieces = [torch.empty(shape, device="meta") for _, _, shape in self.pieces]
+        return convert(torch.cat(pieces), self.conversion).shape
 
     def read(self, device="cpu", dtype=torch.float32):
-        """dtype None is `own_dtype`. A tensor that needs no conversion is the file itself, mapped. Otherwise the file
-        is let go at once, so that no page of it stays in memory beside the copy."""
-        tensors, dtype = [], dtype or self.own_dtype
+        """dtype None is the file's, but bf16 for fp8, in which nothing computes. A tensor that needs no conversion is
+        the file itself, mapped. Otherwise the file is let go at once, so that no page of it stays in memory."""
+        dtype = dtype or (torch.bfloat16 if self.dtype == "F8_E4M3" else TYPES[self.dtype])
+        tensors = []
         for path, name, _ in self.pieces:
             with safe_open(path, framework="pt") as f:
                 tensors.append(f.get_tensor(name).to(device, dtype))
-        return convert(torch.cat(tensors) if len(tensors) > 1 else tensors[0], self.how)
+        return convert(torch.cat(tensors) if len(tensors) > 1 else tensors[0], self.conversion)
 
 
 class Tensors(dict):
-    """{name: Stored} of one part; `path` is for messages."""
-    def __init__(self, path, items=()):
-        super().__init__(items)
-        self.path = path
+    """{our name: Stored} of one part; `path` is for messages."""
+    path = ""
 
     def __missing__(self, name):
         raise ValueError(f"{self.path}: the tensor {name} is missing; the file is incomplete")
 
 
-@dataclass
-class Found:
-    """What a file or folder holds, by its names and shapes: `parts` {part: Tensors}, under our names. `hints`: what its
-    JSON files say and shapes do not, {part or "settings": {field: value}}; `header`: our own configuration, if it is
-    a file of ours."""
-    path: str
-    parts: dict = field(default_factory=dict)
-    hints: dict = field(default_factory=dict)
-    header: dict = field(default_factory=dict)
-    spiece: bytes | None = None
+# A part's configuration, read off its tensors; config.json (`told`, {} where there is none) says what shapes do not.
 
-    def config(self):
-        """The configuration, ours or read off the tensors' shapes."""
-        config = Config.from_dict(self.header) if self.header else Config()
-        for part in self.parts.keys() - self.header.keys():
-            setattr(config, part, replace(FROM_SHAPES[part](self.parts[part]), **self.hints.get(part, {})))
-        config.settings = replace(config.settings, **self.hints.get("settings", {}))
-        return config
-
-
-def count(names, prefix):
-    """How many blocks: one more than the largest n in names that start with `prefix` and n."""
-    return 1 + max((int(name[len(prefix):].split(".")[0]) for name in names if name.startswith(prefix)), default=-1)
-
-
-def ddit_config(x):
+def ddit_config(x, told):
     head = x.get("text_head.linear.weight")
     width, channels, patch, _ = x["x_embedder.proj.weight"].shape
-    return DDiTConfig(depth=count(x, "joint_blocks."), width=width, heads=width // 64,
+    return DDiTConfig(depth=count(x, "joint_blocks"), width=width, heads=told.get("num_attention_heads", width // 64),
                       patch=patch, channels=channels, text_dim=x["context_embedder.weight"].shape[1],
                       vocab=head.shape[0] if head else DDiTConfig.vocab,
                       pos_size=math.isqrt(x["pos_embed"].shape[1]),
                       qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in x)
 
 
-def t5_config(x):
+def t5_config(x, told):
     first = "encoder.block.0.layer.0.SelfAttention."
     vocab, width = x["shared.weight"].shape
     buckets, heads = x[first + "relative_attention_bias.weight"].shape
-    return T5Config(d_model=width, vocab_size=vocab, num_layers=count(x, "encoder.block."), num_heads=heads,
+    return T5Config(d_model=width, vocab_size=vocab, num_layers=count(x, "encoder.block"), num_heads=heads,
                     d_kv=x[first + "q.weight"].shape[0] // heads, buckets=buckets,
-                    d_ff=x["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"].shape[0])
+                    d_ff=x["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"].shape[0],
+                    max_distance=told.get("relative_attention_max_distance", T5Config.max_distance))
 
 
-def vae_config(x):
-    channels = x["encoder.conv_in.weight"].shape[0]
-    levels = count(x, "encoder.down.")
-    return VAEConfig(channels=channels, latent_channels=x["encoder.conv_out.weight"].shape[0] // 2, multipliers=tuple(
-        x[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // channels for i in range(levels)))
+def vae_config(x, told):
+    widths = [x[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(count(x, "encoder.down"))]
+    base = x["encoder.conv_in.weight"].shape[0]
+    return VAEConfig(channels=base, multipliers=tuple(width // base for width in widths),
+                     latent_channels=x["encoder.conv_out.weight"].shape[0] // 2,
+                     groups=told.get("norm_num_groups", VAEConfig.groups),
+                     shift=told.get("shift_factor", VAEConfig.shift), scale=told.get("scaling_factor", VAEConfig.scale))
 
 
-FROM_SHAPES = {"ddit": ddit_config, "t5": t5_config, "vae": vae_config}
-# A tensor that tells a part, and whether it is in diffusers' names.
-MARKS = {"joint_blocks.0.x_block.attn.qkv.weight": ("ddit", False),
-         "transformer_blocks.0.attn.to_q.weight": ("ddit", True),
-         "encoder.block.0.layer.0.SelfAttention.q.weight": ("t5", False),
-         "encoder.down.0.block.0.conv1.weight": ("vae", False),
-         "encoder.down_blocks.0.resnets.0.conv1.weight": ("vae", True)}
-
-
-def open_stored(path):
-    """A .safetensors file -> {its own names: Stored}, metadata. What it cannot be is said in one line."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    if path.endswith((".ckpt", ".pth", ".pt", ".bin")):
-        raise ValueError(f"{path}: a pickle, which could run any code when opened; take the model's .safetensors")
-    try:
-        with safe_open(path, framework="pt") as f:
-            slices = {name: f.get_slice(name) for name in f.keys()}
-            return ({name: Stored([(path, name, tuple(s.get_shape()))], s.get_dtype()) for name, s in slices.items()},
-                    f.metadata() or {})
-    except (SafetensorError, IsADirectoryError, OSError) as error:
-        raise ValueError(f"{path}: not a readable .safetensors file, or not all of one ({error})") from error
-
-
-def open_shards(folder):
-    """A part's folder, one file or several with an index -> {names: Stored}."""
-    indices = sorted(glob(os.path.join(escape(folder), "*.safetensors.index*.json")), key=len)
-    files = sorted(glob(os.path.join(escape(folder), "*.safetensors")), key=len)
-    plain = [path for path in files if "-of-" not in os.path.basename(path)]
-    if plain:
-        return open_stored(plain[0])[0]
-    if not indices:
-        raise ValueError(f"{folder}: holds no .safetensors file")
-    stored = {}
-    for name in sorted(set(read_json(indices[0]).get("weight_map", {}).values())):
-        if not os.path.exists(os.path.join(folder, name)):
-            raise FileNotFoundError(f"{os.path.join(folder, name)}: this shard is missing ({indices[0]} names it)")
-        stored |= open_stored(os.path.join(folder, name))[0]
-    return stored
-
-
-def sort_out(path, stored):
-    """{a file's own names: Stored} -> {part: Tensors} under our names, whichever layout it is. Refuses other models."""
-    for piece, what in REFUSED.items():
-        if name := next((name for name in stored if piece in name), None):
-            raise ValueError(f"{path}: this is {what} (it has a tensor {name})")
-    parts = {}
-    for part, prefix in PREFIXES.items():
-        inside = {name[len(prefix):]: s for name, s in stored.items() if name.startswith(prefix)}
-        if inside:
-            parts[part] = Tensors(path, inside)
-    for mark, (part, translate) in MARKS.items() if not parts else ():
-        if mark in stored:
-            parts[part] = Tensors(path, from_diffusers(part, stored) if translate else stored)
-    for part, tensors in parts.items():
-        if part == "t5" and "shared.weight" not in tensors and "encoder.embed_tokens.weight" in tensors:
-            tensors["shared.weight"] = tensors["encoder.embed_tokens.weight"]
-        if "y_embedder.mlp.0.bias" in tensors and "joint_blocks.0.x_block.attn.ln_q.weight" in tensors:
-            raise ValueError(f"{path}: this is SD3.5, which has norms on queries and keys: D-DiT starts from "
-                             f"SD3-medium (sd3_medium.safetensors)")
-    return parts
-
-
-def from_diffusers(part, stored):
-    blocks = count(stored, {"ddit": "transformer_blocks.", "vae": "encoder.down_blocks."}[part])
-    found = {}
-    for ours, theirs, how in renaming(part, blocks):
-        if theirs[0].endswith("norm1_context.linear") and f"{theirs[0][:-20]}ff_context.net.2.weight" not in stored:
-            how = "swap"  # the last block of SD3 ends its text stream early, and in the image head's way
-        for suffix in SUFFIXES:
-            if theirs[0] + suffix in stored:
-                pieces = [stored[name + suffix] for name in theirs if name + suffix in stored]
-                found[ours + suffix] = Stored([p for piece in pieces for p in piece.pieces], pieces[0].dtype, how)
-    return found
-
-
-def inspect_file(path):
-    stored, metadata = open_stored(path)
-    found = Found(path, sort_out(path, stored), header=json.loads(metadata.get("config", "{}")))
-    if SPIECE in stored:
-        found.spiece = bytes(stored[SPIECE].read(dtype=torch.uint8).numpy())
-    return found
-
-
-def inspect_folder(path):
-    """A diffusers folder, or one part's folder out of it."""
-    if os.path.isdir(os.path.join(path, "unet")):
-        raise ValueError(f"{path}: this is a U-Net (Stable Diffusion 1, 2 or XL), another architecture")
-    found = Found(path)
-    places = [os.path.join(path, name) for names in FOLDERS.values() for name in names]
-    for place in [place for place in places if os.path.isdir(place)] or [path]:
-        told = read_json(os.path.join(place, "config.json"))
-        for part, tensors in sort_out(place, open_shards(place)).items():
-            if part not in found.parts:
-                found.parts[part] = tensors
-                found.hints[part] = {ours: told[theirs] for ours, theirs in FROM_JSON[part].items() if theirs in told}
-    scheduler = read_json(os.path.join(path, "scheduler", "scheduler_config.json"))
-    found.hints["settings"] = read_json(os.path.join(path, "d_dit.json")) | {
-        key: scheduler[key] for key in ("shift",) if key in scheduler}
-    for name in ("tokenizer_3", "tokenizer"):
-        spiece = os.path.join(path, name, "spiece.model")
-        if found.spiece is None and os.path.exists(spiece):
-            with open(spiece, "rb") as f:
-                found.spiece = f.read()
-    return found
+CONFIGS = {"ddit": ddit_config, "t5": t5_config, "vae": vae_config}
 
 
 def read_json(path):
@@ -658,44 +560,122 @@ def read_json(path):
             raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
+def shards(folder):
+    """The .safetensors files of a part's folder: one, or those that an index names. Of several variants the shortest
+    name, which is the plain one."""
+    names = sorted(os.listdir(folder), key=len)
+    for name in names:
+        if name.endswith(".safetensors") and "-of-" not in name:
+            return [os.path.join(folder, name)]
+    index = next((os.path.join(folder, name) for name in names if ".safetensors.index" in name), None)
+    if index is None:
+        raise ValueError(f"{folder}: holds no .safetensors file")
+    paths = sorted({os.path.join(folder, name) for name in read_json(index).get("weight_map", {}).values()})
+    for path in paths:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{path}: this shard is missing ({index} names it)")
+    return paths
+
+
+def open_stored(path):
+    """A .safetensors file, or a folder of one or of shards -> {its own names: Stored}, metadata."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    stored, metadata = {}, {}
+    for file in shards(path) if os.path.isdir(path) else [path]:
+        if file.endswith((".ckpt", ".pth", ".pt", ".bin")):
+            raise ValueError(f"{file}: a pickle, which could run any code when opened; take the model's .safetensors")
+        try:
+            with safe_open(file, framework="pt") as f:
+                for name in f.keys():
+                    tensor = f.get_slice(name)
+                    stored[name] = Stored([(file, name, tuple(tensor.get_shape()))], tensor.get_dtype())
+                metadata |= f.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a readable .safetensors file, or not all of one ({error})") from error
+    return stored, metadata
+
+
+def sort_out(path, stored):
+    """{a file's own names: Stored} -> {part: Tensors} under our names, whichever layout it is. Refuses other models."""
+    for pieces, model in REFUSED.items():
+        names = [next((name for name in stored if piece in name), None) for piece in pieces.split()]
+        if all(names):
+            raise ValueError(f"{path}: this is {model} (it has a tensor {names[-1]})")
+    parts = {}
+    for part, key in KEY_TENSORS.items():
+        ours = {name.removeprefix(PREFIXES[part]): tensor for name, tensor in stored.items()}
+        if key not in ours:
+            ours = from_diffusers(part, stored)
+        if key in ours:
+            parts[part] = Tensors(ours)
+            parts[part].path = path
+    if "t5" in parts and "encoder.embed_tokens.weight" in parts["t5"]:  # the same table; some files have only this one
+        parts["t5"].setdefault("shared.weight", parts["t5"]["encoder.embed_tokens.weight"])
+    return parts
+
+
 def inspect(path, t5=None, vae=None, tokenizer=None):
-    """Look into a checkpoint without reading it -> Found. t5, vae: take that part from there; tokenizer: a file."""
-    found = inspect_folder(path) if os.path.isdir(path) else inspect_file(path)
-    if not found.parts:
+    """Look into a checkpoint, a file or a folder, and read nothing but the tokenizer -> Config, {part: Tensors},
+    Tokenizer or None. t5, vae: take that part from there; tokenizer: a file."""
+    if os.path.isdir(os.path.join(path, "unet")):
+        raise ValueError(f"{path}: this is {UNET}")
+    config, parts, spiece = Config(), {}, None
+    folders = [os.path.join(path, name) for names in FOLDERS.values() for name in names]
+    for place in [folder for folder in folders if os.path.isdir(folder)] or [path]:
+        stored, metadata = open_stored(place)
+        if "config" in metadata:
+            config = Config.from_dict(json.loads(metadata["config"]))
+        if SPIECE in stored:
+            spiece = stored[SPIECE].read(dtype=torch.uint8).numpy().tobytes()
+        told = read_json(os.path.join(place, "config.json"))
+        for part, tensors in sort_out(place, stored).items():
+            if part not in parts:
+                parts[part] = tensors
+                if "config" not in metadata:
+                    setattr(config, part, CONFIGS[part](tensors, told))
+    if not parts:
         raise ValueError(f"{path}: holds no part of SD3, T5 or D-DiT")
+    config.settings = replace(config.settings, **read_json(os.path.join(path, "d_dit.json")))
+    scheduler = read_json(os.path.join(path, "scheduler", "scheduler_config.json"))
+    config.settings.shift = scheduler.get("shift", config.settings.shift)
+
     for part, other in (("t5", t5), ("vae", vae)):
         if other is not None:
-            there = inspect(other)
-            if part not in there.parts:
-                raise ValueError(f"{other}: holds no {WHAT[part]}")
-            found.parts[part] = there.parts[part]
-            if found.header:
-                found.header[part] = asdict(getattr(there.config(), part))
-            found.hints[part] = there.hints.get(part, {})
-    if tokenizer is not None:
+            its_config, its_parts, _ = inspect(other)
+            if part not in its_parts:
+                raise ValueError(f"{other}: holds no {PART_NAMES[part]}")
+            parts[part] = its_parts[part]
+            setattr(config, part, getattr(its_config, part))
+
+    beside = [os.path.join(path, name, "spiece.model") for name in ("tokenizer_3", "tokenizer")]
+    tokenizer = tokenizer or next(filter(os.path.exists, beside), None)
+    if tokenizer:
         with open(tokenizer, "rb") as f:
-            found.spiece = f.read()
-    return found
+            spiece = f.read()
+    try:
+        return config, parts, Tokenizer(spiece) if spiece is not None else None
+    except ValueError as error:
+        raise ValueError(f"{tokenizer or path}: {error}") from error
 
 
 def read_part(part, tensors, config, device, dtype):
     """-> the module, on its device. Every tensor it wants must be there, in the right shape and a type we can read."""
     with torch.device("meta"):  # no memory yet, and no time spent on initial values that would be overwritten
         module = MODULES[part](config)
-    state = from_sd3(tensors, config) if part == "ddit" else {}
-    for name, tensor in state.items():
-        state[name] = tensor.to(device, dtype or tensors["x_embedder.proj.weight"].own_dtype)
+    new = from_sd3(tensors, config) if part == "ddit" else {}
+    state = {}
     for name, wanted in module.state_dict().items():
-        if name in state:
+        if name in new:
             continue
-        stored = tensors[name]
+        stored, where = tensors[name], f"{tensors.path}: the tensor {name}"
         if stored.shape != wanted.shape:
-            raise ValueError(f"{tensors.path}: the tensor {name} is {tuple(stored.shape)}, it should be "
-                             f"{tuple(wanted.shape)}")
+            raise ValueError(f"{where} is {tuple(stored.shape)}, it should be {tuple(wanted.shape)}")
         if stored.dtype not in TYPES:
-            raise ValueError(f"{tensors.path}: the tensor {name} is of type {stored.dtype}; this program reads "
-                             f"{', '.join(TYPES)}")
+            raise ValueError(f"{where} is of type {stored.dtype}; this program reads {', '.join(TYPES)}")
         state[name] = stored.read(device, dtype)
+    for name, tensor in new.items():
+        state[name] = tensor.to(device, state["x_embedder.proj.weight"].dtype)
     module.load_state_dict(state, assign=True)
     return module
 
@@ -706,20 +686,21 @@ def from_sd3(tensors, config):
 
     The pooled vector enters only as y_embedder(0), a constant, which goes into the last bias of t_embedder. SD3's last
     block ends its text stream after the attention: what follows starts behind zero gates. The text head is new."""
-    state, last = {}, f"joint_blocks.{config.depth - 1}.context_block."
+    new = {}
     if "y_embedder.mlp.0.bias" in tensors:
         b0, w2, b2, bias = (tensors[name].read() for name in (
             "y_embedder.mlp.0.bias", "y_embedder.mlp.2.weight", "y_embedder.mlp.2.bias", "t_embedder.mlp.2.bias"))
-        state["t_embedder.mlp.2.bias"] = bias + w2 @ F.silu(b0) + b2
-    if tensors[last + "adaLN_modulation.1.bias"].shape[0] == 2 * config.width:
-        fresh = DDiT(replace(config, depth=1)).state_dict()  # its heads and gates are zero
-        state |= {name: fresh[name] for name in ("text_head.linear.weight", "text_head.linear.bias")}
-        for layer in ("attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"):
-            for suffix in (".weight", ".bias"):
-                state[last + layer + suffix] = fresh["joint_blocks.0.context_block." + layer + suffix]
-                if layer.startswith("adaLN"):  # SD3's shift and scale before the attention stay
-                    state[last + layer + suffix][:2 * config.width] = tensors[last + layer + suffix].read()
-    return state
+        new["t_embedder.mlp.2.bias"] = bias + w2 @ F.silu(b0) + b2
+    last = f"joint_blocks.{config.depth - 1}.context_block."
+    modulation, early = last + "adaLN_modulation.1.", 2 * config.width  # shift and scale before the attention
+    if tensors[modulation + "bias"].shape[0] == early:
+        for name, tensor in DDiT(replace(config, depth=1)).state_dict().items():  # its heads and gates are zero
+            name = name.replace("joint_blocks.0.context_block.", last)
+            if name.startswith(("text_head.", last + "attn.proj.", last + "mlp.")):
+                new[name] = tensor
+            elif name.startswith(modulation):
+                new[name] = torch.cat([tensors[name].read(), tensor[early:]])
+    return new
 
 
 def write_tensors(tensors, path, metadata):
@@ -731,24 +712,31 @@ def write_tensors(tensors, path, metadata):
     os.replace(f"{path}.partial", path)
 
 
+def write_json(path, content):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=2)
+
+
 def write_shards(folder, stem, state, size):
     """Tensors -> FOLDER/STEM.safetensors, or several of at most `size` bytes (or one tensor) with an index."""
     shards, full = [{}], 0
     for name, tensor in state.items():
         if full and full + tensor.nbytes > size:
-            shards, full = [*shards, {}], 0
-        shards[-1][name] = tensor.detach().cpu().contiguous()
+            shards.append({})
+            full = 0
+        shards[-1][name] = tensor.cpu().contiguous()
         full += tensor.nbytes
     os.makedirs(folder, exist_ok=True)
-    files = [f"{stem}{f'-{k:05d}-of-{len(shards):05d}' if len(shards) > 1 else ''}.safetensors"
-             for k in range(1, len(shards) + 1)]
-    for file, shard in zip(files, shards):
+    weight_map = {}
+    for k, shard in enumerate(shards, start=1):
+        file = f"{stem}-{k:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
         write_tensors(shard, os.path.join(folder, file), {"format": "pt"})
-    if len(files) > 1:
-        index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())},
-                 "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
-        with open(os.path.join(folder, f"{stem}.safetensors.index.json"), "w") as f:
-            json.dump(index, f, indent=1)
+        weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in state.values())
+        write_json(os.path.join(folder, f"{stem}.safetensors.index.json"),
+                   {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def diffusers_configs(config):
@@ -784,28 +772,28 @@ def diffusers_configs(config):
     }
 
 
-def describe(found):
+def describe(config, parts, tokenizer):
     """What `inspect` found, in words."""
-    lines, config = [], found.config()
-    for part, what in WHAT.items():
-        if part not in found.parts:
-            lines.append(f"{what:12s} missing")
+    lines = []
+    for part, word in PART_NAMES.items():
+        if part not in parts:
+            lines.append(f"{word:12s} missing")
             continue
-        tensors = found.parts[part]
         with torch.device("meta"):
-            wanted = MODULES[part](getattr(config, part)).state_dict().keys()
-        used = [tensors[name] for name in wanted if name in tensors]
-        kinds = ", ".join(sorted({s.dtype for s in used}))
-        fields = ", ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}"
-                           for k, v in asdict(getattr(config, part)).items())
-        lines.append(f"{what:12s} {sum(s.shape.numel() for s in used):,} parameters, {kinds}, "
-                     f"{sum(s.nbytes for s in used) / 1e9:.3f} GB, in {tensors.path}\n{'':12s} ({fields})")
-    lines.append(f"{'tokenizer':12s} " + ("missing" if found.spiece is None else
-                                         f"{Tokenizer(found.spiece).vocab_size} tokens, the mask token among them"))
-    whole = len(found.parts) == len(WHAT) and found.spiece is not None
-    reads = whole and "text_head.linear.weight" in found.parts["ddit"]
-    lines.append("can draw and read" if reads else "can draw; to read, it must be trained first (no text head)" if whole
-                 else "can do nothing yet: give what is missing (--t5, --vae, --spiece)")
+            wanted = MODULES[part](getattr(config, part)).state_dict()
+        used = [parts[part][name] for name in wanted if name in parts[part]]
+        size = sum(s.shape.numel() * TYPES.get(s.dtype, torch.int8).itemsize for s in used)
+        lines.append(f"{word:12s} {sum(s.shape.numel() for s in used):,} parameters, "
+                     f"{', '.join(sorted({s.dtype for s in used}))}, {size / 1e9:.3f} GB, in {parts[part].path}")
+        lines.append(f"{'':12s} {getattr(config, part)}")
+    lines.append(f"tokenizer    {tokenizer.vocab_size} tokens, the mask token among them" if tokenizer else
+                 "tokenizer    missing")
+    if len(parts) < len(MODULES) or tokenizer is None:
+        lines.append("can do nothing yet: give what is missing (--t5, --vae, --spiece)")
+    elif "text_head.linear.weight" in parts["ddit"]:
+        lines.append("can draw and read")
+    else:
+        lines.append("can draw; to read, it must be trained first (no text head)")
     return "\n".join(lines)
 
 
@@ -822,10 +810,9 @@ def main():
     add_parts(parser)
     parser.add_argument("--export", metavar="DIR", help="write it in diffusers layout, as the authors' release has it")
     args = parser.parse_args()
-    print(describe(inspect(args.file, args.t5, args.vae, args.spiece)))
+    print(describe(*inspect(args.file, args.t5, args.vae, args.spiece)))
     if args.export:
-        dd = DualDiffusion.load(args.file, args.t5, args.vae, args.spiece, dtype=None)
-        dd.export(args.export)
+        DualDiffusion.load(args.file, args.t5, args.vae, args.spiece, dtype=None).export(args.export)
         print(f"wrote {args.export}")
 
 

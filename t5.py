@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 SENTINELS = 100  # <extra_id_0> ... <extra_id_99>, counted down from the top of the vocabulary
 
@@ -91,6 +92,7 @@ class T5Config:
     vocab_size: int = 32128
     buckets: int = 32
     max_distance: int = 128
+    places: int = 0  # above 0, with no layers: not T5 but embeddings of tokens and of so many places (D-DiT, Table 9)
 
 
 class RMSNorm(nn.Module):
@@ -158,10 +160,14 @@ class Block(nn.Module):
 
 
 class T5Encoder(nn.Module):
+    checkpointing = False  # a trainer's choice: less memory, for computing every block's inside a second time
+
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        if config.places:
+            self.places = nn.Parameter(torch.zeros(config.places, config.d_model))
         self.encoder = nn.ModuleDict({
             "block": nn.ModuleList(Block(config, first=i == 0) for i in range(config.num_layers)),
             "final_layer_norm": RMSNorm(config.d_model)})
@@ -175,9 +181,11 @@ class T5Encoder(nn.Module):
         c = self.config
         for name, p in self.named_parameters():
             std = {"q": (c.d_model * c.d_kv) ** -0.5, "o": (c.num_heads * c.d_kv) ** -0.5, "wo": c.d_ff ** -0.5,
-                   "shared": 1.0}.get(name.split(".")[-2], c.d_model ** -0.5)
+                   "shared": 1.0}.get(name.split(".")[-2] if "." in name else name, c.d_model ** -0.5)
             if p.ndim == 2:
                 nn.init.normal_(p, std=std)
+        if not c.num_layers:
+            return
         away = torch.arange(-c.max_distance, c.max_distance + 1)
         bucket = relative_position_bucket(away, c.buckets, c.max_distance)
         table = self.encoder["block"][0].layer[0]["SelfAttention"].relative_attention_bias.weight
@@ -189,9 +197,14 @@ class T5Encoder(nn.Module):
     def forward(self, tokens):
         """Tokens (B,L), long -> states (B,L,d_model), where the tokens are, though T5 itself may be on another device.
         No attention mask: padding is text too (it is EOS)."""
-        x = self.shared(tokens.to(self.shared.weight.device))
-        blocks = self.encoder["block"]
-        bias = blocks[0].layer[0]["SelfAttention"].position_bias(tokens.shape[1], x.device)
-        for block in blocks:
-            x = block(x, bias)
+        x, bias = self.shared(tokens.to(self.shared.weight.device)), None
+        if self.config.places:
+            x = x + self.places[:tokens.shape[1]]
+        for block in self.encoder["block"]:
+            if bias is None:
+                bias = block.layer[0]["SelfAttention"].position_bias(tokens.shape[1], x.device)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, bias, use_reentrant=False)
+            else:
+                x = block(x, bias)
         return self.encoder["final_layer_norm"](x).to(tokens.device)

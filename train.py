@@ -3,39 +3,53 @@
     python train.py --stage 0      the tokenizer and the VAE; only where no pretrained parts exist
     python train.py --stage 1      dual diffusion on captions (`torchrun train.py --stage 1` is the same)
     python train.py --stage 2      the mask token's embedding
+    python train.py --stage 2hr    high resolution, with other images for the text loss than for the image loss
     python train.py --stage 3      question answering, mixed with captions; the image loss stays
     python train.py --eval assets/tiny.safetensors      judge a checkpoint on unseen scenes
 
 With no other argument this is the `tiny` preset on the built-in world. Everything a stage writes is in
-OUT/stageN/: model.safetensors (for sample.py), metrics.jsonl, sheets of samples, and the checkpoint that the same
-command resumes from. The order of data and every random draw are functions of the seed and the step alone, so a
-resumed run repeats what an uninterrupted one does.
+OUT/stageN/: model.safetensors (for sample.py), metrics.jsonl, sheets of samples, and the checkpoints that the same
+command resumes from. What is learned at a step is a function of the seed and the step alone, so a resumed run repeats
+what an uninterrupted one does, on however many processes (`torchrun --nproc_per_node 8 train.py ...`).
 
-References: Li et al., D-DiT, arXiv 2501.00289, section 4 and Table 6; Jordan et al., Muon, 2024 (torch.optim.Muon).
+References: Li et al., D-DiT, arXiv 2501.00289, section 4 and Tables 6, 9 and 10; Jordan et al., Muon, 2024
+(torch.optim.Muon); Zhao et al., PyTorch FSDP, arXiv 2304.11277; Chowdhery et al., PaLM, arXiv 2204.02311, appendix B
+(model FLOPs).
 """
 import argparse
 import copy
+import functools
 import hashlib
 import json
+import logging
 import os
+import resource
+import shutil
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from glob import escape, glob
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
-from losses import corrupt, joint_loss
-from model import DTYPES, PRESETS, DualDiffusion, add_parts
+from losses import Corruption, corrupt, joint_loss, stratified_times
+from model import DTYPES, PRESETS, DualDiffusion, JointBlock, add_parts
 from sample import SHIPPED, Parser, answer, caption, existing_device, fail, text_to_image, warn
 from t5 import Tokenizer
 
@@ -57,6 +71,7 @@ class Recipe:
     weight_decay: float = 1e-2
     clip: float = 2.0              # largest gradient norm
     ema: float = 0.0               # decay of a running average of the weights, which is what the stage leaves; 0: none
+    size: int = 256                # side of the images, pixels
     length: int = 64               # tokens of text
     text_weight: float = 0.2       # of the text loss in Eq. 9
     image_weight: float = 1.0      # of the image loss; 0: no image is drawn in training (Table 10)
@@ -65,37 +80,270 @@ class Recipe:
     drop: float = 0.1              # share of captions that the image half sees empty, for guidance
     questions: float = 0.0         # share of the text half that are questions with answers
     learn_t5: str = "no"           # "mask": the mask token's row alone; "all"
-    pool: int = 25_000             # scenes of the built-in world, encoded once and reused
+    pool: int = 25_000             # images whose latents are encoded once and kept; more are encoded as they come
     vocab: int = 412               # pieces of the tokenizer that stage 0 makes, at most
 
 
 # Pictures of plain shapes stay readable under much noise: what goes where is settled at t > 0.9, which a logit of mean
 # 0 would draw once in seventy times.
-_tiny = Recipe(steps=600, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, length=24, text_weight=1.0,
+_tiny = Recipe(steps=600, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, size=64, length=24, text_weight=1.0,
                time_mean=1.5, time_std=1.2, learn_t5="all")
 _paper = Recipe(ema=0.9995)
-_later = replace(_paper, rate=3e-5, warmup=1000)
+_later = replace(_paper, rate=3e-5, warmup=1000, length=256)
 RECIPES = {
     "tiny": {"0": replace(_tiny, steps=2000, batch=16, schedule="linear"), "1": _tiny,
              "2": replace(_tiny, steps=40, learn_t5="mask"),
+             "2hr": replace(_tiny, steps=300),
              "3": replace(_tiny, steps=2700, questions=0.7, schedule="linear")},
-    "sd3-medium": {"1": _paper, "2": replace(_later, steps=200_000, length=256, learn_t5="mask"),
+    "sd3-medium": {"1": _paper, "2": replace(_later, steps=200_000, learn_t5="mask"),
+                   "2hr": replace(_later, steps=80_000, batch=768, size=512),
                    "3": replace(_later, steps=50_000, length=128, text_weight=1.0, questions=0.5)},
 }
 
+# ---------------------------------------------------------------- what is learned from
 
-class Cast(nn.Module):
-    """Runs a module with its parameters cast to `dtype`. The parameters themselves, their gradients and the optimizer
-    stay in float32 (the "master weights"): a bf16 weight could not take a step smaller than 1/256 of itself."""
-    def __init__(self, module, dtype):
+
+def draw_rows(seed, first, count, total, block=10_000):
+    """Which records rows first .. first+count of the endless stream are. Every epoch shows each record once: blocks of
+    neighbours in random order, and random order inside a block. So no epoch's order is ever held in memory, and of many
+    shards only a few are being read at a time."""
+    rows = []
+    for at in range(first, first + count):
+        epoch, place = divmod(at, total)
+        blocks, ends = block_order(seed, epoch, total, block)
+        k = int(np.searchsorted(ends, place, side="right"))
+        start = int(blocks[k]) * block
+        inside = order(seed, epoch, start, min(block, total - start))
+        rows.append(start + int(inside[place - (ends[k - 1] if k else 0)]))
+    return rows
+
+
+@functools.lru_cache(maxsize=2)
+def block_order(seed, epoch, total, block):
+    blocks = np.random.default_rng([seed, epoch]).permutation(-(-total // block))
+    return blocks, np.cumsum(np.minimum(block, total - blocks * block))
+
+
+@functools.lru_cache(maxsize=8)
+def order(seed, epoch, start, count):
+    return np.random.default_rng([seed, epoch, 1 + start]).permutation(count)
+
+
+class Feed(NamedTuple):
+    """What is learned from: some of a source's records, and where they are kept, their latents."""
+    source: object
+    ids: np.ndarray                 # which records
+    latents: np.ndarray | None = None  # at [i]: (2,C,h,w), mean and log-variance of record i
+
+    def look(self, k, bad):
+        """-> which record the k-th of `ids` is, and its image: latents, or pixels (3,H,W) in [-1,1]. One that cannot be
+        read is noted in `bad`, and the next takes its place."""
+        for k in range(k, k + 1000):
+            i = int(self.ids[k % len(self.ids)])
+            if self.latents is not None:
+                return i, torch.tensor(self.latents[i])
+            try:
+                return i, torch.from_numpy(data.to_pixels([self.source.image(i)])[0])
+            except (ValueError, OSError) as error:
+                bad.append(str(error))
+        raise ValueError(f"a thousand bad images in a row, the last: {bad[-1]}")
+
+
+def feeds(paths, args, recipe):
+    """-> Feeds of what is learned from and of what is kept for judging: the user's records, or the built-in world."""
+    count = args.judge or 250
+    if not paths:
+        if recipe.size != data.SIDE:
+            fail(f"the built-in world has {data.SIDE} pixels a side, not {recipe.size}: bring --data")
+        return (Feed(data.World(args.seed, kinds=args.kinds), np.arange(recipe.pool)),
+                Feed(data.World(UNSEEN + args.seed), np.arange(count)))
+    source = data.Records(paths, recipe.size, args.out)
+    unseen, learned = source.split(count)
+    if len(learned) < 20:
+        fail(f"{' '.join(paths)}: holds {len(source)} images; training wants 20 or more")
+    return Feed(source, learned), Feed(source, unseen)
+
+
+def with_latents(feed, dd, folder, shape, most):
+    """The feed with its images encoded, if they are not too many. Done once: later stages and runs find them in a file
+    whose name changes with all that they depend on. Images that cannot be read are named in a list beside it, left out
+    of the feed, and NaN in the file."""
+    source, ids, _ = feed
+    if len(ids) > most:
+        return feed
+    key = hashlib.sha256(repr((source.version(ids), shape)).encode())
+    for tensor in dd.vae.state_dict().values():
+        key.update(tensor.float().cpu().numpy().tobytes())
+    path = os.path.join(folder, f"latents-{key.hexdigest()[:12]}.npy")
+    if not os.path.exists(path):
+        bad, whole = [], (int(max(ids)) + 1, 2, *shape)
+        latents = np.lib.format.open_memmap(f"{path}.partial", "w+", np.float16, whole)
+        for part in in_batches("encoding images once", ids, 100):
+            images = {}
+            for i in part:
+                try:
+                    images[i] = source.image(int(i))
+                except (ValueError, OSError) as error:
+                    latents[i] = np.nan
+                    bad.append((i, str(error)))
+            not_too_many(bad, part[-1])
+            if images:
+                with torch.no_grad():
+                    moments = dd.vae.encode(torch.from_numpy(data.to_pixels(images.values())).to(dd.device))
+                latents[list(images)] = torch.stack(moments, 1).float().cpu().numpy()
+        if bad:
+            with open(f"{path}.bad.txt", "w") as f:
+                f.writelines(f"{message}\n" for _, message in bad)
+            warn(f"{len(bad)} of {len(ids)} images cannot be read and are left out: {path}.bad.txt names them")
+        latents.flush()
+        os.replace(f"{path}.partial", path)
+    latents = np.load(path, mmap_mode="r")
+    return Feed(source, ids[~np.isnan(latents[ids, 0, 0, 0, 0])], latents)
+
+
+def not_too_many(bad, at):
+    """bad: [(place, message)] so far. More than a hundred within a thousand places: something else is wrong."""
+    recent = [message for place, message in bad if place > at - 1000]
+    if len(recent) > 100:
+        fail(f"more than 100 bad images among the last thousand, the last: {recent[-1]}")
+
+
+class Batch(NamedTuple):
+    """One process's part of a step."""
+    images: torch.Tensor       # (B,2,C,h,w) latents' mean and log-variance, or (B,3,H,W) pixels: for the image loss
+    read: torch.Tensor | None  # the same for the text loss, where that is about other images
+    sampled: torch.Tensor      # (B,C,h,w) noise to sample the VAE's posterior with
+    captions: torch.Tensor     # (B,L) for the image half
+    tokens: torch.Tensor       # (B,L) for the text half
+    corruption: Corruption
+    bad: list                  # messages about images that could not be read
+
+    def split(self, n):
+        """-> n Batches of equally many rows."""
+        columns = [x.chunk(n) if torch.is_tensor(x) else [x] * n for x in self[:5]]
+        corruptions = map(Corruption._make, zip(*(x.chunk(n) for x in self.corruption)))
+        return [Batch(*columns, []) for columns in zip(*columns, corruptions)]
+
+
+class Stream(Dataset):
+    """stream[step] is the Batch of a step, for the rows `mine` of its global batch. Every row is drawn with a generator
+    of its own, seeded by its place in the endless stream, so what is learned at a step depends neither on the number of
+    processes nor on where a run was interrupted. Losses can then be compared, and any run resumed, bit for bit."""
+    def __init__(self, images, texts, tokenizer, latent_shape, recipe, seed, mine):
+        self.images, self.texts, self.tokenizer, self.latent_shape = images, texts, tokenizer, latent_shape
+        self.recipe, self.seed, self.mine = recipe, seed, mine
+
+    def __getitem__(self, step):
+        r, first, bad = self.recipe, step * self.recipe.batch, []
+        times = stratified_times(r.batch, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        places = range(first + self.mine.start, first + self.mine.stop)
+        picture, text = (draw_rows(self.seed, places[0], len(places), len(feed.ids))
+                         for feed in (self.images, self.texts))
+        rows = [self.row(*row, bad) for row in zip(places, picture, text, times[self.mine])]
+        images, read, *columns, corruptions = zip(*rows)
+        return Batch(torch.stack(images), torch.stack(read) if self.texts is not self.images else None,
+                     *map(torch.stack, columns), Corruption(*map(torch.cat, zip(*corruptions))), bad)
+
+    def row(self, place, picture, text, time, bad):
+        r, tok = self.recipe, self.tokenizer
+        rng = np.random.default_rng([self.seed, 1, place])
+        generator = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
+        i, image = self.images.look(picture, bad)
+        told = written = self.images.source.caption(i, rng)
+        j, read = i, image
+        if self.texts is not self.images:  # stage 2hr
+            j, read = self.texts.look(text, bad)
+            written = self.texts.source.caption(j, rng)
+        asked = self.texts.source.question(j, rng) if rng.random() < r.questions else None
+        caption = torch.tensor(tok.encode("" if rng.random() < r.drop else told, r.length))
+        ids, free = data.question_ids(tok, *asked, r.length) if asked else data.caption_ids(tok, written, r.length)
+        tokens = torch.tensor(ids)
+        corruption = corrupt(self.latent_shape, tokens[None], torch.tensor([free]), tok.mask_id, time[None], generator,
+                             r.time_mean, r.time_std)
+        return image, read, torch.randn(self.latent_shape, generator=generator), caption, tokens, corruption
+
+# ---------------------------------------------------------------- the system, its processes, its checkpoints
+
+
+class MaskRow(nn.Module):
+    """T5 of which nothing learns but one row of its table, the mask token's (stage 2). T5 is kept in a tuple: not being
+    a submodule, it is neither sharded nor saved."""
+    def __init__(self, t5, mask_id):
         super().__init__()
-        self.module, self.dtype = module, dtype
+        self.t5, self.mask_id = (t5,), mask_id
+        self.row = nn.Parameter(t5.shared.weight[mask_id].detach().float().clone())
+        t5.shared.register_forward_hook(self.put_in)
 
-    def forward(self, *args, **kwargs):
-        if self.dtype == torch.float32:
-            return self.module(*args, **kwargs)
-        weights = {name: p.to(self.dtype) for name, p in self.module.named_parameters()}
-        return functional_call(self.module, weights, args, kwargs)
+    def put_in(self, table, tokens, embedded):
+        return torch.where((tokens[0] == self.mask_id)[..., None], self.row.to(embedded), embedded)
+
+    def forward(self, tokens):
+        return self.t5[0](tokens)
+
+    def settle(self):
+        """Write the row into the table, where sample.py looks for it."""
+        self.t5[0].shared.weight.data[self.mask_id] = self.row.detach()
+
+
+def starting_point(args, recipe, feed, device, dtype):
+    """-> the system, and the parts of it that learn in this stage, {name: module}, in float32. Those that do not learn
+    are in `dtype`; None: as their file has them."""
+    torch.manual_seed(args.seed)
+    preset = copy.deepcopy(PRESETS[args.preset])
+    if args.stage == "0":
+        texts = []
+        for k in range(5000):
+            rng = np.random.default_rng([args.seed, 4, k])
+            i = int(data.pick(rng, feed.ids))
+            texts += [feed.source.caption(i, rng), "Q: {} A: {}".format(*feed.source.question(i, rng) or ("", ""))]
+        dd = DualDiffusion.build(preset, Tokenizer.train(texts, recipe.vocab), ["vae"]).to(device)
+        return dd, {"vae": dd.vae}
+    before = {"1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}[args.stage]
+    before = [os.path.join(args.out, f"stage{stage}", "model.safetensors") for stage in before]
+    before = next(filter(os.path.exists, before), before[-1])
+    anew = args.stage == "1" and not args.init and not os.path.exists(before)
+    if anew and args.preset != "tiny" and not (args.text_encoder == "none" and args.vae):
+        fail(f"--preset {args.preset} needs pretrained parts: give --init (or --vae, with --text-encoder none)")
+    dd = DualDiffusion.load(args.init or ((args.vae or SHIPPED) if anew else before), args.t5, args.vae, args.spiece,
+                            device, {"ddit": torch.float32, "t5": torch.float32 if recipe.learn_t5 == "all" else dtype,
+                                     "vae": dtype if device.type == "cuda" else dtype and torch.float32})
+    if anew or dd.ddit is None or dd.t5 is None:  # stage 0's parts are taken, the rest starts at random
+        if args.text_encoder == "none":
+            preset.t5 = replace(preset.t5, d_model=preset.ddit.width, num_layers=0, places=recipe.length)
+            preset.ddit.text_dim = preset.ddit.width
+        fresh = DualDiffusion.build(replace(preset, vae=dd.config.vae), dd.tokenizer, ["ddit", "t5"])
+        fresh.vae = dd.vae
+        dd = fresh.to(device)
+    dd.config.settings.size, dd.config.settings.length = recipe.size, recipe.length  # to be used as it was trained
+    dd.requires_grad_(False)
+    dd.ddit.checkpointing = dd.t5.checkpointing = args.checkpointing
+    modules = {"ddit": dd.ddit.requires_grad_()}
+    if recipe.learn_t5 == "all" or not dd.config.t5.num_layers:
+        modules["t5"] = dd.t5.float().requires_grad_()
+    elif recipe.learn_t5 == "mask":
+        modules["t5"] = MaskRow(dd.t5, dd.tokenizer.mask_id)
+    return dd, modules
+
+
+def parallelize(module, dtype, args, device, processes):
+    """Share a module out among the processes, in place, by FSDP2 (`fully_shard`), whose mesh says how. ddp: every
+    process holds everything. fsdp: the processes of a node share out gradients and optimizer state, and gather weights
+    for a step (ZeRO-2); every node holds all of it. A lone process is a mesh of one.
+
+    In all cases it computes in `dtype`, while the weights themselves, their gradients' mean over the processes and the
+    optimizer stay in float32 (the "master weights"): a bf16 weight could not take a step smaller than 1/256 of itself.
+    """
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if args.parallel == "fsdp" else 1
+    mesh = init_device_mesh(device.type, (processes // sharing, sharing), mesh_dim_names=("replicate", "shard"))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    blocks = [part for part in module.modules() if isinstance(part, JointBlock)]
+    for part in [*blocks, module]:
+        if args.compile and part is not module:
+            part.compile()
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for method in ("encode", "decode"):  # the VAE's: they too need its weights gathered
+        if hasattr(module, method):
+            register_fsdp_forward_method(module, method)
 
 
 def autoencoding_loss(vae, pixels, noise):
@@ -108,27 +356,22 @@ def autoencoding_loss(vae, pixels, noise):
     return reconstruction + 3e-5 * kl, reconstruction, kl
 
 
-def learning_rate(recipe, step):
-    """The factor on every learning rate at a step (0-based)."""
-    rise = min(1.0, (step + 1) / max(recipe.warmup, 1))
-    return rise * (1 - step / recipe.steps if recipe.schedule == "linear" else 1.0)
-
-
 def make_optimizers(modules, recipe):
     """AdamW, and where the recipe says so Muon for the matrices inside blocks -> optimizers, [(parameter, view)].
 
-    Muon wants matrices and a convolution's weight is 4-D, so Muon is given a view of it, (out, in * k * k), on the
-    same memory; the loop hands the gradient over likewise."""
-    named = [(name, p) for module in modules.values() for name, p in module.named_parameters() if p.requires_grad]
+    Muon wants plain matrices, so it is given a view of every weight, on the same memory, a convolution's as
+    (out, in * k * k); the loop hands the gradient over likewise."""
+    named = [(name, p) for module in modules.values() for name, p in module.named_parameters()]
     inside = ("joint_blocks", "encoder.block", "encoder.down", "encoder.mid", "decoder.up", "decoder.mid")
-    views = [(p, p if p.ndim == 2 else nn.Parameter(p.data.flatten(1))) for name, p in named
+    views = [(p, nn.Parameter(p.data.to_local().flatten(1))) for name, p in named
              if recipe.muon and p.ndim >= 2 and any(block in name for block in inside) and "bias" not in name]
     by_muon, decayed, plain = {id(p) for p, _ in views}, [], []
     for name, p in named:
         if id(p) not in by_muon:  # vectors and the embedding table do not decay
             (decayed if p.ndim >= 2 and "shared" not in name else plain).append(p)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.rate, betas=(0.9, recipe.beta2))]
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.rate, betas=(0.9, recipe.beta2),
+                                    fused=True)]
     if views:  # T5 has neither 1/sqrt(d) on its attention scores nor norms on q and k: at the full rate they explode
         of_t5 = {id(p) for p in modules["t5"].parameters()} if "t5" in modules else set()
         groups = [{"params": [view for p, view in views if (id(p) in of_t5) == slow], "lr": recipe.muon * rate}
@@ -141,77 +384,118 @@ def make_optimizers(modules, recipe):
     return optimizers, views
 
 
-def draw_rows(seed, first, count, total):
-    """Which records rows first .. first+count of the endless stream are: each epoch a permutation of its own."""
-    stream = np.arange(first, first + count)
-    order = {epoch: np.random.default_rng([seed, epoch]).permutation(total) for epoch in np.unique(stream // total)}
-    return [int(order[at // total][at % total]) for at in stream]
+def learning_rate(recipe, step):
+    """The factor on every learning rate at a step (0-based)."""
+    rise = min(1.0, (step + 1) / max(recipe.warmup, 1))
+    return rise * (1 - step / recipe.steps if recipe.schedule == "linear" else 1.0)
 
 
-def readable(source, path):
-    """Try every image once -> the indices of those that can be read, kept in `path`; the others are named in a list
-    beside it. More than one in ten bad among a thousand: something else is wrong, and the run ends."""
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        good, bad = [], {}
-        for i in tqdm(range(len(source)), desc="checking images once", unit="image"):
-            try:
-                source.image(i)
-                good.append(i)
-            except (ValueError, OSError) as error:
-                bad[i] = str(error)
-                if sum(j > i - 1000 for j in bad) > 100:
-                    fail(f"more than 100 bad images among the last thousand, the last: {error}")
-        if bad:
-            with open(f"{path}.bad.txt", "w") as f:
-                f.writelines(f"{line}\n" for line in bad.values())
-            warn(f"{len(bad)} of {len(source)} images cannot be read and are left out: {path}.bad.txt names them")
-        np.save(path, good)
-    return np.load(path).tolist()
+def checkpoints(folder):
+    """The checkpoints that a run has left, oldest first. What a killed process was writing ends in .partial."""
+    return sorted(glob(os.path.join(escape(folder), "step-" + "[0-9]" * 8)))
 
 
-def encode_pool(dd, source, ids, path):
-    """Encode images once; later stages and runs read them from `path` -> memory-mapped array (max(ids)+1,2,C,h,w)
-    float16 of means and log-variances, filled in at `ids`."""
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        side = len(source.image(ids[0])) // dd.config.vae.factor
-        pool = np.lib.format.open_memmap(f"{path}.partial", "w+", np.float16,
-                                         (max(ids) + 1, 2, dd.config.vae.latent_channels, side, side))
-        with torch.inference_mode():
-            for part in in_batches("encoding images once", list(ids), 100):
-                pixels = torch.from_numpy(data.to_pixels([source.image(i) for i in part]))
-                pool[part] = torch.stack(dd.vae.encode(pixels.to(dd.device)), 1).float().cpu().numpy()
-        pool.flush()
+def training_state(step, modules, optimizers, averages):
+    """All that a run must remember. The tensors are the run's own, so that loading writes into them; sharded ones know
+    their place in the whole, so that any number of processes can read what any other wrote."""
+    return {"step": step, "modules": {name: module.state_dict() for name, module in modules.items()},
+            "optimizers": {str(k): o.state_dict()["state"] for k, o in enumerate(optimizers)},
+            "averages": dict(enumerate(averages))}
+
+
+def save_checkpoint(folder, state, keep, rank):
+    """Atomically: every process writes its part beside, then rank 0 renames the folder. The last `keep` stay."""
+    path = os.path.join(folder, f"step-{state['step']:08d}")
+    if rank == 0:
+        for leftover in (path, *glob(os.path.join(escape(folder), "step-*.partial"))):
+            shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        dist.barrier()
+        dcp.save(state, checkpoint_id=f"{path}.partial")
+    except (Exception, CheckpointException) as error:
+        shutil.rmtree(f"{path}.partial", ignore_errors=True)
+        fail(f"{path}: could not be written ({first_line(error)}); the checkpoints before it stand")
+    if rank == 0:
         os.replace(f"{path}.partial", path)
-    return np.load(path, mmap_mode="r")
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
 
 
-def batch_texts(dd, source, rows, recipe, seed, first):
-    """-> captions (B,L) for the image half, tokens (B,L) and maskable (B,L) for the text half."""
-    tok, length = dd.tokenizer, recipe.length
-    captions, tokens, maskable = [], [], []
-    for at, i in enumerate(rows, first):
-        rng = np.random.default_rng([seed, 1, at])
-        text = source.caption(i, rng)
-        asked = source.question(i, rng) if rng.random() < recipe.questions else None
-        captions.append(tok.encode("" if rng.random() < recipe.drop else text, length))
-        ids, free = data.question_ids(tok, *asked, length) if asked else data.caption_ids(tok, text, length)
-        tokens.append(ids)
-        maskable.append(free)
-    return torch.tensor(captions), torch.tensor(tokens), torch.tensor(maskable)
+def load_checkpoint(folder, modules, optimizers, averages):
+    """Take up the newest checkpoint that can be read -> its step; 0 where there is none."""
+    logging.disable(logging.WARNING)  # torch.distributed.checkpoint would print tracebacks of what one line tells
+    found = checkpoints(folder)
+    if found:  # an optimizer has no state before its first step: one at rate 0, without gradients, changes nothing
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+                for p in group["params"]:
+                    p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad()
+    state = training_state(0, modules, optimizers, averages)
+    for path in reversed(found):
+        try:
+            dcp.load(state, checkpoint_id=path)
+            return state["step"]
+        except (Exception, CheckpointException) as error:
+            warn(f"{path}: cannot be read ({first_line(error)}); the one before it is tried")
+    if found:
+        fail(f"{folder}: none of its checkpoints can be read; delete them to start this stage anew")
+    return 0
 
 
-def save_state(path, step, modules, optimizers, averages):
-    """The checkpoint a run resumes from, atomically: written beside, flushed to disk, renamed."""
-    state = {"step": step, "modules": {k: m.state_dict() for k, m in modules.items()},
-             "optimizers": [o.state_dict() for o in optimizers], "averages": averages}
-    with open(f"{path}.partial", "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.partial", path)
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:120]
 
+
+@contextmanager
+def rank_0_first(rank):
+    """What rank 0 writes in this block, the others find when they enter it."""
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0:
+        dist.barrier()
+
+
+def faster_dtype(device, stage):
+    """bf16 on a GPU. Some processors multiply bf16 fast (AMX), others slowly: try, and take what wins. (Narrow
+    convolutions, stage 0, never gain on a CPU.)"""
+    if device.type == "cuda":
+        return "bf16"
+    if stage == "0":
+        return "fp32"
+    return max(DTYPES, key=lambda name: matmul_rate(device, DTYPES[name], 4096, 128, 512))
+
+
+def matmul_rate(device, dtype, m, k, n):
+    """The best of ten matrix products, in FLOPs a second."""
+    x, w, took = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype), []
+    for _ in range(10):
+        start = time.perf_counter()
+        F.linear(x, w)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took.append(time.perf_counter() - start)
+    return 2 * m * k * n / min(took)
+
+
+def model_flops(config, recipe):
+    """FLOPs that one row of a step needs, whatever the implementation spends: 2 a weight and token, 4 a pair of tokens
+    and channel in attention; twice that again for the gradients of what learns (PaLM, appendix B). Both halves; the
+    text head at half of the text's positions. The VAE's are left out: latents are encoded once."""
+    d, t, length = config.ddit, config.t5, recipe.length
+    patches = (recipe.size // config.vae.factor // d.patch) ** 2
+    halves = 1 + (recipe.image_weight > 0)
+    stream = 12 * d.width ** 2  # qkv, proj and MLP of one stream's block
+    block = 2 * stream * (patches + length) + 4 * (patches + length) ** 2 * d.width + 2 * 2 * 6 * d.width ** 2
+    ends = 2 * d.width * ((2 * patches * d.channels * d.patch ** 2) + length * t.d_model)
+    head = 2 * d.width * d.vocab * length / 2
+    inner = t.num_heads * t.d_kv
+    layer = 2 * length * (4 * t.d_model * inner + 3 * t.d_model * t.d_ff) + 4 * length ** 2 * inner
+    back = {"no": 0, "mask": 1, "all": 2}[recipe.learn_t5]  # "mask": back through T5, but to no matrix of its own
+    return 3 * (halves * (d.depth * block + ends) + head) + (1 + back) * halves * t.num_layers * layer
 
 # ---------------------------------------------------------------- judging and showing
 
@@ -320,66 +604,7 @@ def show(dd, source, indices, path, seed=0):
                answer(dd, pixels, asked, generator=generator, **READING))
     data.sheet(path, [*zip(data.to_images(drawn), texts), *((im, f"{c}\n{q}\n> {a}") for im, c, q, a in read)])
 
-
 # ---------------------------------------------------------------- the loop
-
-
-@contextmanager
-def rank_0_first(rank, processes):
-    """What rank 0 writes in this block, the others find when they enter it."""
-    if rank > 0:
-        dist.barrier()
-    yield
-    if rank == 0 and processes > 1:
-        dist.barrier()
-
-
-def faster_dtype(device, stage):
-    """bf16 on a GPU. Some processors multiply bf16 fast (AMX), others slowly: try, and take what wins. (Narrow
-    convolutions, stage 0, never gain on a CPU.)"""
-    if device.type == "cuda":
-        return "bf16"
-    if stage == "0":
-        return "fp32"
-    took = {}
-    for name, dtype in DTYPES.items():
-        x, w = torch.randn(4096, 128, dtype=dtype), torch.randn(512, 128, dtype=dtype)
-        for _ in range(10):
-            start = time.perf_counter()
-            F.gelu(F.linear(x, w))
-            took[name] = min(took.get(name, 1e9), time.perf_counter() - start)
-    return min(took, key=took.get)
-
-
-def starting_point(args, recipe, source, train_ids):
-    """-> the system, and the parts of it that learn in this stage, {name: module}."""
-    if args.stage == "0":
-        texts = []
-        for k in range(5000):
-            rng = np.random.default_rng([args.seed, 4, k])
-            i = train_ids[int(rng.integers(len(train_ids)))]
-            texts += [source.caption(i, rng), "Q: {} A: {}".format(*source.question(i, rng) or ("", ""))]
-        dd = DualDiffusion.build(copy.deepcopy(PRESETS[args.preset]), Tokenizer.train(texts, recipe.vocab), ["vae"])
-        return dd, {"vae": dd.vae}
-    before = os.path.join(args.out, f"stage{int(args.stage) - 1}", "model.safetensors")
-    from_nothing = args.stage == "1" and not args.init and not os.path.exists(before)
-    if from_nothing and args.preset != "tiny":
-        fail(f"--preset {args.preset} needs pretrained parts: give --init")
-    dd = DualDiffusion.load(args.init or (SHIPPED if from_nothing else before), args.t5, args.vae, args.spiece)
-    if from_nothing or dd.ddit is None or dd.t5 is None:  # stage 0's parts are taken, the rest starts at random
-        config = replace(copy.deepcopy(PRESETS[args.preset]), vae=dd.config.vae)
-        fresh = DualDiffusion.build(config, dd.tokenizer, ["ddit", "t5"])
-        fresh.vae = dd.vae
-        dd = fresh
-    dd.requires_grad_(False)
-    modules = {"ddit": dd.ddit.requires_grad_()}
-    if recipe.learn_t5 == "all":
-        modules["t5"] = dd.t5.requires_grad_()
-    elif recipe.learn_t5 == "mask":  # the table learns, but only one of its rows ever has a gradient
-        modules["t5"] = dd.t5
-        only = (torch.arange(dd.config.t5.vocab_size) == dd.tokenizer.mask_id)[:, None]
-        dd.t5.shared.weight.requires_grad_().register_hook(lambda grad: grad * only.to(grad.device))
-    return dd, modules
 
 
 def main():
@@ -395,93 +620,107 @@ def main():
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if recipe.batch % processes:
-        fail(f"--batch {recipe.batch} cannot be shared equally by {processes} processes")
-    if processes > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if recipe.batch % (processes * args.accumulate):
+        fail(f"--batch {recipe.batch} cannot be shared equally by {processes} processes x {args.accumulate} passes")
+    if args.parallel == "fsdp" and recipe.muon:
+        fail("--parallel fsdp cuts up the matrices that Muon needs whole: give --muon 0, or --parallel ddp")
+    alone = {} if processes > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=3), **alone)
     # On the CPU the backward pass of bf16 flash attention is slow: fall back on plain matrix products there.
     torch.backends.cuda.enable_flash_sdp(device.type == "cuda")
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     torch.manual_seed(args.seed)
     share = recipe.batch // processes
     mine = slice(rank * share, (rank + 1) * share)
-
-    # What is learned from: the world's first `pool` scenes, or the user's records without those kept for judging.
-    size = PRESETS[args.preset].settings.size
-    if args.data:
-        source = unseen = data.Records(args.data, size)
-        with rank_0_first(rank, processes):
-            ids = readable(source, kept_path(args, source, "images"))
-        if len(ids) < 20:
-            fail(f"{' '.join(args.data)}: holds {len(ids)} images; training wants 20 or more")
-        pictures = list(dict.fromkeys(source.rows[i].image for i in ids))  # one may have several rows: all go one way
-        kept = set(pictures[::max(20, -(-len(pictures) // (args.judge or 250)))])
-        unseen_ids = [i for i in ids if source.rows[i].image in kept]
-        train_ids = [i for i in ids if source.rows[i].image not in kept]
-    else:
-        source, unseen = data.World(args.seed, kinds=args.kinds), data.World(UNSEEN + args.seed)
-        unseen_ids, train_ids = range(args.judge or 250), range(recipe.pool)
-
-    dd, modules = starting_point(args, recipe, source, train_ids)
-    dd.config.settings.size, dd.config.settings.length = size, recipe.length  # it is to be used as it was trained
-    dd.to(device)
     folder = os.path.join(args.out, f"stage{args.stage}")
-    os.makedirs(folder, exist_ok=True)
-    with rank_0_first(rank, processes):
+
+    # What is learned from, and the system that learns.
+    with rank_0_first(rank):
+        images, unseen_images = feeds(args.image_data or args.data, args, recipe)
+        texts, unseen = images, unseen_images
+        if args.image_data or args.text_data:
+            texts, unseen = feeds(args.text_data or args.data, args, recipe)
+        os.makedirs(folder, exist_ok=True)
         dtype = keep_settings(folder, args, recipe, device, rank)
-    frozen = {} if args.stage == "0" else {"t5": dd.t5}
-    nets = {name: Cast(module, dtype) for name, module in (frozen | modules).items()}
-    if processes > 1:
-        nets |= {name: DistributedDataParallel(nets[name]) for name in modules}
+    begin = functools.partial(starting_point, args, recipe, texts)
+    dd, modules = begin(device, dtype)
+    side = recipe.size // dd.config.vae.factor
+    shape = (dd.config.vae.latent_channels, side, side)
+    if args.stage != "0":
+        with rank_0_first(rank):
+            together = texts is images
+            images = with_latents(images, dd, args.out, shape, recipe.pool)
+            texts = images if together else with_latents(texts, dd, args.out, shape, recipe.pool)
+    for module in modules.values():
+        parallelize(module, dtype, args, device, processes)
     optimizers, views = make_optimizers(modules, recipe)
-    learned = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    learned = [p for module in modules.values() for p in module.parameters()]
+    if rank == 0:
+        print(f"{sum(p.numel() for p in learned):,} parameters learn from {len(texts.ids):,} images, in {dtype}, on "
+              f"{processes} x {device.type}", file=sys.stderr)
+    shown = DualDiffusion(dd.config, dd.tokenizer, dd.ddit, modules.get("t5", dd.t5), dd.vae)
 
-    if args.stage == "0":
-        def objective(rows, step, generator):
-            pixels = torch.from_numpy(data.to_pixels([source.image(i) for i in rows[mine]])).to(device)
-            side = size // dd.config.vae.factor
-            noise = torch.randn(recipe.batch, dd.config.vae.latent_channels, side, side, generator=generator)
-            return autoencoding_loss(nets["vae"], pixels, noise[mine].to(device, dtype))
-        names = ("reconstruction", "kl")
-    else:
-        with rank_0_first(rank, processes):
-            path = kept_path(args, source, "latents", len(train_ids), dd.vae)
-            pool = encode_pool(dd, source, train_ids, path)
+    def to_latents(x, noise):
+        x = x.to(device, non_blocking=True)
+        with torch.no_grad():
+            mean, logvar = dd.vae.encode(x) if x.ndim == 4 else x.unbind(1)
+            return dd.vae.normalize(mean.float() + torch.exp(0.5 * logvar.float()) * noise)
 
-        def objective(rows, step, generator):
-            mean, logvar = torch.from_numpy(pool[rows].astype(np.float32)).unbind(1)
-            latents = dd.vae.normalize(mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator))
-            captions, tokens, maskable = batch_texts(dd, source, rows, recipe, args.seed, step * recipe.batch)
-            corruption = corrupt(latents.shape, tokens, maskable, dd.tokenizer.mask_id, generator,
-                                 recipe.time_mean, recipe.time_std).rows(mine)
-            return joint_loss(nets["ddit"], nets["t5"], latents[mine].to(device), captions[mine].to(device),
-                              tokens[mine].to(device), corruption, recipe.text_weight, recipe.image_weight)
-        names = ("image_loss", "text_loss")
+    def objective(batch):
+        """-> the loss to learn from, and two to look at."""
+        noise = batch.sampled.to(device, non_blocking=True)
+        if args.stage == "0":
+            return autoencoding_loss(dd.vae, batch.images.to(device, non_blocking=True), noise)
+        latents = to_latents(batch.images, noise)
+        read = latents if together else to_latents(batch.read, noise)
+        return joint_loss(dd.ddit, shown.t5, latents, batch.captions, batch.tokens, batch.corruption,
+                          recipe.text_weight, recipe.image_weight, read)
 
-    # Go on from the checkpoint, if this command left one.
-    checkpoint, metrics = os.path.join(folder, "checkpoint.pt"), os.path.join(folder, "metrics.jsonl")
+    names = ("reconstruction", "kl") if args.stage == "0" else ("image_loss", "text_loss")
+    stream = Stream(images, texts, dd.tokenizer, shape, recipe, args.seed, mine)
+    judged = Stream(unseen_images, unseen, dd.tokenizer, shape, recipe, UNSEEN, mine)  # the same in every run
+
+    def validate():
+        """Both losses on pictures kept apart, with the same noise and masks every time and in every run."""
+        with torch.no_grad():
+            losses = [torch.stack(objective(judged[k])[1:]) for k in range(-(-256 // recipe.batch))]
+        return mean_over(torch.stack(losses).mean(0), processes)
+
+    # Go on from the newest checkpoint, if this command left one.
+    kept, metrics = os.path.join(folder, "checkpoints"), os.path.join(folder, "metrics.jsonl")
     averages = [p.detach().clone() for p in learned] if recipe.ema else []
-    start = load_state(checkpoint, modules, optimizers, averages, device)
-    if rank == 0 and os.path.exists(metrics):  # forget what was logged after that checkpoint
+    start = load_checkpoint(kept, modules, optimizers, averages)
+    if rank == 0 and os.path.exists(metrics):  # forget what was logged after it
         with open(metrics) as f:
-            kept = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= start]
+            lines = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= start]
         with open(metrics, "w") as f:
-            f.writelines(kept)
-    stop = []  # Ctrl-C and a polite kill end the run soon, with a checkpoint
+            f.writelines(lines)
+    signals = []  # Ctrl-C and a polite kill end the run after the step, with a checkpoint
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: stop.append(number))
+        signal.signal(name, lambda number, frame: signals.append(number))
 
+    large = (8192,) * 3 if device.type == "cuda" else (1024,) * 3
+    peak = matmul_rate(device, dtype, *large) * processes
+    flops = 0 if args.stage == "0" else model_flops(dd.config, recipe)
+    reading = args.data and images.latents is None
+    loader = DataLoader(stream, batch_size=None, sampler=range(start, recipe.steps),
+                        num_workers=(4 if reading else 0) if args.workers is None else args.workers,
+                        pin_memory=device.type == "cuda")
     bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=f"stage {args.stage}",
                disable=rank > 0, mininterval=1)
-    log, since = [], time.perf_counter()
-    for step in bar:
-        rows = [train_ids[k] for k in draw_rows(args.seed, step * recipe.batch, recipe.batch, len(train_ids))]
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        loss, *parts = objective(rows, step, generator)
-        loss.backward()
+    log, bad, since = [], [], time.perf_counter()
+    for step, batch in zip(bar, loader):
+        done = step + 1
+        for k, part in enumerate(batch.split(args.accumulate), 1):
+            for module in modules.values():  # of several passes, it is enough that the last exchanges gradients
+                module.set_requires_gradient_sync(k == args.accumulate)
+            loss, *parts = objective(part)
+            (loss / args.accumulate).backward()
+            log.append(torch.stack(parts).detach())
         norm = nn.utils.clip_grad_norm_(learned, recipe.clip)
         for p, view in views:
-            view.grad = p.grad.flatten(1) if p.grad is not None else None
+            view.grad = p.grad.to_local().flatten(1)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(recipe, step)
@@ -489,129 +728,142 @@ def main():
         for p in learned:
             p.grad = None
         for average, p in zip(averages, learned):
-            average.lerp_(p.detach(), 1 - recipe.ema)
-        log.append(torch.stack([*parts, norm]).detach())
+            average.to_local().lerp_(p.detach().to_local(), 1 - recipe.ema)
 
-        done = step + 1
-        ending = bool(stop)
-        if processes > 1:  # a signal reaches the processes at different steps: every 20, they agree on one to stop at
-            agreed = torch.tensor(float(ending), device=device)
-            if done % 20 == 0:
-                dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            ending = done % 20 == 0 and agreed.item() > 0
-        report_now = done % 20 == 0 or done == recipe.steps  # here and at checkpoints the loop waits for the device
+        if batch.bad:
+            bad += [(done * share, message) for message in batch.bad]
+            with open(os.path.join(folder, f"bad-{rank}.txt"), "a") as f:
+                f.writelines(f"{message}\n" for message in batch.bad)
+            not_too_many(bad, done * share)
+        ending, = mean_over([torch.tensor(float(len(signals)))], processes)  # on the CPU: no waiting for the GPU
         save_now = done % args.save_every == 0 or done == recipe.steps or ending
-        if rank == 0 and (report_now or save_now) and not torch.isfinite(loss + norm):
-            fail(f"the loss or its gradient is not a number at step {done}; the last checkpoint is from before it. "
-                 f"Lower --rate or --muon")
-        if rank == 0 and report_now:
-            *losses, mean_norm = torch.stack(log).mean(0).tolist()
-            speed, log, since = len(log) * recipe.batch / (time.perf_counter() - since), [], time.perf_counter()
-            bar.set_postfix({n: f"{x:.4f}" for n, x in zip(names, losses)}
-                            | {"rate": f"{optimizers[0].param_groups[0]['lr']:.1e}", "images/s": f"{speed:.0f}"})
-            with open(metrics, "a") as f:
-                f.write(json.dumps({"step": done, **dict(zip(names, losses)), "grad_norm": mean_norm,
-                                    "rate": optimizers[0].param_groups[0]["lr"], "images_per_s": speed}) + "\n")
-        if rank == 0 and save_now:
-            save_state(checkpoint, done, modules, optimizers, averages)
-        if rank == 0 and done % args.show_every == 0 and done < recipe.steps:
-            show(dd, unseen, unseen_ids, os.path.join(folder, f"samples-{done:06d}.png"))
-            since = time.perf_counter()
+        show_now = done % args.show_every == 0 and done < recipe.steps
+        if done % 20 == 0 or save_now or show_now:  # only here does the loop wait for the device
+            *losses, norm = mean_over([*torch.stack(log).mean(0), norm.full_tensor()], processes)
+            if not np.isfinite([*losses, norm]).all():
+                fail(f"the loss or its gradient is not a number at step {done}; the last checkpoint is from before it. "
+                     f"Lower --rate or --muon") if rank == 0 else sys.exit(2)
+            speed = len(log) / args.accumulate * recipe.batch / (time.perf_counter() - since)
+            line = {"step": done, **dict(zip(names, losses)), "grad_norm": norm,
+                    "rate": optimizers[0].param_groups[0]["lr"], "images_per_s": speed,
+                    "utilisation": speed * flops / peak, "memory_gb": memory_used(device) / 1e9, "bad": len(bad)}
+            if show_now or done == recipe.steps:
+                line |= {f"val_{name}": loss for name, loss in zip(names, validate())}
+            bar.set_postfix({name: f"{loss:.4f}" for name, loss in zip(names, losses)}
+                            | {"rate": f"{line['rate']:.1e}", "images/s": f"{speed:.0f}"})
+            if rank == 0:
+                with open(metrics, "a") as f:
+                    f.write(json.dumps(line) + "\n")
+            if save_now:
+                save_checkpoint(kept, training_state(done, modules, optimizers, averages), args.keep, rank)
+            if show_now:  # every process draws, since sharded weights are gathered by all together
+                show(shown, unseen.source, unseen.ids, rank == 0 and os.path.join(folder, f"samples-{done:06d}.png"))
+            log, since = [], time.perf_counter()
         if ending:
             bar.close()
-            sys.exit(f"stopped after step {done}; the same command goes on from there")
+            sys.exit(f"stopped after step {done}; the same command goes on from there") if rank == 0 else sys.exit(1)
     bar.close()
 
     for average, p in zip(averages, learned):
         p.data.copy_(average)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = {name: get_model_state_dict(module, options=whole) for name, module in modules.items()}
+    dist.destroy_process_group()
     if rank == 0:
-        finish(args, recipe, dd, source, train_ids, unseen, unseen_ids, folder)
+        finish(args, recipe, begin, weights, texts, unseen, device, folder)
+
+
+def mean_over(numbers, processes):
+    """A few numbers, each the mean of what all processes have there -> list."""
+    x = torch.stack([*numbers])
     if processes > 1:
-        dist.destroy_process_group()
+        dist.all_reduce(x)
+    return (x / processes).tolist()
 
 
-def finish(args, recipe, dd, source, train_ids, unseen, unseen_ids, folder):
-    """The end of a stage: the file for sample.py, the judged scores, a last sheet."""
-    path = os.path.join(folder, "model.safetensors")
+def memory_used(device):
+    """Peak so far, in bytes: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def finish(args, recipe, begin, weights, learned_from, unseen, device, folder):
+    """The end of a stage: the file for sample.py, the scores of what was written there, a last sheet."""
+    dd, modules = begin(torch.device("cpu"), None)  # the frozen parts again as they were given, not as computed with
+    for name, module in modules.items():
+        module.load_state_dict(weights[name])
+    if isinstance(modules.get("t5"), MaskRow):
+        modules["t5"].settle()
     if args.stage == "0":  # bring latents to mean 0 and deviation 1, which the transformer expects
-        pixels = torch.from_numpy(data.to_pixels([source.image(i) for i in train_ids[:512]]))
-        with torch.inference_mode():
-            z = torch.cat([dd.vae.encode(part.to(dd.device))[0] for part in pixels.split(64)])
+        images = [learned_from.look(k, [])[1] for k in range(min(512, len(learned_from.ids)))]
+        with torch.no_grad():
+            z = torch.cat([dd.vae.encode(part)[0] for part in torch.stack(images).split(64)])
         dd.config.vae.shift, dd.config.vae.scale = z.mean().item(), 1 / z.std().item()
+    path = os.path.join(folder, "model.safetensors")
     dd.save(path, dtype=torch.float16)
-    scores = judge(dd, unseen, unseen_ids, args.seed, questions=recipe.questions > 0)
+    dd = DualDiffusion.load(path, device=device)
+    scores = judge(dd, unseen.source, unseen.ids, args.seed, questions=recipe.questions > 0)
     print(report(scores))
     with open(os.path.join(folder, "scores.json"), "w") as f:
         json.dump(scores, f)
-    show(dd, unseen, unseen_ids, os.path.join(folder, "samples.png"))
+    show(dd, unseen.source, unseen.ids, os.path.join(folder, "samples.png"))
     print(f"wrote {path}")
 
 
-def load_state(path, modules, optimizers, averages, device):
-    """-> the step to go on from; 0 where there is no checkpoint."""
-    if not os.path.exists(path):
-        return 0
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        fail(f"{path}: cannot be read ({str(error)[:80] or type(error).__name__}); delete it to start this stage anew")
-    for name, module in modules.items():
-        module.load_state_dict(state["modules"][name])
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
-    for average, saved in zip(averages, state["averages"], strict=True):
-        average.copy_(saved)
-    return state["step"]
-
-
-def kept_path(args, source, what, count=0, vae=None):
-    """A file's name that changes with whatever its content depends on: the images, when they were last changed, how
-    many there are and of what size; and for latents the VAE."""
-    stamp = ([(row, os.stat(row.file).st_mtime_ns) for row in source.rows], source.size) if args.data else source.seed
-    key = hashlib.sha256(repr((stamp, count)).encode())
-    for tensor in vae.state_dict().values() if vae else ():
-        key.update(tensor.cpu().numpy().tobytes())
-    return os.path.join(args.out, f"{what}-{key.hexdigest()[:12]}.npy")
-
-
 def keep_settings(folder, args, recipe, device, rank):
-    """A folder holds one run: note its settings, and refuse to go on from its checkpoint with others -> the dtype to
+    """A folder holds one run: note its settings, and refuse to go on from its checkpoints with others -> the dtype to
     compute in. Only a run at a constant rate may be made longer."""
     path = os.path.join(folder, "run.json")
-    given = {name: vars(args)[name] for name in ("preset", "data", "kinds", "init", "t5", "vae", "spiece", "seed")}
+    given = {name: vars(args)[name] for name in ("preset", "data", "image_data", "text_data", "kinds", "text_encoder",
+                                                 "init", "t5", "vae", "spiece", "seed")}
     settings = given | asdict(recipe)
-    if rank == 0 and not os.path.exists(os.path.join(folder, "checkpoint.pt")):
+    if rank == 0 and not checkpoints(os.path.join(folder, "checkpoints")):
         with open(path, "w") as f:
             json.dump(settings | {"dtype": args.dtype or faster_dtype(device, args.stage)}, f, indent=1)
     with open(path) as f:
-        kept = json.load(f)
-    changed = [f"{k} {kept.get(k)} is now {v}" for k, v in settings.items()
-               if kept.get(k) != v and not (k == "steps" and recipe.schedule == "constant")]
+        noted = json.load(f)
+    changed = [f"{k} {noted.get(k)} is now {v}" for k, v in settings.items()
+               if noted.get(k) != v and not (k == "steps" and recipe.schedule == "constant")]
     if changed:
         fail(f"{folder} holds a run with other settings ({', '.join(changed)}); delete it or give another --out")
-    return DTYPES[kept["dtype"]]
+    return DTYPES[noted["dtype"]]
 
 
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["0", "1", "2", "3"])
+    parser.add_argument("--stage", choices=["0", "1", "2", "2hr", "3"])
     parser.add_argument("--eval", metavar="FILE", help="judge this checkpoint instead of training")
     parser.add_argument("--judge", type=int, help="images to judge on (1000 with --eval, 250 at the end of a stage; "
                         "of the user's data at most one in twenty)")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny")
-    parser.add_argument("--data", nargs="+", help="images and texts: .json, .jsonl, .tar or folders; default: the "
-                        "built-in world")
+    what = "images and texts: .json, .jsonl, .tar or folders; default: "
+    parser.add_argument("--data", nargs="+", help=what + "the built-in world")
+    parser.add_argument("--image-data", nargs="+", help=what + "--data. Of these the image loss learns")
+    parser.add_argument("--text-data", nargs="+", help=what + "--data. Of these the text loss learns")
     parser.add_argument("--kinds", nargs="+", choices=data.KINDS, default=list(data.KINDS), metavar="KIND", help="of "
                         f"questions in the built-in world, of {', '.join(data.KINDS)}; one given twice is asked twice "
                         "as often")
     parser.add_argument("--init", help="checkpoint to start from; default: the stage before")
     add_parts(parser)
+    parser.add_argument("--text-encoder", choices=["t5", "none"], default="t5", help="none: learned embeddings of "
+                        "tokens and places instead, and a transformer from nothing (Table 9)")
     parser.add_argument("--out", default="runs", help="where stageN/ folders are made")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=existing_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="to compute in; default: the faster one")
-    parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument("--show-every", type=int, default=500)
+    run = parser.add_argument_group("how it runs; nothing here changes what is learned, but for rounding")
+    run.add_argument("--device", type=existing_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--dtype", choices=list(DTYPES), help="to compute in; default: the faster one")
+    run.add_argument("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp shares gradients and optimizer "
+                     "state out among the processes of a node")
+    run.add_argument("--accumulate", type=int, default=1, help="passes that make up a step, to save memory")
+    run.add_argument("--checkpointing", action="store_true", help="compute activations twice, to save memory")
+    run.add_argument("--compile", action="store_true", help="torch.compile every block")
+    run.add_argument("--workers", type=int, help="processes that read images, for each that learns; default: 0, or 4 "
+                     "where images are too many to keep their latents")
+    run.add_argument("--save-every", type=int, default=200, help="steps")
+    run.add_argument("--show-every", type=int, default=500,
+                     help="steps from one sheet of samples, and validation, to the next")
+    run.add_argument("--keep", type=int, default=3, help="checkpoints")
     numbers = parser.add_argument_group("numbers of a stage, with defaults by preset and stage")
     for field in fields(Recipe):
         numbers.add_argument("--" + field.name.replace("_", "-"), type=field.type)
@@ -619,12 +871,12 @@ def parse_args():
     if args.eval:
         return args, None
     if args.stage is None:
-        fail("give --stage 0, 1, 2 or 3, or --eval FILE")
+        fail("give --stage 0, 1, 2, 2hr or 3, or --eval FILE")
     if args.stage not in RECIPES[args.preset]:
         fail(f"--preset {args.preset} has no stage {args.stage}")
     given = {f.name: v for f in fields(Recipe) if (v := getattr(args, f.name)) is not None}
     recipe = replace(RECIPES[args.preset][args.stage], **given)
-    for name in ("steps", "batch", "length", "pool", "save_every", "show_every"):
+    for name in ("steps", "batch", "length", "pool", "save_every", "show_every", "keep", "accumulate"):
         if (vars(args) | vars(recipe))[name] < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1")
     return args, recipe
@@ -635,3 +887,7 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         fail(error)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        fail(f"a process that reads images died ({first_line(error)}); the same command goes on from the checkpoint")

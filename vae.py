@@ -18,7 +18,7 @@ from torch import nn
 @dataclass
 class VAEConfig:
     """The defaults are SD3's. `shift` and `scale` bring raw latents to mean 0 and deviation 1."""
-    channels: int = 128
+    channels: int = 128     # of the first level inside the networks; those of the latents are latent_channels
     multipliers: tuple = (1, 2, 4, 4)  # channels at each level; between two levels the side halves
     latent_channels: int = 16
     groups: int = 32

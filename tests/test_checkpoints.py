@@ -59,10 +59,9 @@ def folder(path, kind, dtype=torch.float32, shards=1):
 
 def load(path, **files):
     """DualDiffusion.load, but for the tokenizer: no random one has the golden vocabulary."""
-    found = inspect(path, **files)
-    config = found.config()
+    config, parts, _ = inspect(path, **files)
     return DualDiffusion(config, None, **{part: read_part(part, tensors, getattr(config, part), "cpu", torch.float32)
-                                          for part, tensors in found.parts.items()}).eval()
+                                          for part, tensors in parts.items()}).eval()
 
 
 @pytest.fixture(autouse=True)
@@ -129,12 +128,20 @@ def test_narrow_types_on_disk(tmp_path, dtype):
     assert wide.keys() == narrow.keys() and all(torch.equal(wide[name], narrow[name]) for name in wide)
 
 
+def test_a_type_for_every_part():
+    dd = DualDiffusion.load(SHIPPED, dtype={"t5": torch.bfloat16, "vae": torch.float16})
+    assert [{w.dtype for w in part.parameters()} for part in (dd.ddit, dd.t5, dd.vae)] == [
+        {torch.float32}, {torch.bfloat16}, {torch.float16}]
+    with pytest.raises(ValueError, match="dtype names transformer; the parts are ddit, t5, vae"):
+        DualDiffusion.load(SHIPPED, dtype={"transformer": torch.bfloat16})
+
+
 def test_a_new_text_head_reads_nothing_and_is_said_so(tmp_path):
-    found = inspect(single_file(tmp_path / "sd3.safetensors", "single", "vae", "t5"))
-    assert "to read, it must be trained first" not in describe(found)  # without a tokenizer it can do nothing at all
-    found = inspect(single_file(tmp_path / "sd3.safetensors", "single", "vae", "t5"), tokenizer=spiece(tmp_path))
-    assert "to read, it must be trained first" in describe(found)
-    dd = load(found.path)
+    path = single_file(tmp_path / "sd3.safetensors", "single", "vae", "t5")
+    # without a tokenizer it can do nothing at all
+    assert "to read, it must be trained first" not in describe(*inspect(path))
+    assert "to read, it must be trained first" in describe(*inspect(path, tokenizer=spiece(tmp_path)))
+    dd = load(path)
     dd_dict = dd.ddit.state_dict()
     assert not dd_dict["text_head.linear.weight"].any()
     last = dd_dict["joint_blocks.1.context_block.adaLN_modulation.1.weight"]

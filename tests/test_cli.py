@@ -40,6 +40,9 @@ def files(tmp_path_factory):
     (folder / "broken.jsonl").write_text('{"image": "ok.png", "caption": "c"}\n{"image": "ok.png", \n')
     (folder / "missing.jsonl").write_text(json.dumps({"image": "gone.png", "caption": "c"}) + "\n")
     (folder / "void").mkdir()
+    (folder / "many").mkdir()
+    for i in range(25):
+        Image.new("RGB", (20, 20), (i, i, i)).save(folder / "many" / f"{i}.png")
     return folder
 
 
@@ -90,8 +93,12 @@ MISTAKES = {
         (["--stage", "1", "--data", "missing.jsonl"], "missing.jsonl, line 1: no such image"),
         (["--stage", "1", "--data", "void"], "void: holds no images"),
         (["--stage", "1", "--batch", "0"], "--batch"),
+        (["--stage", "1", "--batch", "6", "--accumulate", "4"], "--batch 6 cannot be shared equally"),
+        (["--stage", "1", "--size", "128"], "the built-in world has 64 pixels a side"),
+        (["--stage", "1", "--parallel", "fsdp"], "give --muon 0, or --parallel ddp"),
         (["--stage", "1", "--init", "text.safetensors"], "text.safetensors: not a readable"),
-        (["--stage", "1", "--preset", "sd3-medium"], "--init"),
+        (["--stage", "1", "--preset", "sd3-medium"], "the built-in world has 64 pixels a side"),
+        (["--stage", "1", "--preset", "sd3-medium", "--data", "many"], "--init"),
         (["--eval", "none.safetensors"], "none.safetensors: no such checkpoint"),
     ],
 }
@@ -104,6 +111,8 @@ def test_mistakes_give_one_line_and_status_2(files, monkeypatch, capsys, script,
     with pytest.raises(SystemExit) as end:  # in this process: importing torch thirty times would take a minute
         runpy.run_path(sys.argv[0], run_name="__main__")
     out, err = capsys.readouterr()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     assert end.value.code == 2, err
     assert out == "" and len(err.strip().splitlines()) == 1 and "Traceback" not in err
     assert message in err, err

@@ -159,7 +159,8 @@ RNG = np.random.default_rng(0)
 
 def said(records):
     """All that a data set says: (the image's grey value, captions, questions with answers) of each record."""
-    return [(int(records.image(i)[0, 0, 0]), row.captions, row.asked) for i, row in enumerate(records.rows)]
+    rows = map(records.row, range(len(records)))
+    return [(int(records.image(i)[0, 0, 0]), row.captions, row.asked) for i, row in enumerate(rows)]
 
 
 @pytest.fixture

@@ -96,7 +96,9 @@ def test_the_stacked_pass_has_the_gradients_of_two_passes():
 
     table = torch.nn.Embedding(5, 6)
     latents, captions, tokens = torch.randn(8, 2, 4, 4), torch.randint(4, (8, 6)), torch.randint(4, (8, 6))
-    c = losses.corrupt(latents.shape, tokens, torch.ones(8, 6, dtype=torch.bool), 4, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    times = losses.stratified_times(8, generator=generator)
+    c = losses.corrupt(latents.shape[1:], tokens, torch.ones(8, 6, dtype=torch.bool), 4, times, generator)
     total, image, text = losses.joint_loss(ddit, table, latents, captions, tokens, c, text_weight=0.2)
     stacked = torch.autograd.grad(total, [table.weight, *mix.parameters()])
 
@@ -107,6 +109,11 @@ def test_the_stacked_pass_has_the_gradients_of_two_passes():
         + 0.2 * losses.masked_diffusion_loss(logits, tokens, c.masked, c.text_t)
     for a, b in zip(stacked, torch.autograd.grad(two, [table.weight, *mix.parameters()])):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+    other = torch.randn(8, 2, 4, 4)
+    _, image_apart, text_apart = losses.joint_loss(ddit, table, latents, captions, tokens, c, read=other)
+    _, _, text_other = losses.joint_loss(ddit, table, other, captions, tokens, c)
+    assert torch.equal(image_apart, image) and torch.equal(text_apart, text_other)  # text about other images
 
     rows = []
 

@@ -79,6 +79,22 @@ def test_predict_and_draw_give_the_same_rows(ddit):
     assert drawn.shape == (0, *velocity.shape[1:]) and predicted.shape == (0, logits.shape[2])
 
 
+def test_checkpointing_gives_the_same_gradients():
+    def gradients(checkpointing):
+        ddit, t5 = load(DDiT(make_golden.DDIT), "ddit").train(), T5Encoder(make_golden.T5)
+        ddit.checkpointing = t5.checkpointing = checkpointing
+        torch.manual_seed(0)
+        t5.init_weights()
+        with torch.enable_grad():
+            velocity, logits = ddit(*inputs())
+            states = t5(torch.arange(12).reshape(2, 6))
+            (velocity.square().mean() + logits.square().mean() + states[..., 0].mean()).backward()
+        return [p.grad for model in (ddit, t5) for p in model.parameters()]
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert all(grad.any() for grad in plain) and all(map(torch.equal, plain, checkpointed))
+
+
 def test_image_larger_than_the_position_table(ddit):
     with pytest.raises(ValueError, match="9x4 patches"):
         ddit(torch.zeros(3, 16, 18, 8), *inputs()[1:])
