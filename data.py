@@ -540,6 +540,13 @@ class Records:
                 file = f.read(count)
         return np.asarray(load_image(row.image, self.size, file=file))
 
+    def readable(self, i):
+        try:
+            self.image(i)
+        except (ValueError, OSError):
+            return False
+        return True
+
     def caption(self, i, rng):
         """One of its captions; a record that has none is told by a question with its answer."""
         row = self.row(i)
@@ -549,6 +556,32 @@ class Records:
         """-> question, answer; None if it has none."""
         asked = self.row(i).asked
         return pick(rng, asked) if asked else None
+
+
+def draw_rows(seed, first, count, total, block=10_000):
+    """Which records rows first .. first+count of the endless stream are. Every epoch shows each record once: blocks of
+    neighbours in random order, and random order inside a block. So no epoch's order is ever held in memory, and of many
+    shards only a few are being read at a time."""
+    rows = []
+    for at in range(first, first + count):
+        epoch, place = divmod(at, total)
+        blocks, ends = block_order(seed, epoch, total, block)
+        k = int(np.searchsorted(ends, place, side="right"))
+        start = int(blocks[k]) * block
+        inside = order(seed, epoch, start, min(block, total - start))
+        rows.append(start + int(inside[place - (ends[k - 1] if k else 0)]))
+    return rows
+
+
+@functools.lru_cache(maxsize=2)
+def block_order(seed, epoch, total, block):
+    blocks = np.random.default_rng([seed, epoch]).permutation(-(-total // block))
+    return blocks, np.cumsum(np.minimum(block, total - blocks * block))
+
+
+@functools.lru_cache(maxsize=8)
+def order(seed, epoch, start, count):
+    return np.random.default_rng([seed, epoch, 1 + start]).permutation(count)
 
 
 # ---------------------------------------------------------------- pictures for people

@@ -108,3 +108,13 @@ def joint_loss(ddit, t5, latents, captions, tokens, corruption, text_weight=0.2,
     image_loss = flow_matching_loss(velocity, latents, noise) if n else velocity.sum()
     text_loss = masked_diffusion_loss(logits, tokens, masked, text_t)
     return image_weight * image_loss + text_weight * text_loss, image_loss, text_loss  # Eq. 9
+
+
+def autoencoding_loss(vae, pixels, noise):
+    """Stage 0: reconstruction + 3e-5 KL, per value. Pixels (B,3,H,W) far from their picture's mean colour count four
+    times, or small objects on a plain ground are learned last. -> total, reconstruction, KL."""
+    decoded, mean, logvar = vae(pixels, noise)
+    stands_out = (pixels - pixels.mean((2, 3), keepdim=True)).abs().amax(1, keepdim=True) > 0.3
+    reconstruction = ((1 + 3 * stands_out) * (decoded.float() - pixels).square()).mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()
+    return reconstruction + 3e-5 * kl, reconstruction, kl

@@ -28,6 +28,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -48,7 +49,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
-from losses import Corruption, corrupt, joint_loss, stratified_times
+from losses import Corruption, autoencoding_loss, corrupt, joint_loss, stratified_times
 from model import DTYPES, PRESETS, DualDiffusion, JointBlock, add_parts
 from sample import SHIPPED, Parser, answer, caption, existing_device, fail, text_to_image, warn
 from t5 import Tokenizer
@@ -103,36 +104,10 @@ RECIPES = {
 # ---------------------------------------------------------------- what is learned from
 
 
-def draw_rows(seed, first, count, total, block=10_000):
-    """Which records rows first .. first+count of the endless stream are. Every epoch shows each record once: blocks of
-    neighbours in random order, and random order inside a block. So no epoch's order is ever held in memory, and of many
-    shards only a few are being read at a time."""
-    rows = []
-    for at in range(first, first + count):
-        epoch, place = divmod(at, total)
-        blocks, ends = block_order(seed, epoch, total, block)
-        k = int(np.searchsorted(ends, place, side="right"))
-        start = int(blocks[k]) * block
-        inside = order(seed, epoch, start, min(block, total - start))
-        rows.append(start + int(inside[place - (ends[k - 1] if k else 0)]))
-    return rows
-
-
-@functools.lru_cache(maxsize=2)
-def block_order(seed, epoch, total, block):
-    blocks = np.random.default_rng([seed, epoch]).permutation(-(-total // block))
-    return blocks, np.cumsum(np.minimum(block, total - blocks * block))
-
-
-@functools.lru_cache(maxsize=8)
-def order(seed, epoch, start, count):
-    return np.random.default_rng([seed, epoch, 1 + start]).permutation(count)
-
-
 class Feed(NamedTuple):
     """What is learned from: some of a source's records, and where they are kept, their latents."""
-    source: object
-    ids: np.ndarray                 # which records
+    source: object                     # a data.World or data.Records
+    ids: np.ndarray                    # which records
     latents: np.ndarray | None = None  # at [i]: (2,C,h,w), mean and log-variance of record i
 
     def look(self, k, bad):
@@ -159,9 +134,10 @@ def feeds(paths, args, recipe):
                 Feed(data.World(UNSEEN + args.seed), np.arange(count)))
     source = data.Records(paths, recipe.size, args.out)
     unseen, learned = source.split(count)
-    if len(learned) < 20:
-        fail(f"{' '.join(paths)}: holds {len(source)} images; training wants 20 or more")
-    return Feed(source, learned), Feed(source, unseen)
+    unseen = [i for i in unseen if source.readable(i)]
+    if len(learned) < 20 or not unseen:
+        fail(f"{' '.join(paths)}: holds {len(source)} images; training wants 20 or more that can be read")
+    return Feed(source, learned), Feed(source, np.array(unseen))
 
 
 def with_latents(feed, dd, folder, shape, most):
@@ -237,7 +213,7 @@ class Stream(Dataset):
         r, first, bad = self.recipe, step * self.recipe.batch, []
         times = stratified_times(r.batch, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
         places = range(first + self.mine.start, first + self.mine.stop)
-        picture, text = (draw_rows(self.seed, places[0], len(places), len(feed.ids))
+        picture, text = (data.draw_rows(self.seed, places[0], len(places), len(feed.ids))
                          for feed in (self.images, self.texts))
         rows = [self.row(*row, bad) for row in zip(places, picture, text, times[self.mine])]
         images, read, *columns, corruptions = zip(*rows)
@@ -333,6 +309,7 @@ def parallelize(module, dtype, args, device, processes):
     In all cases it computes in `dtype`, while the weights themselves, their gradients' mean over the processes and the
     optimizer stay in float32 (the "master weights"): a bf16 weight could not take a step smaller than 1/256 of itself.
     """
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here changes one in place
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if args.parallel == "fsdp" else 1
     mesh = init_device_mesh(device.type, (processes // sharing, sharing), mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -344,16 +321,6 @@ def parallelize(module, dtype, args, device, processes):
     for method in ("encode", "decode"):  # the VAE's: they too need its weights gathered
         if hasattr(module, method):
             register_fsdp_forward_method(module, method)
-
-
-def autoencoding_loss(vae, pixels, noise):
-    """Stage 0: reconstruction + 3e-5 KL, per value. Pixels (B,3,H,W) far from their picture's mean colour count four
-    times, or small objects on a plain ground are learned last. -> total, reconstruction, KL."""
-    decoded, mean, logvar = vae(pixels, noise)
-    stands_out = (pixels - pixels.mean((2, 3), keepdim=True)).abs().amax(1, keepdim=True) > 0.3
-    reconstruction = ((1 + 3 * stands_out) * (decoded.float() - pixels).square()).mean()
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()
-    return reconstruction + 3e-5 * kl, reconstruction, kl
 
 
 def make_optimizers(modules, recipe):
@@ -703,7 +670,7 @@ def main():
     large = (8192,) * 3 if device.type == "cuda" else (1024,) * 3
     peak = matmul_rate(device, dtype, *large) * processes
     flops = 0 if args.stage == "0" else model_flops(dd.config, recipe)
-    reading = args.data and images.latents is None
+    reading = images.latents is None and isinstance(images.source, data.Records)
     loader = DataLoader(stream, batch_size=None, sampler=range(start, recipe.steps),
                         num_workers=(4 if reading else 0) if args.workers is None else args.workers,
                         pin_memory=device.type == "cuda")

@@ -1,6 +1,7 @@
 """The built-in world, its judge, and the user's files."""
 import io
 import json
+import os
 import sys
 import tarfile
 from collections import Counter
@@ -257,3 +258,36 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     save(tmp_path / "x.png", "RGB", "red")
     with pytest.raises((ValueError, OSError), match=message):
         data.Records(write_jsonl(tmp_path / "d.jsonl", [{"image": "x.png", "caption": "ok"}, line]), 16)
+
+
+def test_rows_are_drawn_once_an_epoch_whatever_the_batch():
+    for total, block in ((10, 100), (103, 10)):
+        stream = data.draw_rows(0, 0, 3 * total, total, block)
+        assert all(sorted(stream[k * total:(k + 1) * total]) == list(range(total)) for k in range(3))
+        assert stream == data.draw_rows(0, 0, 7, total, block) + data.draw_rows(0, 7, 3 * total - 7, total, block)
+        assert stream[:total] != stream[total:2 * total]
+    assert len({row // 10 for row in stream[:10]}) <= 2  # of many shards, few are open at a time
+
+
+def test_records_kept_apart_go_by_the_picture(tmp_path):
+    for k in range(60):
+        save(tmp_path / f"{k}.png", "L", k)
+    rows = [{"image": f"{k}.png", "caption": f"{k}, {told}"} for told in ("once", "twice") for k in range(60)]
+    records = data.Records(write_jsonl(tmp_path / "d.jsonl", rows), 16)
+    apart, others = records.split(250)
+    assert len(apart) == 2 * 3 and sorted([*apart, *others]) == list(range(120))  # one in twenty
+    names = [{records.row(i).image for i in part} for part in (apart, others)]
+    assert not names[0] & names[1]
+    assert len(records.split(2)[0]) == 2 * 2
+
+
+def test_the_index_is_kept_and_made_anew_when_the_data_change(tmp_path, monkeypatch):
+    save(tmp_path / "x.png", "L", 7)
+    path = write_jsonl(tmp_path / "d.jsonl", [{"image": "x.png", "caption": "one"}])
+    assert data.Records(path, 16, tmp_path / "kept").row(0).captions == ("one",)
+    read = []
+    monkeypatch.setattr(data, "read_json", lambda path, read_json=data.read_json: read.append(path) or read_json(path))
+    assert data.Records(path, 16, tmp_path / "kept").row(0).captions == ("one",) and not read
+    write_jsonl(tmp_path / "d.jsonl", [{"image": "x.png", "caption": "two"}])
+    os.utime(path, (1, 1))
+    assert data.Records(path, 16, tmp_path / "kept").row(0).captions == ("two",) and read == [path]

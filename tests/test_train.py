@@ -3,6 +3,7 @@ import glob
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -51,10 +52,11 @@ def checkpoints(out, stage=1):
 
 
 def state(out, stage=1):
-    """The newest checkpoint, whole: {name: tensor} of the weights."""
+    """The newest checkpoint, whole: {name: tensor} of the weights and their running averages."""
     dcp_to_torch_save(checkpoints(out, stage)[-1], os.path.join(out, "state.pt"))
-    modules = torch.load(os.path.join(out, "state.pt"))["modules"]
-    return {f"{module}.{name}": tensor for module, names in modules.items() for name, tensor in names.items()}
+    saved = torch.load(os.path.join(out, "state.pt"))
+    groups = saved["modules"] | {"average": saved["averages"]}
+    return {f"{group}.{name}": tensor for group, names in groups.items() for name, tensor in names.items()}
 
 
 def losses(out, stage=1):
@@ -238,6 +240,22 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_the_one_before_it_used(un
     assert "Traceback" not in done.stderr
 
 
+def test_a_full_disk_costs_no_checkpoint(uninterrupted, tmp_path):
+    """Simulated by a limit on the size of files, which is met in the middle of writing the second checkpoint."""
+    args = ["--stage", 1, "--steps", 30, "--save-every", 10, "--out", tmp_path, *SMALL]
+    shutil.copytree(uninterrupted / "stage1", tmp_path / "stage1")
+    for path in checkpoints(tmp_path)[1:]:
+        shutil.rmtree(path)
+    full = subprocess.run(command(*args), capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000)))
+    assert full.returncode == 2 and "step-00000020: could not be written" in full.stderr, full.stderr
+    assert "Traceback" not in full.stderr
+    (left,) = (tmp_path / "stage1" / "checkpoints").iterdir()
+    assert left.name == "step-00000010"
+    run(*args)
+    assert apart(state(tmp_path), state(uninterrupted)) == 0
+
+
 def test_every_stage_runs_on_the_users_own_images(pictures, tmp_path):
     source, out = ["--data", pictures / "a.jsonl"], tmp_path / "runs"
     for stage in ("0", "1", "2", "3"):
@@ -287,15 +305,6 @@ def test_understanding_alone_and_no_t5(tmp_path):
                                                               "encoder.final_layer_norm.weight"}
     run("--stage", 3, "--steps", 2, "--out", tmp_path / "none", *SMALL,
         "--init", tmp_path / "none" / "stage1" / "model.safetensors")
-
-
-def test_rows_are_drawn_once_an_epoch_whatever_the_batch():
-    for total, block in ((10, 100), (103, 10)):
-        stream = train.draw_rows(0, 0, 3 * total, total, block)
-        assert all(sorted(stream[k * total:(k + 1) * total]) == list(range(total)) for k in range(3))
-        assert stream == train.draw_rows(0, 0, 7, total, block) + train.draw_rows(0, 7, 3 * total - 7, total, block)
-        assert stream[:total] != stream[total:2 * total]
-    assert len({row // 10 for row in stream[:10]}) <= 2  # of many shards, few are open at a time
 
 
 def test_a_stream_is_the_same_on_any_number_of_processes():
