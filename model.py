@@ -251,6 +251,7 @@ class Config:
 
 PRESETS = {
     "sd3-medium": Config(),
+    "end-to-end": Config(DDiTConfig(depth=19, width=1216, heads=19)),  # Table 9: 1.1 billion to learn from nothing
     "tiny": Config(  # vocab and vocab_size follow the tokenizer that stage 0 makes
         DDiTConfig(depth=6, width=128, heads=2, text_dim=128, pos_size=8, qk_norm=True),
         T5Config(d_model=128, num_layers=2, num_heads=4, d_kv=32, d_ff=256, max_distance=32),

@@ -22,6 +22,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import resource
 import shutil
@@ -100,6 +101,7 @@ RECIPES = {
                    "2hr": replace(_later, steps=80_000, batch=768, size=512),
                    "3": replace(_later, steps=50_000, length=128, text_weight=1.0, questions=0.5)},
 }
+RECIPES["end-to-end"] = RECIPES["sd3-medium"]
 
 # ---------------------------------------------------------------- what is learned from
 
@@ -153,6 +155,8 @@ def with_latents(feed, dd, folder, shape, most):
     path = os.path.join(folder, f"latents-{key.hexdigest()[:12]}.npy")
     if not os.path.exists(path):
         bad, whole = [], (int(max(ids)) + 1, 2, *shape)
+        if (needed := 2 * len(ids) * 2 * math.prod(shape)) > shutil.disk_usage(folder).free:
+            fail(f"{path} would take {needed / 1e9:.1f} GB, and the disk has less: free some, or give a smaller --pool")
         latents = np.lib.format.open_memmap(f"{path}.partial", "w+", np.float16, whole)
         for part in in_batches("encoding images once", ids, 100):
             images = {}
@@ -380,8 +384,10 @@ def save_checkpoint(folder, state, keep, rank):
         dist.barrier()
         dcp.save(state, checkpoint_id=f"{path}.partial")
     except (Exception, CheckpointException) as error:
+        room = shutil.disk_usage(folder).free / 1e6
         shutil.rmtree(f"{path}.partial", ignore_errors=True)
-        fail(f"{path}: could not be written ({first_line(error)}); the checkpoints before it stand")
+        fail(f"{path}: could not be written, with {room:.0f} MB left on the disk ({first_line(error)}); the "
+             f"checkpoints before it stand")
     if rank == 0:
         os.replace(f"{path}.partial", path)
         for old in checkpoints(folder)[:-keep]:
