@@ -5,7 +5,8 @@ Sources: parameters and bytes of checkpoints, by counting; FLOPs, by torch.utils
 both halves, forward and backward; saved activations, by torch's hooks on what the backward pass keeps; an H100 SXM:
 989 TFLOP/s of dense bf16 and 80 GB (NVIDIA's data sheet), half of which FLOP/s is assumed to be reached. Memory: 20
 bytes a parameter shared out among the GPUs (in float32 the weight, its gradient, Adam's two and the running average), 2
-on every GPU (the weight in bf16), the frozen T5 and VAE in bf16, the activations of as many rows at once as fit."""
+on every GPU (the weight in bf16), the frozen T5 and VAE in bf16, the activations of as many rows at once as fit; where
+the whole share does not, with --checkpointing, which takes a third more time."""
 import os
 import sys
 
@@ -76,11 +77,11 @@ def main():
         flops, plain, checkpointed = one_row(config, recipe)
         assert abs(model_flops(config, recipe) / flops - 1) < 0.02, (model_flops(config, recipe), flops)
         for gpus in (1, 8, 32):
-            seconds = recipe.batch * flops / (gpus * PEAK * REACHED)
             state = ddit * (20 / min(gpus, 8) + 2) + 2 * (t5 + vae)  # shared out among the eight of a node
             share, room = recipe.batch // gpus, 0.9 * MEMORY - state
             twice = plain * share > room
-            each = checkpointed if twice else plain
+            each = checkpointed + plain / config.ddit.depth if twice else plain  # and one block at a time anew
+            seconds = recipe.batch * flops * (4 / 3 if twice else 1) / (gpus * PEAK * REACHED)
             rows = max((n for n in range(1, share + 1) if share % n == 0 and n * each < room), default=0)
             print(f"| {name} | {recipe.batch * flops:.2e} | {gpus} | {state / 1e9:.0f} + "
                   f"{rows * each / 1e9:.0f} GB | {rows} of {share}"
