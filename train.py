@@ -242,6 +242,7 @@ class Stream(Dataset):
                              r.time_mean, r.time_std)
         return image, read, torch.randn(self.latent_shape, generator=generator), caption, tokens, corruption
 
+
 # ---------------------------------------------------------------- the system, its processes, its checkpoints
 
 
@@ -470,6 +471,7 @@ def model_flops(config, recipe):
     back = {"no": 0, "mask": 1, "all": 2}[recipe.learn_t5]  # "mask": back through T5, but to no matrix of its own
     return 3 * (halves * (d.depth * block + ends) + head) + (1 + back) * halves * t.num_layers * layer
 
+
 # ---------------------------------------------------------------- judging and showing
 
 
@@ -532,7 +534,8 @@ def judge(dd, source, indices, seed=0, questions=True):
     for part in in_batches("captioning", indices):
         pixels = torch.from_numpy(data.to_pixels([source.image(i) for i in part]))
         for i, text in zip(part, caption(dd, pixels, generator=generator, **READING)):
-            told.append(data.telling_holds(text, source.scene(i)[0]) if world else text == source.caption(i, rng))
+            told.append(data.telling_holds(text, source.scene(i)[0]) if world else
+                        text.lower() == source.caption(i, rng).strip().lower())
     scores["captions"] = (sum(told), len(told))
 
     if world:
@@ -555,19 +558,20 @@ def report(scores):
 
 def reconstruct(dd, images):
     """Images -> what is left of them after the VAE's round trip, uint8."""
-    with torch.inference_mode():
-        pixels = torch.from_numpy(data.to_pixels(images)).to(dd.device)
+    with torch.no_grad():
+        pixels = torch.from_numpy(data.to_pixels(images))
         return np.concatenate([data.to_images(dd.decode_image(dd.encode_image(part))) for part in pixels.split(64)])
 
 
-def show(dd, source, indices, path, seed=0):
+def show(dd, source, indices, path=None, seed=0):
     """A sheet: eight images drawn from captions, eight unseen images with the caption and the answer given to them.
-    In stage 0, images beside their reconstructions."""
+    In stage 0, images beside their reconstructions. Without a path, nothing is written: sharded weights are gathered by
+    all processes together, so all must draw."""
     rng, generator, settings = np.random.default_rng([seed, 3]), torch.Generator().manual_seed(seed), dd.config.settings
     if dd.ddit is None:
         images = [source.image(i) for i in indices[:8]]
         pairs = zip(images, reconstruct(dd, images))
-        return data.sheet(path, [cell for true, seen in pairs for cell in ((true, "true"), (seen, "seen"))])
+        return path and data.sheet(path, [cell for a, b in pairs for cell in ((a, "true"), (b, "seen"))])
     texts = [source.caption(i, rng) for i in indices[:8]]
     drawn = text_to_image(dd, texts, cfg=settings.cfg, shift=settings.shift, generator=generator)
     images = [source.image(i) for i in indices[-8:]]
@@ -575,7 +579,9 @@ def show(dd, source, indices, path, seed=0):
     asked = [(source.question(i, rng) or ("what is this?",))[0] for i in indices[-8:]]
     read = zip(images, caption(dd, pixels, generator=generator, **READING), asked,
                answer(dd, pixels, asked, generator=generator, **READING))
-    data.sheet(path, [*zip(data.to_images(drawn), texts), *((im, f"{c}\n{q}\n> {a}") for im, c, q, a in read)])
+    cells = [*zip(data.to_images(drawn), texts), *((image, f"{c}\n{q}\n> {a}") for image, c, q, a in read)]
+    return path and data.sheet(path, cells)
+
 
 # ---------------------------------------------------------------- the loop
 
@@ -729,8 +735,9 @@ def main():
                     f.write(json.dumps(line) + "\n")
             if save_now:
                 save_checkpoint(kept, training_state(done, modules, optimizers, averages), args.keep, rank)
-            if show_now:  # every process draws, since sharded weights are gathered by all together
-                show(shown, unseen.source, unseen.ids, rank == 0 and os.path.join(folder, f"samples-{done:06d}.png"))
+            if show_now:
+                sheet = os.path.join(folder, f"samples-{done:06d}.png")
+                show(shown, unseen.source, unseen.ids, sheet if rank == 0 else None)
             log, since = [], time.perf_counter()
         if ending:
             bar.close()

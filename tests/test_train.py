@@ -158,7 +158,7 @@ def test_two_processes_learn_what_one_does(tmp_path, pictures, stage):
     start = [] if stage == "0" else ["--init", SHIPPED]
     split = ["--image-data", pictures / "a.jsonl", "--text-data", pictures / "b.jsonl"] if stage == "2hr" else []
     args = ["--stage", stage, "--steps", 20, "--muon", 0, "--rate", 5e-5, "--save-every", 10,
-            *start, *split, *SMALL]
+            "--show-every", 15, *start, *split, *SMALL]
     run(*args, "--out", tmp_path / "one")
     kill([*args, "--out", tmp_path / "fsdp"], after=lambda: checkpoints(tmp_path / "fsdp", stage))
     for flags in (["--parallel", "ddp"], ["--parallel", "fsdp", "--accumulate", 2, "--checkpointing"]):
@@ -167,6 +167,7 @@ def test_two_processes_learn_what_one_does(tmp_path, pictures, stage):
         far = apart(state(tmp_path / "one", stage), state(tmp_path / name, stage))
         print(f"stage {stage}, {name}: weights apart {far:.1e}")
         assert far < 1e-5
+        assert (tmp_path / name / f"stage{stage}" / "samples-000015.png").exists()
         assert np.allclose(losses(tmp_path / "one", stage)[-1], losses(tmp_path / name, stage)[-1], rtol=1e-5)
 
 
