@@ -18,6 +18,7 @@ References: Li et al., D-DiT, arXiv 2501.00289, section 4 and Tables 6, 9 and 10
 """
 import argparse
 import copy
+import fcntl
 import functools
 import hashlib
 import json
@@ -621,6 +622,7 @@ def main():
         if args.image_data or args.text_data:
             texts, unseen = feeds(args.text_data or args.data, args, recipe)
         os.makedirs(folder, exist_ok=True)
+        args.lock = claim(folder) if rank == 0 else None  # held as long as the process lives
         dtype = keep_settings(folder, args, recipe, device, rank)
     begin = functools.partial(starting_point, args, recipe, texts)
     dd, modules = begin(device, dtype)
@@ -751,6 +753,16 @@ def main():
     dist.destroy_process_group()
     if rank == 0:
         finish(args, recipe, begin, weights, texts, unseen, device, folder)
+
+
+def claim(folder):
+    """-> a lock, so that no two runs write into one folder: kill -9 on torchrun leaves its workers running."""
+    lock = open(os.path.join(folder, ".lock"), "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{folder}: another run is at work here; let it end, or stop its processes")
+    return lock
 
 
 def mean_over(numbers, processes):

@@ -96,15 +96,22 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def kill(args, processes=1, after=lambda: True, number=signal.SIGKILL):
-    """Start a run, kill it, launcher and all, once `after()` holds -> False if it ended before."""
-    running = subprocess.Popen(command(*args, processes=processes), env=threads(processes), start_new_session=True,
+def family(pid):
+    """A process and all that it started; torchrun puts its workers out of reach of a signal to the group."""
+    children = open(f"/proc/{pid}/task/{pid}/children").read().split()
+    return [pid, *(member for child in children for member in family(int(child)))]
+
+
+def kill(args, processes=1, after=lambda: True):
+    """Start a run, kill -9 it and all its processes once `after()` holds -> False if it ended before."""
+    running = subprocess.Popen(command(*args, processes=processes), env=threads(processes),
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not after():
         if running.poll() is not None:
             return False
         time.sleep(0.02)
-    os.killpg(running.pid, number)
+    for pid in family(running.pid):
+        os.kill(pid, signal.SIGKILL)
     running.wait()
     return True
 
@@ -192,6 +199,9 @@ def test_a_polite_kill_leaves_a_checkpoint(tmp_path, processes):
     while not (tmp_path / "stage1" / "metrics.jsonl").exists():
         assert running.poll() is None
         time.sleep(0.05)
+    if processes == 1:
+        second = subprocess.run(command(*args), capture_output=True, text=True)
+        assert second.returncode == 2 and "another run is at work here" in second.stderr
     running.send_signal(signal.SIGTERM)
     err = running.communicate(timeout=60)[1]
     step = int(checkpoints(tmp_path)[-1][-8:])
