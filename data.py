@@ -34,7 +34,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")  # the cells, row by row
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1)}  # axis (0 rows), direction
 HELD = {("yellow", "triangle"), ("purple", "circle"), ("cyan", "square")}  # colour-shape pairs kept for testing
-KINDS = ("color", "shape", "size", "count", "exists", "where", "relation", "compare", "same")
+KINDS = ("color", "shape", "size", "count", "exists", "where", "relation", "compare")  # "same": some of "compare"
 
 
 def pick(rng, options):
@@ -130,6 +130,8 @@ class World:
         things = self.scene(i)[0]
         while True:
             wanted = kind or pick(rng, self.kinds)
+            if wanted == "compare" and rng.random() < 1 / 3:
+                wanted = "same"
             asked = next(filter(None, (ask(things, wanted, rng) for _ in range(10))), None)
             if asked or kind:
                 return asked
@@ -246,14 +248,14 @@ def ask(things, kind, rng):
         often = {"color": (.15, 1), "shape": (.25, 1), "size": (.45, .45)}[feature][truth]
         if rng.random() > often:  # two of a color are rare: without this, "no" would nearly always be right
             return None
-        question = f"are the {the} and the {that} the same {feature}?"
+        return f"are the {the} and the {that} the same {feature}?", "yes" if truth else "no"
     if kind == "compare":
         want, relation, bigger = rng.random() < .5, pick(rng, list(RELATIONS)), pick(rng, ["bigger", "smaller"])
         claims = [(f"is the {the} {relation} the {that}?", related(thing.cell, relation, other.cell)),
                   (f"is the {the} {bigger} than the {that}?",
                    (thing.size, other.size) == (("large", "small") if bigger == "bigger" else ("small", "large")))]
         question, truth = pick(rng, [claim for claim in claims if claim[1] == want] or claims)  # half of them yes
-    return question, "yes" if truth else "no"
+        return question, "yes" if truth else "no"
 
 
 def read_scene(image):

@@ -57,7 +57,6 @@ from sample import SHIPPED, Parser, answer, caption, existing_device, fail, text
 from t5 import Tokenizer
 
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws
-READING = {"order": "random", "temperature": 0.0}  # judged as sample.py reads by default
 
 
 @dataclass
@@ -492,7 +491,7 @@ def answers_right(dd, source, asked, generator):
     right = []
     for part in in_batches("answering", asked):
         pixels = torch.from_numpy(data.to_pixels([source.image(i) for i, _, _ in part]))
-        given = answer(dd, pixels, [q for _, q, _ in part], generator=generator, **READING)
+        given = answer(dd, pixels, [q for _, q, _ in part], generator=generator)
         right += [g.strip().lower() == a.strip().lower() for g, (_, _, a) in zip(given, part)]
     return right
 
@@ -503,6 +502,7 @@ def judge(dd, source, indices, seed=0, questions=True):
     must equal the given one. Without a transformer (stage 0) it is the reconstructions that are read back."""
     rng, generator, scores = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed), {}
     world, settings = isinstance(source, data.World), dd.config.settings
+    kinds = dict.fromkeys(source.kinds) if world else ()
 
     def read_right(images):
         right = [sorted(data.read_scene(image)) == sorted(source.scene(i)[0]) for i, image in zip(indices, images)]
@@ -517,24 +517,24 @@ def judge(dd, source, indices, seed=0, questions=True):
         print(f"reconstruction of {len(images)} unseen images: {-10 * np.log10(error):.1f} dB")
         return scores | ({"scenes read back": read_right(seen)} if world else {})
 
-    asked = [(i, kind) for i in indices for kind in (data.KINDS if world else ["all"])] if questions else []
+    asked = [(i, kind) for i in indices for kind in (kinds if world else ["all"])] if questions else []
     asked = [(kind, (i, *qa)) for i, kind in asked
              if (qa := source.question(i, rng, kind) if world else source.question(i, rng))]
     if asked:
         right = answers_right(dd, source, [q for _, q in asked], generator)
         scores["answers"] = (sum(right), len(right))
     if asked and world:
-        for kind in data.KINDS:
+        for kind in kinds:
             of_kind = [r for r, (k, _) in zip(right, asked) if k == kind]
             scores[f"  {kind}"] = (sum(of_kind), len(of_kind))
-        held = data.World(source.seed, pairs="held")
+        held = data.World(source.seed, "held", source.kinds)
         right = answers_right(dd, held, [(i, *held.question(i, rng)) for i in indices], generator)
         scores["answers, held-out pairs"] = (sum(right), len(right))
 
     told = []
     for part in in_batches("captioning", indices):
         pixels = torch.from_numpy(data.to_pixels([source.image(i) for i in part]))
-        for i, text in zip(part, caption(dd, pixels, generator=generator, **READING)):
+        for i, text in zip(part, caption(dd, pixels, generator=generator)):
             told.append(data.telling_holds(text, source.scene(i)[0]) if world else
                         text.lower() == source.caption(i, rng).strip().lower())
     scores["captions"] = (sum(told), len(told))
@@ -578,8 +578,8 @@ def show(dd, source, indices, path=None, seed=0):
     images = [source.image(i) for i in indices[-8:]]
     pixels = torch.from_numpy(data.to_pixels(images))
     asked = [(source.question(i, rng) or ("what is this?",))[0] for i in indices[-8:]]
-    read = zip(images, caption(dd, pixels, generator=generator, **READING), asked,
-               answer(dd, pixels, asked, generator=generator, **READING))
+    read = zip(images, caption(dd, pixels, generator=generator), asked,
+               answer(dd, pixels, asked, generator=generator))
     cells = [*zip(data.to_images(drawn), texts), *((image, f"{c}\n{q}\n> {a}") for image, c, q, a in read)]
     return path and data.sheet(path, cells)
 
@@ -591,7 +591,8 @@ def main():
     args, recipe = parse_args()
     if args.eval:
         dd = DualDiffusion.load(args.eval, args.t5, args.vae, args.spiece, args.device, DTYPES[args.dtype or "fp32"])
-        source = data.Records(args.data, dd.config.settings.size) if args.data else data.World(UNSEEN + args.seed)
+        source = data.Records(args.data, dd.config.settings.size) if args.data else \
+            data.World(UNSEEN + args.seed, kinds=args.kinds)
         print(report(judge(dd, source, range(min(args.judge or 1000, len(source))), args.seed)))
         return
 
@@ -833,9 +834,9 @@ def parse_args():
     parser.add_argument("--data", nargs="+", help=what + "the built-in world")
     parser.add_argument("--image-data", nargs="+", help=what + "--data. Of these the image loss learns")
     parser.add_argument("--text-data", nargs="+", help=what + "--data. Of these the text loss learns")
-    parser.add_argument("--kinds", nargs="+", choices=data.KINDS, default=list(data.KINDS), metavar="KIND", help="of "
-                        f"questions in the built-in world, of {', '.join(data.KINDS)}; one given twice is asked twice "
-                        "as often")
+    parser.add_argument("--kinds", nargs="+", choices=[*data.KINDS, "same"], default=list(data.KINDS), metavar="KIND",
+                        help=f"of questions in the built-in world: {', '.join(data.KINDS)}, same (a third of compare: "
+                        "are two things alike?); one given twice is asked twice as often")
     parser.add_argument("--init", help="checkpoint to start from; default: the stage before")
     add_parts(parser)
     parser.add_argument("--text-encoder", choices=["t5", "none"], default="t5", help="none: learned embeddings of "
