@@ -22,7 +22,7 @@ from array import array
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 # ---------------------------------------------------------------- the world
@@ -344,10 +344,10 @@ def load_image(path, width, height=None, file=None):
             return ImageOps.fit(image.convert("RGB"), (width, height or width), Image.Resampling.BICUBIC)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's many decoders raise whatever they like
         empty = file == b"" or file is None and os.path.isfile(path) and os.path.getsize(path) == 0
-        raise ValueError(f"{path}: cannot be read as an image "
-                         f"({'the file is empty' if empty else str(error).splitlines()[0]})") from None
+        why = "the file is empty" if empty else (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: cannot be read as an image ({why})") from None
 
 
 def to_pixels(images):
@@ -384,11 +384,13 @@ class Record(NamedTuple):
             captions = [row[key] for key in ("caption", "re_caption", "text") if row.get(key) is not None]
             asked = []
             if "question" in row:
-                answers = row.get("answers", [row.get("answer")])
+                answers = row.get("answers", row.get("answer"))
+                answers = answers if isinstance(answers, list) else [answers]
                 answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
                 asked = [(row["question"], max(answers, key=answers.count, default=None))]  # ten people: what most said
-            turns = [turn["value"].replace("<image>", "").strip() for turn in row.get("conversations", [])]
-            asked += zip(turns[0::2], turns[1::2])  # LLaVA: a human and the model in turn
+            turns = row.get("conversations", [])  # LLaVA: a human and the model in turn
+            asked += [(a["value"].replace("<image>", "").strip(), b["value"].strip()) for a, b in zip(turns, turns[1:])
+                      if (a["from"], b["from"]) == ("human", "gpt")]
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{where}: not in a form that this program knows") from None
         if not isinstance(image, str):

@@ -53,7 +53,7 @@ from tqdm import tqdm
 import data
 from losses import Corruption, autoencoding_loss, corrupt, joint_loss, stratified_times
 from model import DTYPES, PRESETS, DualDiffusion, JointBlock, add_parts
-from sample import SHIPPED, Parser, answer, caption, existing_device, fail, text_to_image, warn
+from sample import SHIPPED, Parser, answer, caption, existing_device, fail, seed, text_to_image, warn
 from t5 import Tokenizer
 
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws
@@ -266,6 +266,13 @@ class MaskRow(nn.Module):
         self.t5[0].shared.weight.data[self.mask_id] = self.row.detach()
 
 
+def stage_before(args):
+    """The file that a stage continues from, unless --init says otherwise."""
+    stages = {"0": [], "1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}[args.stage]
+    paths = [os.path.join(args.out, f"stage{stage}", "model.safetensors") for stage in stages]
+    return next(filter(os.path.exists, paths), paths[-1] if paths else "")
+
+
 def starting_point(args, recipe, feed, device, dtype):
     """-> the system, and the parts of it that learn in this stage, {name: module}, in float32. Those that do not learn
     are in `dtype`; None: as their file has them."""
@@ -279,9 +286,7 @@ def starting_point(args, recipe, feed, device, dtype):
             texts += [feed.source.caption(i, rng), "Q: {} A: {}".format(*feed.source.question(i, rng) or ("", ""))]
         dd = DualDiffusion.build(preset, Tokenizer.train(texts, recipe.vocab), ["vae"]).to(device)
         return dd, {"vae": dd.vae}
-    before = {"1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}[args.stage]
-    before = [os.path.join(args.out, f"stage{stage}", "model.safetensors") for stage in before]
-    before = next(filter(os.path.exists, before), before[-1])
+    before = stage_before(args)
     anew = args.stage == "1" and not args.init and not os.path.exists(before)
     if anew and args.preset != "tiny" and not (args.text_encoder == "none" and args.vae):
         fail(f"--preset {args.preset} needs pretrained parts: give --init (or --vae, with --text-encoder none)")
@@ -290,7 +295,8 @@ def starting_point(args, recipe, feed, device, dtype):
                                      "vae": dtype if device.type == "cuda" else dtype and torch.float32})
     if anew or dd.ddit is None or dd.t5 is None:  # stage 0's parts are taken, the rest starts at random
         if args.text_encoder == "none":
-            preset.t5 = replace(preset.t5, d_model=preset.ddit.width, num_layers=0, places=recipe.length)
+            places = max(recipe.length, preset.settings.length)  # of the longest texts of any stage
+            preset.t5 = replace(preset.t5, d_model=preset.ddit.width, num_layers=0, places=places)
             preset.ddit.text_dim = preset.ddit.width
         fresh = DualDiffusion.build(replace(preset, vae=dd.config.vae), dd.tokenizer, ["ddit", "t5"])
         fresh.vae = dd.vae
@@ -385,6 +391,8 @@ def save_checkpoint(folder, state, keep, rank):
         dist.barrier()
         dcp.save(state, checkpoint_id=f"{path}.partial")
     except (Exception, CheckpointException) as error:
+        if "DataLoader worker" in str(error):  # another's death, of which torch tells whoever runs just then
+            raise
         room = shutil.disk_usage(folder).free / 1e6
         shutil.rmtree(f"{path}.partial", ignore_errors=True)
         fail(f"{path}: could not be written, with {room:.0f} MB left on the disk ({first_line(error)}); the "
@@ -591,15 +599,22 @@ def main():
     args, recipe = parse_args()
     if args.eval:
         dd = DualDiffusion.load(args.eval, args.t5, args.vae, args.spiece, args.device, DTYPES[args.dtype or "fp32"])
-        source = data.Records(args.data, dd.config.settings.size) if args.data else \
-            data.World(UNSEEN + args.seed, kinds=args.kinds)
-        print(report(judge(dd, source, range(min(args.judge or 1000, len(source))), args.seed)))
+        count, source = args.judge or 1000, data.World(UNSEEN + args.seed, kinds=args.kinds)
+        indices = range(count)
+        if args.data:
+            source = data.Records(args.data, dd.config.settings.size)
+            indices = np.random.default_rng(args.seed).permutation(len(source))[:count]
+            indices = [int(i) for i in indices if source.readable(i)]
+            if len(indices) < min(count, len(source)):
+                warn(f"{min(count, len(source)) - len(indices)} images cannot be read and are left out")
+        print(report(judge(dd, source, indices, args.seed)))
         return
 
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = args.device
+    if device.type == "cuda" and processes > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if recipe.batch % (processes * args.accumulate):
         fail(f"--batch {recipe.batch} cannot be shared equally by {processes} processes x {args.accumulate} passes")
@@ -673,6 +688,8 @@ def main():
     kept, metrics = os.path.join(folder, "checkpoints"), os.path.join(folder, "metrics.jsonl")
     averages = [p.detach().clone() for p in learned] if recipe.ema else []
     start = load_checkpoint(kept, modules, optimizers, averages)
+    if start > recipe.steps:
+        fail(f"{folder} is already at step {start}, beyond --steps {recipe.steps}")
     if rank == 0 and os.path.exists(metrics):  # forget what was logged after it
         with open(metrics) as f:
             lines = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= start]
@@ -685,9 +702,9 @@ def main():
     large = (8192,) * 3 if device.type == "cuda" else (1024,) * 3
     peak = matmul_rate(device, dtype, *large) * processes
     flops = 0 if args.stage == "0" else model_flops(dd.config, recipe)
-    reading = images.latents is None and isinstance(images.source, data.Records)
+    workers = min(4, os.cpu_count()) if images.latents is None and isinstance(images.source, data.Records) else 0
     loader = DataLoader(stream, batch_size=None, sampler=range(start, recipe.steps),
-                        num_workers=(4 if reading else 0) if args.workers is None else args.workers,
+                        num_workers=workers if args.workers is None else args.workers,
                         pin_memory=device.type == "cuda")
     bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=f"stage {args.stage}",
                disable=rank > 0, mininterval=1)
@@ -746,6 +763,8 @@ def main():
             bar.close()
             sys.exit(f"stopped after step {done}; the same command goes on from there") if rank == 0 else sys.exit(1)
     bar.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     for average, p in zip(averages, learned):
         p.data.copy_(average)
@@ -810,7 +829,9 @@ def keep_settings(folder, args, recipe, device, rank):
     path = os.path.join(folder, "run.json")
     given = {name: vars(args)[name] for name in ("preset", "data", "image_data", "text_data", "kinds", "text_encoder",
                                                  "init", "t5", "vae", "spiece", "seed")}
-    settings = given | asdict(recipe)
+    start = args.init or stage_before(args)
+    changed_at = os.stat(start).st_mtime_ns if os.path.isfile(start) else None  # a stage run anew is another start
+    settings = given | {"start changed at": changed_at} | asdict(recipe)
     if rank == 0 and not checkpoints(os.path.join(folder, "checkpoints")):
         with open(path, "w") as f:
             json.dump(settings | {"dtype": args.dtype or faster_dtype(device, args.stage)}, f, indent=1)
@@ -823,12 +844,19 @@ def keep_settings(folder, args, recipe, device, rank):
     return DTYPES[noted["dtype"]]
 
 
+def at_least_1(text):
+    """An argparse type: how many."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
+    return int(text)
+
+
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["0", "1", "2", "2hr", "3"])
     parser.add_argument("--eval", metavar="FILE", help="judge this checkpoint instead of training")
-    parser.add_argument("--judge", type=int, help="images to judge on (1000 with --eval, 250 at the end of a stage; "
-                        "of the user's data at most one in twenty)")
+    parser.add_argument("--judge", type=at_least_1, help="images to judge on: 1000 with --eval, 250 at the end "
+                        "of a stage, and then of the user's data at most one in twenty")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny")
     what = "images and texts: .json, .jsonl, .tar or folders; default: "
     parser.add_argument("--data", nargs="+", help=what + "the built-in world")
@@ -842,7 +870,7 @@ def parse_args():
     parser.add_argument("--text-encoder", choices=["t5", "none"], default="t5", help="none: learned embeddings of "
                         "tokens and places instead, and a transformer from nothing (Table 9)")
     parser.add_argument("--out", default="runs", help="where stageN/ folders are made")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     run = parser.add_argument_group("how it runs; nothing here changes what is learned, but for rounding")
     run.add_argument("--device", type=existing_device, default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--dtype", choices=list(DTYPES), help="to compute in; default: the faster one")
@@ -859,19 +887,30 @@ def parse_args():
     run.add_argument("--keep", type=int, default=3, help="checkpoints")
     numbers = parser.add_argument_group("numbers of a stage, with defaults by preset and stage")
     for field in fields(Recipe):
-        numbers.add_argument("--" + field.name.replace("_", "-"), type=field.type)
+        choices = {"schedule": ["constant", "linear"], "learn_t5": ["no", "mask", "all"]}.get(field.name)
+        numbers.add_argument("--" + field.name.replace("_", "-"), type=field.type, choices=choices)
     args = parser.parse_args()
     if args.eval:
         return args, None
     if args.stage is None:
         fail("give --stage 0, 1, 2, 2hr or 3, or --eval FILE")
+    if args.text_encoder == "none" and args.stage == "1" and args.init:
+        fail("--text-encoder none starts from nothing: give --vae and --spiece in place of --init")
+    if bool(args.image_data) != bool(args.text_data) and not args.data:
+        fail("--image-data and --text-data go together, or with --data for the other")
     if args.stage not in RECIPES[args.preset]:
         fail(f"--preset {args.preset} has no stage {args.stage}")
     given = {f.name: v for f in fields(Recipe) if (v := getattr(args, f.name)) is not None}
     recipe = replace(RECIPES[args.preset][args.stage], **given)
-    for name in ("steps", "batch", "length", "pool", "save_every", "show_every", "keep", "accumulate"):
-        if (vars(args) | vars(recipe))[name] < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1")
+    given = vars(args) | vars(recipe)
+    positive = ("steps", "batch", "pool", "save_every", "show_every", "keep", "accumulate")
+    for names, low, high in ((positive, 1, math.inf), (("length",), 2, math.inf),
+                             (("clip", "time_std"), 1e-9, math.inf),
+                             (("rate", "muon", "warmup", "weight_decay", "text_weight", "image_weight"), 0, math.inf),
+                             (("beta2", "ema"), 0, 1 - 1e-9), (("drop", "questions"), 0, 1), (("vocab",), 100, 32000)):
+        for name in names:
+            if not low <= given[name] <= high or given[name] == math.inf:
+                fail(f"--{name.replace('_', '-')} {given[name]} is out of its range, {low:g} to {high:g}")
     return args, recipe
 
 

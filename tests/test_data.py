@@ -186,10 +186,11 @@ def test_a_folder(pictures):
 
 ROWS = [({"image": "0.png", "caption": "zero"}, (0, ("zero",), ())),
         ({"image_path": "1.png", "caption": "one", "re_caption": "a one"}, (10, ("one", "a one"), ())),
-        ({"image": "2.png", "question": "which?", "answer": "two"}, (20, (), (("which?", "two"),))),
+        ({"image": "2.png", "question": "which?", "answers": "two"}, (20, (), (("which?", "two"),))),
         ({"image": "3.png", "question": "?", "answers": [{"answer": "b"}, {"answer": "a"}, {"answer": "a"}]},
          (30, (), (("?", "a"),))),
         ({"image": "4.png", "conversations": [
+            {"from": "system", "value": "be brief"},
             {"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "four"},
             {"from": "human", "value": "sure?"}, {"from": "gpt", "value": "yes"}]},
          (40, (), (("what is it?", "four"), ("sure?", "yes"))))]
@@ -253,7 +254,7 @@ def test_the_sheet(pictures, monkeypatch, capsys):
     ('{"image": "x.png", "caption"', "line 2: not valid JSON"), ('{"caption": "no image"}', "line 2: names no image"),
     ("7", "line 2: want"), ('{"image": "none.png", "caption": "c"}', "line 2: no such image: .*none.png"),
     ('{"image": "x.png"}', "line 2: has neither"), ('{"image": "x.png", "caption": 7}', "line 2: captions, questions"),
-    ('{"image": "x.png", "conversations": [{"from": "human"}]}', "line 2: not in a form")])
+    ('{"image": "x.png", "conversations": [{"from": "human"}, {"from": "gpt"}]}', "line 2: not in a form")])
 def test_a_bad_line_is_named(tmp_path, line, message):
     save(tmp_path / "x.png", "RGB", "red")
     with pytest.raises((ValueError, OSError), match=message):
