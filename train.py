@@ -68,7 +68,7 @@ class Recipe:
     rate: float = 5e-5             # AdamW's learning rate
     muon: float = 0.0              # Muon's, for the matrices inside the blocks; 0: AdamW learns them too
     warmup: int = 5000             # steps of linear rise
-    schedule: str = "constant"     # after it; "linear" falls to zero at the last step
+    schedule: str = "constant"     # after it; "linear" falls towards zero at the last
     beta2: float = 0.999
     weight_decay: float = 1e-2
     clip: float = 2.0              # largest gradient norm
@@ -290,9 +290,13 @@ def starting_point(args, recipe, feed, device, dtype):
     anew = args.stage == "1" and not args.init and not os.path.exists(before)
     if anew and args.preset != "tiny" and not (args.text_encoder == "none" and args.vae):
         fail(f"--preset {args.preset} needs pretrained parts: give --init (or --vae, with --text-encoder none)")
-    dd = DualDiffusion.load(args.init or ((args.vae or SHIPPED) if anew else before), args.t5, args.vae, args.spiece,
-                            device, {"ddit": torch.float32, "t5": torch.float32 if recipe.learn_t5 == "all" else dtype,
-                                     "vae": dtype if device.type == "cuda" else dtype and torch.float32})
+    dtypes = {"ddit": torch.float32, "t5": dtype, "vae": dtype}
+    if recipe.learn_t5 == "all":
+        dtypes["t5"] = torch.float32
+    if dtype is not None and device.type == "cpu":  # where narrow convolutions gain nothing from bf16
+        dtypes["vae"] = torch.float32
+    start = args.init or ((args.vae or SHIPPED) if anew else before)
+    dd = DualDiffusion.load(start, args.t5, args.vae, args.spiece, device, dtypes)
     if anew or dd.ddit is None or dd.t5 is None:  # stage 0's parts are taken, the rest starts at random
         if args.text_encoder == "none":
             places = max(recipe.length, preset.settings.length)  # of the longest texts of any stage
@@ -312,7 +316,7 @@ def starting_point(args, recipe, feed, device, dtype):
     return dd, modules
 
 
-def parallelize(module, dtype, args, device, processes):
+def parallelize(module, dtype, args, device):
     """Share a module out among the processes, in place, by FSDP2 (`fully_shard`), whose mesh says how. ddp: every
     process holds everything. fsdp: the processes of a node share out gradients and optimizer state, and gather weights
     for a step (ZeRO-2); every node holds all of it. A lone process is a mesh of one.
@@ -322,7 +326,8 @@ def parallelize(module, dtype, args, device, processes):
     """
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here changes one in place
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if args.parallel == "fsdp" else 1
-    mesh = init_device_mesh(device.type, (processes // sharing, sharing), mesh_dim_names=("replicate", "shard"))
+    shape = dist.get_world_size() // sharing, sharing
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = [part for part in module.modules() if isinstance(part, JointBlock)]
     for part in [*blocks, module]:
@@ -650,7 +655,7 @@ def main():
             images = with_latents(images, dd, args.out, shape, recipe.pool)
             texts = images if together else with_latents(texts, dd, args.out, shape, recipe.pool)
     for module in modules.values():
-        parallelize(module, dtype, args, device, processes)
+        parallelize(module, dtype, args, device)
     optimizers, views = make_optimizers(modules, recipe)
     learned = [p for module in modules.values() for p in module.parameters()]
     if rank == 0:
@@ -682,7 +687,7 @@ def main():
         """Both losses on pictures kept apart, with the same noise and masks every time and in every run."""
         with torch.no_grad():
             losses = [torch.stack(objective(judged[k])[1:]) for k in range(-(-256 // recipe.batch))]
-        return mean_over(torch.stack(losses).mean(0), processes)
+        return mean_over_processes(torch.stack(losses).mean(0))
 
     # Go on from the newest checkpoint, if this command left one.
     kept, metrics = os.path.join(folder, "checkpoints"), os.path.join(folder, "metrics.jsonl")
@@ -734,11 +739,11 @@ def main():
             with open(os.path.join(folder, f"bad-{rank}.txt"), "a") as f:
                 f.writelines(f"{message}\n" for message in batch.bad)
             not_too_many(bad, done * share)
-        ending, = mean_over([torch.tensor(float(len(signals)))], processes)  # on the CPU: no waiting for the GPU
+        ending, = mean_over_processes([torch.tensor(float(len(signals)))])  # on the CPU: no waiting for the GPU
         save_now = done % args.save_every == 0 or done == recipe.steps or ending
         show_now = done % args.show_every == 0 and done < recipe.steps
         if done % 20 == 0 or save_now or show_now:  # only here does the loop wait for the device
-            *losses, norm = mean_over([*torch.stack(log).mean(0), norm.full_tensor()], processes)
+            *losses, norm = mean_over_processes([*torch.stack(log).mean(0), norm.full_tensor()])
             if not np.isfinite([*losses, norm]).all():
                 fail(f"the loss or its gradient is not a number at step {done}; the last checkpoint is from before it. "
                      f"Lower --rate or --muon") if rank == 0 else sys.exit(2)
@@ -785,12 +790,11 @@ def claim(folder):
     return lock
 
 
-def mean_over(numbers, processes):
+def mean_over_processes(numbers):
     """A few numbers, each the mean of what all processes have there -> list."""
     x = torch.stack([*numbers])
-    if processes > 1:
-        dist.all_reduce(x)
-    return (x / processes).tolist()
+    dist.all_reduce(x)
+    return (x / dist.get_world_size()).tolist()
 
 
 def memory_used(device):

@@ -52,7 +52,7 @@ def measure(name, device, dtype, compiled, rounds):
         ddit, t5 = DDiT(config.ddit), T5Encoder(config.t5).to(dtype).requires_grad_(False)
     for p in ddit.parameters():  # zero heads and gates would hide mistakes
         torch.nn.init.normal_(p, std=0.02)
-    parallelize(ddit, dtype, argparse.Namespace(parallel="ddp", compile=compiled), device, 1)
+    parallelize(ddit, dtype, argparse.Namespace(parallel="ddp", compile=compiled), device)
     side, vocab = recipe.size // config.vae.factor, config.ddit.vocab
     latents = torch.randn(batch, config.vae.latent_channels, side, side, device=device)
     captions, tokens = torch.randint(vocab - 1, (2, batch, recipe.length))
