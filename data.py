@@ -375,8 +375,9 @@ class Record(NamedTuple):
 
     @classmethod
     def read(cls, row, base, where, inside=()):
-        """A JSON object in one of the forms that people have -> Record. `base`: the folder that paths start from;
-        `where`: for messages. Raises ValueError with one line."""
+        """A JSON object in one of the forms that people have -> Record; None for a conversation about no image, of
+        which LLaVA's set has some. `base`: the folder that paths start from; `where`: for messages. Raises ValueError
+        with one line."""
         if not isinstance(row, dict):
             raise ValueError(f'{where}: want an object like {{"image": path, "caption": text}}')
         try:
@@ -393,6 +394,8 @@ class Record(NamedTuple):
                       if (a["from"], b["from"]) == ("human", "gpt")]
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{where}: not in a form that this program knows") from None
+        if image is None and turns:
+            return None
         if not isinstance(image, str):
             raise ValueError(f'{where}: names no image ("image", "image_path" or "file_name")')
         if not captions and not asked:
@@ -423,7 +426,7 @@ def read_json(path):
                     continue
                 where = f"{path}, {'item' if path.endswith('.json') else 'line'} {number}"
                 record = Record.read(row, os.path.dirname(path), where)
-                if not os.path.isfile(record.image):
+                if record and not os.path.isfile(record.image):
                     raise FileNotFoundError(f"{where}: no such image: {record.image}")
                 yield record
         except json.JSONDecodeError as error:
@@ -467,8 +470,8 @@ def read_shard(path):
                     elif extension in Image.registered_extensions():
                         image = member
                 if image:
-                    name = f"{path}/{image.name}"
-                    yield Record.read(told | {"image": name}, "", name, (image.offset_data, image.size))
+                    name, where = f"{path}/{image.name}", (image.offset_data, image.size)
+                    yield Record.read(told | {"image": name}, "", name, where) if told else None
     except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{path}: not a readable .tar shard ({error})") from None
 
@@ -498,18 +501,23 @@ class Records:
         self.starts, self.hashes = np.load(f"{self.lines}.npy", mmap_mode="r").T  # where lines start; of image names
 
     def note(self, paths):
-        starts, hashes = array("q"), array("q")
+        starts, hashes, left_out = array("q"), array("q"), 0
         os.makedirs(os.path.dirname(self.lines), exist_ok=True)
         with open(self.lines, "wb") as f:
             for path in tqdm(paths, desc="reading", unit="file", disable=len(paths) == 1):
                 read = read_folder if os.path.isdir(path) else read_shard if path.endswith(".tar") else read_json
-                before = len(starts)
+                before, base = len(starts), path if os.path.isdir(path) else os.path.dirname(path)
                 for record in read(path):
+                    if record is None:
+                        left_out += 1
+                        continue
                     starts.append(f.tell())
-                    hashes.append(zlib.crc32(record.image.encode()))
+                    hashes.append(zlib.crc32(os.path.relpath(record.image, base).encode()))
                     f.write(json.dumps(record).encode() + b"\n")
                 if len(starts) == before:
                     raise ValueError(f"{path}: holds no images")
+        if left_out:
+            print(f"warning: {left_out} records have no image or no text and are left out", file=sys.stderr)
         with open(f"{self.lines}.partial", "wb") as f:
             np.save(f, np.stack([starts, hashes], 1))
         os.replace(f"{self.lines}.partial", f"{self.lines}.npy")

@@ -295,7 +295,7 @@ class DualDiffusion(nn.Module):
         mean, logvar = self.vae.encode(pixels.to(self.device))
         if generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
-            mean = mean + torch.exp(0.5 * logvar) * noise
+            mean = self.vae.sample(mean, logvar, noise)
         return self.vae.normalize(mean)
 
     def decode_image(self, latents):
@@ -345,6 +345,8 @@ class DualDiffusion(nn.Module):
         there is none, we neither use nor keep; it is written as zeros."""
         if self.missing:
             raise ValueError(f"nothing written to {folder}: holds no {' and no '.join(self.missing)}")
+        if self.config.t5.places:
+            raise ValueError(f"nothing written to {folder}: that layout knows no learned embeddings in T5's place")
         for part in MODULES:
             state = to_diffusers(part, getattr(self, part).state_dict())
             if part == "ddit":

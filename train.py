@@ -96,7 +96,7 @@ RECIPES = {
     "tiny": {"0": replace(_tiny, steps=2000, batch=16, schedule="linear"), "1": _tiny,
              "2": replace(_tiny, steps=40, learn_t5="mask"),
              "2hr": replace(_tiny, steps=300),
-             "3": replace(_tiny, steps=2700, questions=0.7, schedule="linear")},
+             "3": replace(_tiny, steps=3000, questions=0.65, schedule="linear")},
     "sd3-medium": {"1": _paper, "2": replace(_later, steps=200_000, learn_t5="mask"),
                    "2hr": replace(_later, steps=80_000, batch=768, size=512),
                    "3": replace(_later, steps=50_000, length=128, text_weight=1.0, questions=0.5)},
@@ -158,7 +158,7 @@ def with_latents(feed, dd, folder, shape, most):
         if (needed := 2 * len(ids) * 2 * math.prod(shape)) > shutil.disk_usage(folder).free:
             fail(f"{path} would take {needed / 1e9:.1f} GB, and the disk has less: free some, or give a smaller --pool")
         latents = np.lib.format.open_memmap(f"{path}.partial", "w+", np.float16, whole)
-        for part in in_batches("encoding images once", ids, 100):
+        for part in in_batches("encoding images once", ids, 50):
             images = {}
             for i in part:
                 try:
@@ -667,7 +667,7 @@ def main():
         x = x.to(device, non_blocking=True)
         with torch.no_grad():
             mean, logvar = dd.vae.encode(x) if x.ndim == 4 else x.unbind(1)
-            return dd.vae.normalize(mean.float() + torch.exp(0.5 * logvar.float()) * noise)
+            return dd.vae.normalize(dd.vae.sample(mean.float(), logvar.float(), noise))
 
     def objective(batch):
         """-> the loss to learn from, and two to look at."""
@@ -777,7 +777,7 @@ def main():
     weights = {name: get_model_state_dict(module, options=whole) for name, module in modules.items()}
     dist.destroy_process_group()
     if rank == 0:
-        finish(args, recipe, begin, weights, texts, unseen, device, folder)
+        finish(args, recipe, begin, weights, texts, unseen, device, dtype, folder)
 
 
 def claim(folder):
@@ -804,7 +804,7 @@ def memory_used(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def finish(args, recipe, begin, weights, learned_from, unseen, device, folder):
+def finish(args, recipe, begin, weights, learned_from, unseen, device, dtype, folder):
     """The end of a stage: the file for sample.py, the scores of what was written there, a last sheet."""
     dd, modules = begin(torch.device("cpu"), None)  # the frozen parts again as they were given, not as computed with
     for name, module in modules.items():
@@ -818,7 +818,7 @@ def finish(args, recipe, begin, weights, learned_from, unseen, device, folder):
         dd.config.vae.shift, dd.config.vae.scale = z.mean().item(), 1 / z.std().item()
     path = os.path.join(folder, "model.safetensors")
     dd.save(path, dtype=torch.float16)
-    dd = DualDiffusion.load(path, device=device)
+    dd = DualDiffusion.load(path, device=device, dtype=dtype)
     scores = judge(dd, unseen.source, unseen.ids, args.seed, questions=recipe.questions > 0)
     print(report(scores))
     with open(os.path.join(folder, "scores.json"), "w") as f:
@@ -828,24 +828,27 @@ def finish(args, recipe, begin, weights, learned_from, unseen, device, folder):
 
 
 def keep_settings(folder, args, recipe, device, rank):
-    """A folder holds one run: note its settings, and refuse to go on from its checkpoints with others -> the dtype to
-    compute in. Only a run at a constant rate may be made longer."""
-    path = os.path.join(folder, "run.json")
-    given = {name: vars(args)[name] for name in ("preset", "data", "image_data", "text_data", "kinds", "text_encoder",
-                                                 "init", "t5", "vae", "spiece", "seed")}
+    """A folder holds one run: note its settings, and refuse to go on from its checkpoints with others. Only a run at a
+    constant rate may be made longer -> the dtype to compute in, the run's own where it has begun."""
+    path, noted = os.path.join(folder, "run.json"), {}
+    if rank > 0 or checkpoints(os.path.join(folder, "checkpoints")):
+        with open(path) as f:
+            noted = json.load(f)
     start = args.init or stage_before(args)
     changed_at = os.stat(start).st_mtime_ns if os.path.isfile(start) else None  # a stage run anew is another start
-    settings = given | {"start changed at": changed_at} | asdict(recipe)
-    if rank == 0 and not checkpoints(os.path.join(folder, "checkpoints")):
-        with open(path, "w") as f:
-            json.dump(settings | {"dtype": args.dtype or faster_dtype(device, args.stage)}, f, indent=1)
-    with open(path) as f:
-        noted = json.load(f)
-    changed = [f"{k} {noted.get(k)} is now {v}" for k, v in settings.items()
-               if noted.get(k) != v and not (k == "steps" and recipe.schedule == "constant")]
+    settings = {name: vars(args)[name] for name in ("preset", "data", "image_data", "text_data", "kinds", "init", "t5",
+                                                    "vae", "spiece", "text_encoder", "seed")}
+    settings |= asdict(recipe) | {"start changed at": changed_at,
+                                  "dtype": args.dtype or noted.get("dtype") or faster_dtype(device, args.stage)}
+    free = ("steps",) * (recipe.schedule == "constant") + ("pool",) * bool(args.data)
+    changed = [f"{k} {noted[k]} is now {v}" for k, v in settings.items() if noted.get(k, v) != v and k not in free]
     if changed:
         fail(f"{folder} holds a run with other settings ({', '.join(changed)}); delete it or give another --out")
-    return DTYPES[noted["dtype"]]
+    if rank == 0:
+        with open(f"{path}.partial", "w") as f:
+            json.dump(settings, f, indent=1)
+        os.replace(f"{path}.partial", path)
+    return DTYPES[settings["dtype"]]
 
 
 def at_least_1(text):
@@ -923,6 +926,8 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:  # while the loop runs, it is a signal
+        sys.exit("stopped before the first step")
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -161,7 +161,12 @@ class VAE(nn.Module):
     def forward(self, pixels, noise):
         """Training's round trip through a sample of the posterior -> reconstruction, mean, log-variance."""
         mean, logvar = self.encode(pixels)
-        return self.decode(mean + torch.exp(0.5 * logvar) * noise), mean, logvar
+        return self.decode(self.sample(mean, logvar, noise)), mean, logvar
+
+    @staticmethod
+    def sample(mean, logvar, noise):
+        """A draw from the posterior, of standard normal noise of its shape."""
+        return mean + torch.exp(0.5 * logvar) * noise
 
     def normalize(self, z):
         """Raw latents -> what the transformer sees."""

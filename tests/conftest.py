@@ -1,7 +1,9 @@
 import os
 import sys
 
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # also of the programs that tests start: sums in the same order
+
+import torch  # noqa: E402
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 torch.set_num_threads(2)

@@ -6,7 +6,8 @@ both halves, forward and backward; saved activations, by torch's hooks on what t
 989 TFLOP/s of dense bf16 and 80 GB (NVIDIA's data sheet), half of which FLOP/s is assumed to be reached. Memory: 20
 bytes a parameter shared out among the GPUs (in float32 the weight, its gradient, Adam's two and the running average), 2
 on every GPU (the weight in bf16), the frozen T5 and VAE in bf16, the activations of as many rows at once as fit; where
-the whole share does not, with --checkpointing, which takes a third more time."""
+the whole share does not, with --checkpointing, which takes a third more time, and where it still does not, in several
+passes, for which every GPU keeps 4 bytes more a parameter (the sum of the gradients so far)."""
 import os
 import sys
 
@@ -82,6 +83,8 @@ def main():
             twice = plain * share > room
             each = checkpointed + plain / config.ddit.depth if twice else plain  # and one block at a time anew
             seconds = recipe.batch * flops * (4 / 3 if twice else 1) / (gpus * PEAK * REACHED)
+            if share * each > room:
+                state, room = state + 4 * ddit, room - 4 * ddit
             rows = max((n for n in range(1, share + 1) if share % n == 0 and n * each < room), default=0)
             print(f"| {name} | {recipe.batch * flops:.2e} | {gpus} | {state / 1e9:.0f} + "
                   f"{rows * each / 1e9:.0f} GB | {rows} of {share}"

@@ -197,18 +197,19 @@ ROWS = [({"image": "0.png", "caption": "zero"}, (0, ("zero",), ())),
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
-def test_json_in_every_form(pictures, ending):
+def test_json_in_every_form(pictures, ending, capsys):
     rows, wanted = zip(*ROWS)
+    rows += ({"conversations": ROWS[4][0]["conversations"]},)  # about no image: left out
     if ending == "jsonl":
         path = write_jsonl(pictures / "d.jsonl", [*rows, ""])
     else:
         path = str(pictures / "d.json")
         (pictures / "d.json").write_text(json.dumps(rows))
     records = data.Records(path, 16)
-    assert said(records) == list(wanted)
+    assert said(records) == list(wanted) and "1 records have no image" in capsys.readouterr().err
     assert records.question(4, RNG) in wanted[4][2] and records.caption(2, RNG) == "which? two"
     assert {records.caption(1, RNG) for _ in range(50)} == {"one", "a one"}
-    assert len(data.Records([path, path], 16)) == 2 * len(rows)
+    assert len(data.Records([path, path], 16)) == 2 * len(wanted)
 
 
 def add(tar, name, content):
@@ -229,6 +230,7 @@ def test_webdataset_shards(pictures):
                     told = {"caption": f"nr. {n}", "question": "n?", "answer": str(n)}
                     add(tar, f"d/{n}.json", json.dumps(told).encode())
             add(tar, "d/x.txt", b"no image")
+            add(tar, "d/y.png", b"no text")
     assert said(data.Records(str(pictures / "s-{000..001}.tar"), 16)) == [
         (0, ("number 0",), ()), (10, ("nr. 1",), (("n?", "1"),)),
         (20, ("number 2",), ()), (30, ("nr. 3",), (("n?", "3"),))]
