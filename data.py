@@ -517,7 +517,7 @@ class Records:
                 if len(starts) == before:
                     raise ValueError(f"{path}: holds no images")
         if left_out:
-            print(f"warning: {left_out} records have no image or no text and are left out", file=sys.stderr)
+            print(f"warning: records without an image or a text, left out: {left_out}", file=sys.stderr)
         with open(f"{self.lines}.partial", "wb") as f:
             np.save(f, np.stack([starts, hashes], 1))
         os.replace(f"{self.lines}.partial", f"{self.lines}.npy")

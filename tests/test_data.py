@@ -206,7 +206,7 @@ def test_json_in_every_form(pictures, ending, capsys):
         path = str(pictures / "d.json")
         (pictures / "d.json").write_text(json.dumps(rows))
     records = data.Records(path, 16)
-    assert said(records) == list(wanted) and "1 records have no image" in capsys.readouterr().err
+    assert said(records) == list(wanted) and "left out: 1" in capsys.readouterr().err
     assert records.question(4, RNG) in wanted[4][2] and records.caption(2, RNG) == "which? two"
     assert {records.caption(1, RNG) for _ in range(50)} == {"one", "a one"}
     assert len(data.Records([path, path], 16)) == 2 * len(wanted)
