@@ -413,6 +413,7 @@ def save_checkpoint(folder, state, keep, rank):
 def load_checkpoint(folder, modules, optimizers, averages):
     """Take up the newest checkpoint that can be read -> its step; 0 where there is none."""
     logging.disable(logging.WARNING)  # torch.distributed.checkpoint would print tracebacks of what one line tells
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # see save_checkpoint: we mean it
     found = checkpoints(folder)
     if found:  # an optimizer has no state before its first step: one at rate 0, without gradients, changes nothing
         for optimizer in optimizers:

@@ -6,4 +6,4 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # also of the programs that tests
 import torch  # noqa: E402
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
