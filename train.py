@@ -929,8 +929,8 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         fail(error)
-    except KeyboardInterrupt:  # while the loop runs, it is a signal
-        sys.exit("stopped before the first step")
+    except KeyboardInterrupt:  # before or after the loop, which takes it as a signal
+        sys.exit("stopped; the same command goes on from here")
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
