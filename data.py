@@ -470,8 +470,8 @@ def read_shard(path):
                     elif extension in Image.registered_extensions():
                         image = member
                 if image:
-                    name, where = f"{path}/{image.name}", (image.offset_data, image.size)
-                    yield Record.read(told | {"image": name}, "", name, where) if told else None
+                    name, inside = f"{path}/{image.name}", (image.offset_data, image.size)
+                    yield Record.read(told | {"image": name}, "", name, inside) if told else None
     except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{path}: not a readable .tar shard ({error})") from None
 

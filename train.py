@@ -611,10 +611,10 @@ def main():
         indices = range(count)
         if args.data:
             source = data.Records(args.data, dd.config.settings.size)
-            indices = np.random.default_rng(args.seed).permutation(len(source))[:count]
-            indices = [int(i) for i in indices if source.readable(i)]
-            if len(indices) < min(count, len(source)):
-                warn(f"{min(count, len(source)) - len(indices)} images cannot be read and are left out")
+            chosen = np.random.default_rng(args.seed).permutation(len(source))[:count]
+            indices = [int(i) for i in chosen if source.readable(i)]
+            if bad := len(chosen) - len(indices):
+                warn(f"{bad} images cannot be read and are left out")
         print(report(judge(dd, source, indices, args.seed)))
         return
 
@@ -843,8 +843,8 @@ def keep_settings(folder, args, recipe, device, rank):
                                                     "vae", "spiece", "text_encoder", "seed")}
     settings |= asdict(recipe) | {"start changed at": changed_at,
                                   "dtype": args.dtype or noted.get("dtype") or faster_dtype(device, args.stage)}
-    free = ("steps",) * (recipe.schedule == "constant") + ("pool",) * bool(args.data)
-    changed = [f"{k} {noted[k]} is now {v}" for k, v in settings.items() if noted.get(k, v) != v and k not in free]
+    free = {"steps": recipe.schedule == "constant", "pool": args.data}
+    changed = [f"{k} {noted[k]} is now {v}" for k, v in settings.items() if noted.get(k, v) != v and not free.get(k)]
     if changed:
         fail(f"{folder} holds a run with other settings ({', '.join(changed)}); delete it or give another --out")
     if rank == 0:
