@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import zlib
 from array import array
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -594,6 +595,37 @@ def block_order(seed, epoch, total, block):
 @functools.lru_cache(maxsize=8)
 def order(seed, epoch, start, count):
     return np.random.default_rng([seed, epoch, 1 + start]).permutation(count)
+
+
+# ---------------------------------------------------------------- files that are written
+
+
+def first_line(error):
+    """What an error says, in one short line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:120]
+
+
+@contextmanager
+def replacing(path):
+    """-> where to write a file: beside `path`, which it replaces once it is whole and on the disk. So nobody ever meets
+    half a file, and a full disk or a Ctrl-C leaves what was there. Raises OSError with one line."""
+    beside = f"{path}.partial"
+    try:
+        if os.path.lexists(beside):  # left by a kill; or a link, through which nothing must be written
+            os.remove(beside)
+        yield beside
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(beside, 0o666 & ~umask)  # some libraries give files narrower rights than files have here
+        with open(beside, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except BaseException as error:
+        if os.path.isfile(beside):
+            os.remove(beside)
+        if not isinstance(error, Exception):
+            raise
+        raise OSError(f"{path}: could not be written ({first_line(error)})") from None
 
 
 # ---------------------------------------------------------------- pictures for people

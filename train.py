@@ -51,9 +51,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
+from data import first_line
 from losses import Corruption, autoencoding_loss, corrupt, joint_loss, stratified_times
 from model import DTYPES, PRESETS, DualDiffusion, JointBlock, add_parts
-from sample import SHIPPED, Parser, answer, caption, existing_device, fail, seed, text_to_image, warn
+from sample import SHIPPED, Parser, answer, caption, default_device, existing_device, fail, seed, text_to_image, warn
 from t5 import Tokenizer
 
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws
@@ -433,10 +434,6 @@ def load_checkpoint(folder, modules, optimizers, averages):
     if found:
         fail(f"{folder}: none of its checkpoints can be read; delete them to start this stage anew")
     return 0
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:120]
 
 
 @contextmanager
@@ -882,7 +879,7 @@ def parse_args():
     parser.add_argument("--out", default="runs", help="where stageN/ folders are made")
     parser.add_argument("--seed", type=seed, default=0)
     run = parser.add_argument_group("how it runs; nothing here changes what is learned, but for rounding")
-    run.add_argument("--device", type=existing_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--device", type=existing_device, default=default_device())
     run.add_argument("--dtype", choices=list(DTYPES), help="to compute in; default: the faster one")
     run.add_argument("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp shares gradients and optimizer "
                      "state out among the processes of a node")
