@@ -208,8 +208,8 @@ class DDiT(nn.Module):
     def forward(self, latents, t, text, predict=None, draw=None):
         """latents (B,C,H,W), H and W multiples of the patch; t (B,) in [0,1]; text (B,L,text_dim), T5's states.
 
-        -> velocity (B,C,H,W) and logits (B,L,V). With `predict` (B,L) bool, logits only there, (N,V) in row order;
-        with `draw`, an int, velocity only of that many first rows (0: none)."""
+        -> velocity (B,C,H,W) and logits (B,L,V). With `predict`, (B,L) bool or (N,) positions counted row by row,
+        logits only there, (N,V); with `draw`, an int, velocity only of that many first rows (0: none)."""
         p, c = self.config.patch, self.config.channels
         h, w = latents.shape[2] // p, latents.shape[3] // p
         vec = self.t_embedder(t)
@@ -223,7 +223,10 @@ class DDiT(nn.Module):
                 x, text = block(x, text, vec)
         x = self.final_layer(x[:draw], vec[:draw])
         velocity = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p, c=c)
-        return velocity, self.text_head(text if predict is None else text[predict])
+        if predict is not None:
+            at = predict if predict.ndim == 1 else predict.flatten().nonzero()[:, 0].to(text.device)
+            text = text.flatten(0, 1)[at]
+        return velocity, self.text_head(text)
 
 
 @dataclass

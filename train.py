@@ -19,12 +19,13 @@ References: Li et al., D-DiT, arXiv 2501.00289, section 4 and Tables 6, 9 and 10
 import argparse
 import copy
 import fcntl
-import functools
+import gc
 import hashlib
 import json
 import logging
 import math
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -36,6 +37,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from glob import escape, glob
 from typing import NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch comes; sample.py says why
 
 import numpy as np
 import torch
@@ -51,19 +54,29 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
-from data import first_line
-from losses import Corruption, autoencoding_loss, corrupt, joint_loss, stratified_times
-from model import DTYPES, PRESETS, DualDiffusion, JointBlock, add_parts
+from data import first_line, replacing
+from losses import (
+    Corruption,
+    autoencoding_loss,
+    flat_positions,
+    joint_loss,
+    logit_normal_times,
+    mask_tokens,
+    stratified_times,
+)
+from model import DTYPES, PRESETS, DualDiffusion, JointBlock, add_parts, inspect
 from sample import SHIPPED, Parser, answer, caption, default_device, existing_device, fail, seed, text_to_image, warn
 from t5 import Tokenizer
 
+PIXELS = 2 ** 21
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws
 
 
 @dataclass
 class Recipe:
-    """The numbers of one stage, each a default that a flag of the same name overrides. They are Table 6's where it has
-    them."""
+    """The numbers of one stage, each a default that a flag of the same name overrides. Table 6 has steps, batch, rate,
+    warmup, weight_decay, size, length and text_weight. Clipping, the running average, a tenth of empty captions and the
+    text length of stage 3 are the authors' scripts'; Muon and the linear schedule are ours, for the tiny preset."""
     steps: int = 60_000
     batch: int = 512               # over all processes
     rate: float = 5e-5             # AdamW's learning rate
@@ -111,7 +124,7 @@ class Feed(NamedTuple):
     """What is learned from: some of a source's records, and where they are kept, their latents."""
     source: object                     # a data.World or data.Records
     ids: np.ndarray                    # which records
-    latents: np.ndarray | None = None  # at [i]: (2,C,h,w), mean and log-variance of record i
+    latents: object = None             # a data.Mapped array; at [i]: (2,C,h,w), mean and log-variance of record i
 
     def look(self, k, bad):
         """-> which record the k-th of `ids` is, and its image: latents, or pixels (3,H,W) in [-1,1]. One that cannot be
@@ -119,7 +132,7 @@ class Feed(NamedTuple):
         for k in range(k, k + 1000):
             i = int(self.ids[k % len(self.ids)])
             if self.latents is not None:
-                return i, torch.tensor(self.latents[i])
+                return i, torch.tensor(self.latents.array[i])
             try:
                 return i, torch.from_numpy(data.to_pixels([self.source.image(i)])[0])
             except (ValueError, OSError) as error:
@@ -131,15 +144,17 @@ def feeds(paths, args, recipe):
     """-> Feeds of what is learned from and of what is kept for judging: the user's records, or the built-in world."""
     count = args.judge or 250
     if not paths:
-        if recipe.size != data.SIDE:
-            fail(f"the built-in world has {data.SIDE} pixels a side, not {recipe.size}: bring --data")
         return (Feed(data.World(args.seed, kinds=args.kinds), np.arange(recipe.pool)),
-                Feed(data.World(UNSEEN + args.seed), np.arange(count)))
+                Feed(data.World(UNSEEN + args.seed, kinds=args.kinds), np.arange(count)))
     source = data.Records(paths, recipe.size, args.out)
     unseen, learned = source.split(count)
     unseen = [i for i in unseen if source.readable(i)]
-    if len(learned) < 20 or not unseen:
+    if len(source) < 20 or not unseen:
         fail(f"{' '.join(paths)}: holds {len(source)} images; training wants 20 or more that can be read")
+    if args.stage in ("1", "2", "2hr") and not source.captioned:
+        fail(f"{' '.join(paths)}: no image has a caption, which stage {args.stage} learns from")
+    if recipe.questions and not source.questioned:
+        warn(f"{' '.join(paths)}: no image has a question; stage {args.stage} will learn captions alone")
     return Feed(source, learned), Feed(source, np.array(unseen))
 
 
@@ -154,12 +169,23 @@ def with_latents(feed, dd, folder, shape, most):
     for tensor in dd.vae.state_dict().values():
         key.update(tensor.float().cpu().numpy().tobytes())
     path = os.path.join(folder, f"latents-{key.hexdigest()[:12]}.npy")
-    if not os.path.exists(path):
-        bad, whole = [], (int(max(ids)) + 1, 2, *shape)
-        if (needed := 2 * len(ids) * 2 * math.prod(shape)) > shutil.disk_usage(folder).free:
-            fail(f"{path} would take {needed / 1e9:.1f} GB, and the disk has less: free some, or give a smaller --pool")
-        latents = np.lib.format.open_memmap(f"{path}.partial", "w+", np.float16, whole)
-        for part in in_batches("encoding images once", ids, 50):
+    with claim(f"{path}.lock", wait=True):  # two stages may start at once
+        if not os.path.exists(path):
+            encode_once(source, ids, dd, shape, path)
+    latents = data.Mapped(path)
+    ids = ids[~np.isnan(latents.array[ids, 0, 0, 0, 0])]
+    if not len(ids):
+        fail(f"{path}.bad.txt: none of the images can be read")
+    return Feed(source, ids, latents)
+
+
+def encode_once(source, ids, dd, shape, path):
+    bad, whole = [], (int(max(ids)) + 1, 2, *shape)
+    if (needed := 2 * math.prod(whole)) > shutil.disk_usage(os.path.dirname(path) or ".").free:
+        fail(f"{path} would take {needed / 1e9:.1f} GB, and the disk has less: free some, or give a smaller --pool")
+    with replacing(path) as beside:
+        latents = np.lib.format.open_memmap(beside, "w+", np.float16, whole)
+        for part in in_batches("encoding images once", ids, at_once(shape[-1] * dd.config.vae.factor)):
             images = {}
             for i in part:
                 try:
@@ -172,14 +198,11 @@ def with_latents(feed, dd, folder, shape, most):
                 with torch.no_grad():
                     moments = dd.vae.encode(torch.from_numpy(data.to_pixels(images.values())).to(dd.device))
                 latents[list(images)] = torch.stack(moments, 1).float().cpu().numpy()
+        latents.flush()
         if bad:
             with open(f"{path}.bad.txt", "w") as f:
                 f.writelines(f"{message}\n" for _, message in bad)
             warn(f"{len(bad)} of {len(ids)} images cannot be read and are left out: {path}.bad.txt names them")
-        latents.flush()
-        os.replace(f"{path}.partial", path)
-    latents = np.load(path, mmap_mode="r")
-    return Feed(source, ids[~np.isnan(latents[ids, 0, 0, 0, 0])], latents)
 
 
 def not_too_many(bad, at):
@@ -190,58 +213,78 @@ def not_too_many(bad, at):
 
 
 class Batch(NamedTuple):
-    """One process's part of a step."""
+    """What one process computes in one pass of a step."""
     images: torch.Tensor       # (B,2,C,h,w) latents' mean and log-variance, or (B,3,H,W) pixels: for the image loss
     read: torch.Tensor | None  # the same for the text loss, where that is about other images
-    sampled: torch.Tensor      # (B,C,h,w) noise to sample the VAE's posterior with
     captions: torch.Tensor     # (B,L) for the image half
     tokens: torch.Tensor       # (B,L) for the text half
-    corruption: Corruption
+    noisy: torch.Tensor        # (B,L) the same, some of them masked
+    image_t: torch.Tensor      # (B,)
+    text_t: torch.Tensor       # (B,)
+    masked: torch.Tensor       # (N,) the masked positions, counted row by row
+    noise_seed: int            # of this step
+    first: int                 # the place of the first row in the whole batch of the step
     bad: list                  # messages about images that could not be read
 
-    def split(self, n):
-        """-> n Batches of equally many rows."""
-        columns = [x.chunk(n) if torch.is_tensor(x) else [x] * n for x in self[:5]]
-        corruptions = map(Corruption._make, zip(*(x.chunk(n) for x in self.corruption)))
-        return [Batch(*columns, []) for columns in zip(*columns, corruptions)]
+    def to(self, device):
+        """What DataLoader has pinned is sent while the program goes on."""
+        return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self))
 
 
 class Stream(Dataset):
-    """stream[step] is the Batch of a step, for the rows `mine` of its global batch. Every row is drawn with a generator
-    of its own, seeded by its place in the endless stream, so what is learned at a step depends neither on the number of
-    processes nor on where a run was interrupted. Losses can then be compared, and any run resumed, bit for bit."""
-    def __init__(self, images, texts, tokenizer, latent_shape, recipe, seed, mine):
-        self.images, self.texts, self.tokenizer, self.latent_shape = images, texts, tokenizer, latent_shape
-        self.recipe, self.seed, self.mine = recipe, seed, mine
+    """stream[step] is what one process computes at a step: a list of `passes` Batches, together the rows `mine` of the
+    whole batch. A row's words are drawn with a generator of its own, seeded by its place in the endless stream; times
+    and masks are drawn for the whole batch, with one seeded by the step. So what is learned at a step depends neither
+    on the number of processes nor on where a run was interrupted: losses can be compared, and any run resumed, bit for
+    bit."""
+    def __init__(self, images, texts, tokenizer, recipe, seed, mine, passes=1):
+        self.images, self.texts, self.tokenizer = images, texts, tokenizer
+        self.recipe, self.seed, self.mine, self.passes = recipe, seed, mine, passes
 
     def __getitem__(self, step):
-        r, first, bad = self.recipe, step * self.recipe.batch, []
-        times = stratified_times(r.batch, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
-        places = range(first + self.mine.start, first + self.mine.stop)
-        picture, text = (data.draw_rows(self.seed, places[0], len(places), len(feed.ids))
-                         for feed in (self.images, self.texts))
-        rows = [self.row(*row, bad) for row in zip(places, picture, text, times[self.mine])]
-        images, read, *columns, corruptions = zip(*rows)
-        return Batch(torch.stack(images), torch.stack(read) if self.texts is not self.images else None,
-                     *map(torch.stack, columns), Corruption(*map(torch.cat, zip(*corruptions))), bad)
+        r, bad, first = self.recipe, [], step * self.recipe.batch + self.mine.start
+        count = self.mine.stop - self.mine.start
+        picture, text = (data.draw_rows(self.seed, first, count, len(feed.ids)) for feed in (self.images, self.texts))
+        rows = [self.row(*row, bad) for row in zip(range(first, first + count), picture, text)]
+        images, read, captions, ids, free = zip(*rows)
 
-    def row(self, place, picture, text, time, bad):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        image_t = logit_normal_times(r.batch, r.time_mean, r.time_std, generator)
+        text_t = stratified_times(r.batch, generator=generator)
+        tokens, maskable = torch.zeros(r.batch, r.length, dtype=torch.long), torch.zeros(r.batch, r.length).bool()
+        tokens[self.mine], maskable[self.mine] = torch.tensor(ids), torch.tensor(free)
+        noisy, masked = mask_tokens(tokens, text_t, maskable, self.tokenizer.mask_id, generator)
+        noise_seed = int(torch.randint(2 ** 62, (), generator=generator))
+
+        columns = [torch.stack(images), torch.stack(read) if self.texts is not self.images else None,
+                   torch.tensor(captions), *(x[self.mine] for x in (tokens, noisy, image_t, text_t, masked))]
+        parts = zip(*(x.chunk(self.passes) if x is not None else [None] * self.passes for x in columns))
+        return [Batch(*part, flat_positions(hidden), noise_seed, self.mine.start + k * count // self.passes, bad)
+                for k, (*part, hidden) in enumerate(parts)]
+
+    def row(self, place, picture, text, bad):
+        """-> the image that is drawn, the image that is read, the caption's ids, the ids to write and which may be
+        masked."""
         r, tok = self.recipe, self.tokenizer
         rng = np.random.default_rng([self.seed, 1, place])
-        generator = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
         i, image = self.images.look(picture, bad)
         told = written = self.images.source.caption(i, rng)
         j, read = i, image
         if self.texts is not self.images:  # stage 2hr
             j, read = self.texts.look(text, bad)
             written = self.texts.source.caption(j, rng)
-        asked = self.texts.source.question(j, rng) if rng.random() < r.questions else None
-        caption = torch.tensor(tok.encode("" if rng.random() < r.drop else told, r.length))
+        asked = self.texts.source.question(j, rng) if rng.random() < r.questions or written is None else None
+        captions = tok.encode("" if told is None or rng.random() < r.drop else told, r.length)
         ids, free = data.question_ids(tok, *asked, r.length) if asked else data.caption_ids(tok, written, r.length)
-        tokens = torch.tensor(ids)
-        corruption = corrupt(self.latent_shape, tokens[None], torch.tensor([free]), tok.mask_id, time[None], generator,
-                             r.time_mean, r.time_std)
-        return image, read, torch.randn(self.latent_shape, generator=generator), caption, tokens, corruption
+        return image, read, captions, ids, free
+
+
+def step_noise(batch, shape, whole, device):
+    """Standard normal noise for a Batch: to sample the VAE's posterior with, and for the image loss -> (2,B,*shape).
+    Drawn where it is used and for the `whole` batch of the step, of which every process keeps its rows."""
+    generator = torch.Generator(device).manual_seed(batch.noise_seed)
+    noise = torch.randn(2, whole, *shape, generator=generator, device=device)
+    return noise[:, batch.first:batch.first + len(batch.images)]
 
 
 # ---------------------------------------------------------------- the system, its processes, its checkpoints
@@ -267,11 +310,26 @@ class MaskRow(nn.Module):
         self.t5[0].shared.weight.data[self.mask_id] = self.row.detach()
 
 
-def stage_before(args):
-    """The file that a stage continues from, unless --init says otherwise."""
+def starting_file(args, noted):
+    """The checkpoint that a stage begins with, found once: a run that goes on keeps the one that it began with. By
+    default it is what the stage before left, for stage 1 else the shipped file, for its tokenizer and VAE."""
     stages = {"0": [], "1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}[args.stage]
     paths = [os.path.join(args.out, f"stage{stage}", "model.safetensors") for stage in stages]
-    return next(filter(os.path.exists, paths), paths[-1] if paths else "")
+    if args.init or not paths or "start" in noted:
+        return args.init or noted.get("start", "")
+    before = next(filter(os.path.exists, paths), paths[-1])
+    if args.stage != "1" or os.path.exists(before):
+        return before
+    if args.preset != "tiny" and not (args.text_encoder == "none" and args.vae):
+        fail(f"--preset {args.preset} needs pretrained parts: give --init (or --vae, with --text-encoder none)")
+    if args.data and not args.vae:
+        warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
+             f"python train.py --stage 0 --data {' '.join(args.data)} --out {args.out}")
+    return args.vae or SHIPPED
+
+
+def changed_at(path):
+    return os.stat(path).st_mtime_ns if os.path.isfile(path) else None
 
 
 def starting_point(args, recipe, feed, device, dtype):
@@ -287,17 +345,12 @@ def starting_point(args, recipe, feed, device, dtype):
             texts += [feed.source.caption(i, rng), "Q: {} A: {}".format(*feed.source.question(i, rng) or ("", ""))]
         dd = DualDiffusion.build(preset, Tokenizer.train(texts, recipe.vocab), ["vae"]).to(device)
         return dd, {"vae": dd.vae}
-    before = stage_before(args)
-    anew = args.stage == "1" and not args.init and not os.path.exists(before)
-    if anew and args.preset != "tiny" and not (args.text_encoder == "none" and args.vae):
-        fail(f"--preset {args.preset} needs pretrained parts: give --init (or --vae, with --text-encoder none)")
-    dtypes = {"ddit": torch.float32, "t5": dtype, "vae": dtype}
-    if recipe.learn_t5 == "all":
-        dtypes["t5"] = torch.float32
-    if dtype is not None and device.type == "cpu":  # where narrow convolutions gain nothing from bf16
-        dtypes["vae"] = torch.float32
-    start = args.init or ((args.vae or SHIPPED) if anew else before)
-    dd = DualDiffusion.load(start, args.t5, args.vae, args.spiece, device, dtypes)
+    known = inspect(args.start, args.t5, args.vae, args.spiece)[0]
+    learned_t5 = recipe.learn_t5 == "all" or not known.t5.num_layers
+    # The VAE is small, and its rounding would stay in the latents for good: always float32.
+    dtypes = {"ddit": torch.float32, "t5": torch.float32 if learned_t5 else dtype, "vae": dtype and torch.float32}
+    dd = DualDiffusion.load(args.start, args.t5, args.vae, args.spiece, device, dtypes)
+    anew = args.stage == "1" and args.start in (args.vae, SHIPPED) and not args.init
     if anew or dd.ddit is None or dd.t5 is None:  # stage 0's parts are taken, the rest starts at random
         if args.text_encoder == "none":
             places = max(recipe.length, preset.settings.length)  # of the longest texts of any stage
@@ -311,28 +364,32 @@ def starting_point(args, recipe, feed, device, dtype):
     dd.ddit.checkpointing = dd.t5.checkpointing = args.checkpointing
     modules = {"ddit": dd.ddit.requires_grad_()}
     if recipe.learn_t5 == "all" or not dd.config.t5.num_layers:
-        modules["t5"] = dd.t5.float().requires_grad_()
+        modules["t5"] = dd.t5.requires_grad_()
     elif recipe.learn_t5 == "mask":
         modules["t5"] = MaskRow(dd.t5, dd.tokenizer.mask_id)
     return dd, modules
 
 
-def parallelize(module, dtype, args, device):
-    """Share a module out among the processes, in place, by FSDP2 (`fully_shard`), whose mesh says how. ddp: every
-    process holds everything. fsdp: the processes of a node share out gradients and optimizer state, and gather weights
-    for a step (ZeRO-2); every node holds all of it. A lone process is a mesh of one.
+def make_mesh(device, parallel):
+    """How the processes hold the weights. ddp: every process holds everything. fsdp: the processes of a node share out
+    gradients and optimizer state, and gather weights for a step (ZeRO-2); every node holds all of it. A lone process is
+    a mesh of one. Made once: every mesh has communicators of its own."""
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if parallel == "fsdp" else 1
+    shape = dist.get_world_size() // sharing, sharing
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def parallelize(module, mesh, dtype, compiled=False):
+    """Share a module out among the processes of a mesh, in place, by FSDP2 (`fully_shard`).
 
     In all cases it computes in `dtype`, while the weights themselves, their gradients' mean over the processes and the
     optimizer stay in float32 (the "master weights"): a bf16 weight could not take a step smaller than 1/256 of itself.
     """
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here changes one in place
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if args.parallel == "fsdp" else 1
-    shape = dist.get_world_size() // sharing, sharing
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = [part for part in module.modules() if isinstance(part, JointBlock)]
     for part in [*blocks, module]:
-        if args.compile and part is not module:
+        if compiled and part is not module:
             part.compile()
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for method in ("encode", "decode"):  # the VAE's: they too need its weights gathered
@@ -380,19 +437,28 @@ def checkpoints(folder):
 
 
 def training_state(step, modules, optimizers, averages):
-    """All that a run must remember. The tensors are the run's own, so that loading writes into them; sharded ones know
-    their place in the whole, so that any number of processes can read what any other wrote."""
-    return {"step": step, "modules": {name: module.state_dict() for name, module in modules.items()},
+    """All that a run must remember, tensors alone. They are the run's own, so that loading writes into them; sharded
+    ones know their place in the whole, so that any number of processes can read what any other wrote."""
+    return {"step": torch.tensor(step), "modules": {name: module.state_dict() for name, module in modules.items()},
             "optimizers": {str(k): o.state_dict()["state"] for k, o in enumerate(optimizers)},
             "averages": dict(enumerate(averages))}
 
 
+def remove(path):
+    """Whatever it is: a folder, a file, a link."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        os.remove(path)
+
+
 def save_checkpoint(folder, state, keep, rank):
     """Atomically: every process writes its part beside, then rank 0 renames the folder. The last `keep` stay."""
-    path = os.path.join(folder, f"step-{state['step']:08d}")
+    step = int(state["step"])
+    path = os.path.join(folder, f"step-{step:08d}")
     if rank == 0:
         for leftover in (path, *glob(os.path.join(escape(folder), "step-*.partial"))):
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove(leftover)
     try:
         dist.barrier()
         # A lone process saves without collectives: they would make gloo's threads start OpenMP teams of their own, and
@@ -407,15 +473,47 @@ def save_checkpoint(folder, state, keep, rank):
              f"checkpoints before it stand")
     if rank == 0:
         os.replace(f"{path}.partial", path)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        for old in [old for old in checkpoints(folder) if int(old[-8:]) <= step][:-keep]:
+            remove(old)
 
 
-def load_checkpoint(folder, modules, optimizers, averages):
-    """Take up the newest checkpoint that can be read -> its step; 0 where there is none."""
+class TensorsOnly(dcp.FileSystemReader):
+    """Reads a checkpoint, and lets it run no code. Its tensors torch reads safely; what tells where they lie,
+    `.metadata`, is a pickle, and one may name any function. Here it may name what a checkpoint of tensors needs."""
+    ALLOWED = {"torch": {"Size"}, "torch.serialization": {"_get_layout"}, "pathlib": {"PosixPath"},
+               "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+               "torch.distributed.checkpoint.metadata": {
+                   "Metadata", "StorageMeta", "MetadataIndex", "TensorStorageMetadata", "TensorProperties",
+                   "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"}}
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+            if is_dtype or name in TensorsOnly.ALLOWED.get(module, ()):
+                return super().find_class(module, name)
+            raise pickle.UnpicklingError(f"its .metadata names {module}.{name}, which no checkpoint of ours does")
+
+    def read_metadata(self):
+        with open(os.path.join(self.path, ".metadata"), "rb") as f:
+            metadata = self.Unpickler(f).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def damaged(state):
+    """Whether a number is none, or larger than any weight can be, as in nearly every page that a disk has spoilt."""
+    if isinstance(state, dict):
+        return any(map(damaged, state.values()))
+    x = state.to_local() if hasattr(state, "to_local") else state
+    return x.numel() > 0 and not x.abs().max() < 1e15
+
+
+def load_checkpoint(folder, modules, optimizers, averages, rank):
+    """Take up the newest checkpoint that can be read -> its step; 0 where there is none. Those that cannot are moved
+    aside, so that they do not count among those to keep."""
     logging.disable(logging.WARNING)  # torch.distributed.checkpoint would print tracebacks of what one line tells
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # see save_checkpoint: we mean it
-    found = checkpoints(folder)
+    found, aside = checkpoints(folder), []
     if found:  # an optimizer has no state before its first step: one at rate 0, without gradients, changes nothing
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -427,10 +525,17 @@ def load_checkpoint(folder, modules, optimizers, averages):
     state = training_state(0, modules, optimizers, averages)
     for path in reversed(found):
         try:
-            dcp.load(state, checkpoint_id=path, no_dist=dist.get_world_size() == 1)
-            return state["step"]
+            dcp.load(state, storage_reader=TensorsOnly(path), no_dist=dist.get_world_size() == 1)
+            spoilt, = mean_over_processes([torch.tensor(float(damaged(state)))])
+            if spoilt:
+                raise ValueError("it holds numbers that no training leaves")
+            for unreadable in aside if rank == 0 else ():
+                remove(f"{unreadable}.unreadable")
+                os.replace(unreadable, f"{unreadable}.unreadable")
+            return int(state["step"])
         except (Exception, CheckpointException) as error:
             warn(f"{path}: cannot be read ({first_line(error)}); the one before it is tried")
+            aside.append(path)
     if found:
         fail(f"{folder}: none of its checkpoints can be read; delete them to start this stage anew")
     return 0
@@ -495,6 +600,11 @@ def interval(right, total):
     return tuple(100 * min(max((middle + sign * half) / (1 + z * z / n), 0), 1) for sign in (-1, 1))
 
 
+def at_once(side):
+    """How many images of that side, in pixels, go through the VAE together."""
+    return max(1, PIXELS // side ** 2)
+
+
 def in_batches(desc, items, size=250):
     return tqdm([items[at:at + size] for at in range(0, len(items), size)], desc=desc, leave=False)
 
@@ -544,8 +654,8 @@ def judge(dd, source, indices, seed=0, questions=True):
         right = answers_right(dd, held, [(i, *held.question(i, rng)) for i in indices], generator)
         scores["answers, held-out pairs"] = (sum(right), len(right))
 
-    told = []
-    for part in in_batches("captioning", indices):
+    told, captioned = [], [i for i in indices if source.caption(i, np.random.default_rng(0)) is not None]
+    for part in in_batches("captioning", captioned):
         pixels = torch.from_numpy(data.to_pixels([source.image(i) for i in part]))
         for i, text in zip(part, caption(dd, pixels, generator=generator)):
             told.append(data.telling_holds(text, source.scene(i)[0]) if world else
@@ -583,10 +693,11 @@ def show(dd, source, indices, path=None, seed=0):
     all processes together, so all must draw."""
     rng, generator, settings = np.random.default_rng([seed, 3]), torch.Generator().manual_seed(seed), dd.config.settings
     if dd.ddit is None:
-        images = [source.image(i) for i in indices[:8]]
+        images = [source.image(i) for i in rng.permutation(indices)[:8]]
         pairs = zip(images, reconstruct(dd, images))
         return path and data.sheet(path, [cell for a, b in pairs for cell in ((a, "true"), (b, "seen"))])
-    texts = [source.caption(i, rng) for i in indices[:8]]
+    indices = rng.permutation(indices)  # of data sorted by kind, not the first kind alone
+    texts = [source.caption(i, rng) or "" for i in indices[:8]]
     drawn = text_to_image(dd, texts, cfg=settings.cfg, shift=settings.shift, generator=generator)
     images = [source.image(i) for i in indices[-8:]]
     pixels = torch.from_numpy(data.to_pixels(images))
@@ -600,25 +711,25 @@ def show(dd, source, indices, path=None, seed=0):
 # ---------------------------------------------------------------- the loop
 
 
+def evaluate(args):
+    dtype = DTYPES[args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")]  # as sample.py computes
+    dd = DualDiffusion.load(args.eval, args.t5, args.vae, args.spiece, args.device, dtype)
+    count, source = args.judge or 1000, data.World(UNSEEN + args.seed, kinds=args.kinds)
+    indices = range(count)
+    if args.data:
+        source = data.Records(args.data, dd.config.settings.size)
+        chosen = np.random.default_rng(args.seed).permutation(len(source))[:count]
+        indices = [int(i) for i in chosen if source.readable(i)]
+        if bad := len(chosen) - len(indices):
+            warn(f"{bad} images cannot be read and are left out")
+    print(report(judge(dd, source, indices, args.seed)))
+
+
 def main():
     args, recipe = parse_args()
     if args.eval:
-        dd = DualDiffusion.load(args.eval, args.t5, args.vae, args.spiece, args.device, DTYPES[args.dtype or "fp32"])
-        count, source = args.judge or 1000, data.World(UNSEEN + args.seed, kinds=args.kinds)
-        indices = range(count)
-        if args.data:
-            source = data.Records(args.data, dd.config.settings.size)
-            chosen = np.random.default_rng(args.seed).permutation(len(source))[:count]
-            indices = [int(i) for i in chosen if source.readable(i)]
-            if bad := len(chosen) - len(indices):
-                warn(f"{bad} images cannot be read and are left out")
-        print(report(judge(dd, source, indices, args.seed)))
-        return
-
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = args.device
-    if device.type == "cuda" and processes > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        return evaluate(args)
+    device, rank, processes = args.device, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if recipe.batch % (processes * args.accumulate):
@@ -626,36 +737,52 @@ def main():
     if args.parallel == "fsdp" and recipe.muon:
         fail("--parallel fsdp cuts up the matrices that Muon needs whole: give --muon 0, or --parallel ddp")
     alone = {} if processes > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:" \
+        + dist.get_default_backend_for_device(device.type)
     dist.init_process_group(backend, timeout=timedelta(hours=3), **alone)
     # On the CPU the backward pass of bf16 flash attention is slow: fall back on plain matrix products there.
     torch.backends.cuda.enable_flash_sdp(device.type == "cuda")
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    torch.manual_seed(args.seed)
+    learned = learn(args, recipe, rank, processes, device)
+    dist.destroy_process_group()
+    gc.collect()  # what has learned is let go, before what it has left is loaded and judged
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if rank == 0:
+        finish(args, recipe, device, *learned)
+
+
+def learn(args, recipe, rank, processes, device):
+    """One stage, from its start or its newest checkpoint to its last step -> what `finish` needs."""
     share = recipe.batch // processes
     mine = slice(rank * share, (rank + 1) * share)
     folder = os.path.join(args.out, f"stage{args.stage}")
 
     # What is learned from, and the system that learns.
     with rank_0_first(rank):
+        noted = noted_settings(folder, rank)
+        args.start = starting_file(args, noted)
+        if args.stage == "3" and args.size is None:  # after stage 2hr, at its 512 pixels
+            recipe.size = inspect(args.start, args.t5, args.vae, args.spiece)[0].settings.size
         images, unseen_images = feeds(args.image_data or args.data, args, recipe)
         texts, unseen = images, unseen_images
         if args.image_data or args.text_data:
             texts, unseen = feeds(args.text_data or args.data, args, recipe)
+        together = texts is images
         os.makedirs(folder, exist_ok=True)
-        args.lock = claim(folder) if rank == 0 else None  # held as long as the process lives
-        dtype = keep_settings(folder, args, recipe, device, rank)
-    begin = functools.partial(starting_point, args, recipe, texts)
-    dd, modules = begin(device, dtype)
+        args.lock = claim(os.path.join(folder, ".lock")) if rank == 0 else None  # held as long as the process lives
+        dtype = keep_settings(folder, noted, args, recipe, images, texts, device, rank)
+    dd, modules = starting_point(args, recipe, texts, device, dtype)
     side = recipe.size // dd.config.vae.factor
     shape = (dd.config.vae.latent_channels, side, side)
-    if args.stage != "0":
+    if dd.ddit:
+        dd.ddit.positions(side // dd.config.ddit.patch, side // dd.config.ddit.patch)  # refuses now what is too large
         with rank_0_first(rank):
-            together = texts is images
             images = with_latents(images, dd, args.out, shape, recipe.pool)
             texts = images if together else with_latents(texts, dd, args.out, shape, recipe.pool)
+    mesh = make_mesh(device, args.parallel)
     for module in modules.values():
-        parallelize(module, dtype, args, device)
+        parallelize(module, mesh, dtype, args.compile)
     optimizers, views = make_optimizers(modules, recipe)
     learned = [p for module in modules.values() for p in module.parameters()]
     if rank == 0:
@@ -664,62 +791,69 @@ def main():
     shown = DualDiffusion(dd.config, dd.tokenizer, dd.ddit, modules.get("t5", dd.t5), dd.vae)
 
     def to_latents(x, noise):
-        x = x.to(device, non_blocking=True)
         with torch.no_grad():
-            mean, logvar = dd.vae.encode(x) if x.ndim == 4 else x.unbind(1)
+            if x.ndim == 4:  # pixels, seen once: here the rounding of bf16 does not stay
+                fast = device.type == "cuda" and dtype == torch.bfloat16
+                with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+                    mean, logvar = dd.vae.encode(x)
+            else:
+                mean, logvar = x.unbind(1)
             return dd.vae.normalize(dd.vae.sample(mean.float(), logvar.float(), noise))
 
     def objective(batch):
-        """-> the loss to learn from, and two to look at."""
-        noise = batch.sampled.to(device, non_blocking=True)
+        """-> the loss to learn from, and two to look at. Nothing here waits for the device."""
+        batch = batch.to(device)
+        posterior, noise = step_noise(batch, shape, recipe.batch, device)
         if args.stage == "0":
-            return autoencoding_loss(dd.vae, batch.images.to(device, non_blocking=True), noise)
-        latents = to_latents(batch.images, noise)
-        read = latents if together else to_latents(batch.read, noise)
-        return joint_loss(dd.ddit, shown.t5, latents, batch.captions, batch.tokens, batch.corruption,
-                          recipe.text_weight, recipe.image_weight, read)
+            return autoencoding_loss(dd.vae, batch.images, posterior)
+        latents = to_latents(batch.images, posterior)
+        read = latents if together else to_latents(batch.read, posterior)
+        corruption = Corruption(batch.image_t, noise, batch.text_t, batch.noisy, batch.masked)
+        return joint_loss(dd.ddit, shown.t5, latents, batch.captions, batch.tokens, corruption, recipe.text_weight,
+                          recipe.image_weight, read)
 
     names = ("reconstruction", "kl") if args.stage == "0" else ("image_loss", "text_loss")
-    stream = Stream(images, texts, dd.tokenizer, shape, recipe, args.seed, mine)
-    judged = Stream(unseen_images, unseen, dd.tokenizer, shape, recipe, UNSEEN, mine)  # the same in every run
+    stream = Stream(images, texts, dd.tokenizer, recipe, args.seed, mine, args.accumulate)
+    judged = Stream(unseen_images, unseen, dd.tokenizer, recipe, UNSEEN, mine, args.accumulate)  # the same in every run
 
     def validate():
         """Both losses on pictures kept apart, with the same noise and masks every time and in every run."""
         with torch.no_grad():
-            losses = [torch.stack(objective(judged[k])[1:]) for k in range(-(-256 // recipe.batch))]
+            losses = [torch.stack(objective(batch)[1:]) for k in range(-(-256 // recipe.batch)) for batch in judged[k]]
         return mean_over_processes(torch.stack(losses).mean(0))
 
     # Go on from the newest checkpoint, if this command left one.
     kept, metrics = os.path.join(folder, "checkpoints"), os.path.join(folder, "metrics.jsonl")
     averages = [p.detach().clone() for p in learned] if recipe.ema else []
-    start = load_checkpoint(kept, modules, optimizers, averages)
+    start = load_checkpoint(kept, modules, optimizers, averages, rank)
     if start > recipe.steps:
         fail(f"{folder} is already at step {start}, beyond --steps {recipe.steps}")
     if rank == 0 and os.path.exists(metrics):  # forget what was logged after it
         with open(metrics) as f:
             lines = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= start]
-        with open(metrics, "w") as f:
+        with replacing(metrics) as beside, open(beside, "w") as f:
             f.writelines(lines)
-    signals = []  # Ctrl-C and a polite kill end the run after the step, with a checkpoint
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: signals.append(number))
+    signals = []  # Ctrl-C, a polite kill and a closed terminal end the run after the step, with a checkpoint
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(name, lambda number, frame: signals.append(number))
 
     large = (8192,) * 3 if device.type == "cuda" else (1024,) * 3
     peak = matmul_rate(device, dtype, *large) * processes
     flops = 0 if args.stage == "0" else model_flops(dd.config, recipe)
-    workers = min(4, os.cpu_count()) if images.latents is None and isinstance(images.source, data.Records) else 0
     loader = DataLoader(stream, batch_size=None, sampler=range(start, recipe.steps),
-                        num_workers=workers if args.workers is None else args.workers,
+                        num_workers=readers(images, device) if args.workers is None else args.workers,
                         pin_memory=device.type == "cuda")
     bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=f"stage {args.stage}",
                disable=rank > 0, mininterval=1)
     log, bad, since = [], [], time.perf_counter()
-    for step, batch in zip(bar, loader):
+    for step, passes in zip(bar, loader):
         done = step + 1
-        for k, part in enumerate(batch.split(args.accumulate), 1):
-            for module in modules.values():  # of several passes, it is enough that the last exchanges gradients
+        for k, batch in enumerate(passes, 1):
+            for module in modules.values():  # of several passes, the last exchanges gradients and lets weights go
                 module.set_requires_gradient_sync(k == args.accumulate)
-            loss, *parts = objective(part)
+                module.set_reshard_after_backward(k == args.accumulate)
+            loss, *parts = objective(batch)
             (loss / args.accumulate).backward()
             log.append(torch.stack(parts).detach())
         norm = nn.utils.clip_grad_norm_(learned, recipe.clip)
@@ -729,15 +863,15 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(recipe, step)
             optimizer.step()
-        for p in learned:
+        for p in (*learned, *(view for _, view in views)):
             p.grad = None
         for average, p in zip(averages, learned):
             average.to_local().lerp_(p.detach().to_local(), 1 - recipe.ema)
 
-        if batch.bad:
-            bad += [(done * share, message) for message in batch.bad]
+        if found := passes[0].bad:
+            bad += [(done * share, message) for message in found]
             with open(os.path.join(folder, f"bad-{rank}.txt"), "a") as f:
-                f.writelines(f"{message}\n" for message in batch.bad)
+                f.writelines(f"{message}\n" for message in found)
             not_too_many(bad, done * share)
         ending, = mean_over_processes([torch.tensor(float(len(signals)))])  # on the CPU: no waiting for the GPU
         save_now = done % args.save_every == 0 or done == recipe.steps or ending
@@ -746,7 +880,7 @@ def main():
             *losses, norm = mean_over_processes([*torch.stack(log).mean(0), norm.full_tensor()])
             if not np.isfinite([*losses, norm]).all():
                 fail(f"the loss or its gradient is not a number at step {done}; the last checkpoint is from before it. "
-                     f"Lower --rate or --muon") if rank == 0 else sys.exit(2)
+                     f"Lower --rate or --muon")
             speed = len(log) / args.accumulate * recipe.batch / (time.perf_counter() - since)
             line = {"step": done, **dict(zip(names, losses)), "grad_norm": norm,
                     "rate": optimizers[0].param_groups[0]["lr"], "images_per_s": speed,
@@ -768,31 +902,39 @@ def main():
             bar.close()
             sys.exit(f"stopped after step {done}; the same command goes on from there") if rank == 0 else sys.exit(1)
     bar.close()
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     for average, p in zip(averages, learned):
         p.data.copy_(average)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = {name: get_model_state_dict(module, options=whole) for name, module in modules.items()}
-    dist.destroy_process_group()
-    if rank == 0:
-        finish(args, recipe, begin, weights, texts, unseen, device, dtype, folder)
+    return weights, texts, unseen, folder
 
 
-def claim(folder):
-    """-> a lock, so that no two runs write into one folder: kill -9 on torchrun leaves its workers running."""
-    lock = open(os.path.join(folder, ".lock"), "w")
+def readers(images, device):
+    """How many processes make batches: none on a CPU with latents at hand; a GPU must not wait for one core."""
+    if device.type == "cpu" and (images.latents or isinstance(images.source, data.World)):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(4, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def claim(path, wait=False):
+    """-> a lock, held until it is closed, so that no two runs write the same: kill -9 on torchrun leaves its workers
+    running."""
+    lock = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        fail(f"{folder}: another run is at work here; let it end, or stop its processes")
+        fail(f"{os.path.dirname(path)}: another run is at work here; let it end, or stop its processes")
     return lock
 
 
 def mean_over_processes(numbers):
     """A few numbers, each the mean of what all processes have there -> list."""
-    x = torch.stack([*numbers])
+    x = torch.stack([*numbers]).cpu()
     dist.all_reduce(x)
     return (x / dist.get_world_size()).tolist()
 
@@ -804,9 +946,14 @@ def memory_used(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def finish(args, recipe, begin, weights, learned_from, unseen, device, dtype, folder):
+def finish(args, recipe, device, weights, learned_from, unseen, folder):
     """The end of a stage: the file for sample.py, the scores of what was written there, a last sheet."""
-    dd, modules = begin(torch.device("cpu"), None)  # the frozen parts again as they were given, not as computed with
+    path, noted = os.path.join(folder, "model.safetensors"), noted_settings(folder)
+    if changed_at(args.start) != noted["start changed at"]:
+        fail(f"{args.start} has changed since this stage began, so what did not learn is lost: put it back, and the "
+             f"same command ends the stage")
+    # The frozen parts again as they were given, not as they were computed with.
+    dd, modules = starting_point(args, recipe, learned_from, torch.device("cpu"), None)
     for name, module in modules.items():
         module.load_state_dict(weights[name])
     if isinstance(modules.get("t5"), MaskRow):
@@ -814,40 +961,48 @@ def finish(args, recipe, begin, weights, learned_from, unseen, device, dtype, fo
     if args.stage == "0":  # bring latents to mean 0 and deviation 1, which the transformer expects
         images = [learned_from.look(k, [])[1] for k in range(min(512, len(learned_from.ids)))]
         with torch.no_grad():
-            z = torch.cat([dd.vae.encode(part)[0] for part in torch.stack(images).split(64)])
+            z = torch.cat([dd.vae.encode(part)[0] for part in torch.stack(images).split(at_once(recipe.size))])
         dd.config.vae.shift, dd.config.vae.scale = z.mean().item(), 1 / z.std().item()
-    path = os.path.join(folder, "model.safetensors")
     dd.save(path, dtype=torch.float16)
-    dd = DualDiffusion.load(path, device=device, dtype=dtype)
+    dd = DualDiffusion.load(path, device=device, dtype=DTYPES[noted["dtype"]])
     scores = judge(dd, unseen.source, unseen.ids, args.seed, questions=recipe.questions > 0)
     print(report(scores))
-    with open(os.path.join(folder, "scores.json"), "w") as f:
+    with replacing(os.path.join(folder, "scores.json")) as beside, open(beside, "w") as f:
         json.dump(scores, f)
     show(dd, unseen.source, unseen.ids, os.path.join(folder, "samples.png"))
     print(f"wrote {path}")
 
 
-def keep_settings(folder, args, recipe, device, rank):
-    """A folder holds one run: note its settings, and refuse to go on from its checkpoints with others. Only a run at a
-    constant rate may be made longer -> the dtype to compute in, the run's own where it has begun."""
-    path, noted = os.path.join(folder, "run.json"), {}
-    if rank > 0 or checkpoints(os.path.join(folder, "checkpoints")):
+def noted_settings(folder, rank=1):
+    """What run.json says of the run that has begun in this folder, or ended there; {} where none has."""
+    path = os.path.join(folder, "run.json")
+    if rank == 0 and not checkpoints(os.path.join(folder, "checkpoints")) \
+            and not os.path.exists(os.path.join(folder, "model.safetensors")):
+        return {}
+    try:
         with open(path) as f:
-            noted = json.load(f)
-    start = args.init or stage_before(args)
-    changed_at = os.stat(start).st_mtime_ns if os.path.isfile(start) else None  # a stage run anew is another start
-    settings = {name: vars(args)[name] for name in ("preset", "data", "image_data", "text_data", "kinds", "init", "t5",
-                                                    "vae", "spiece", "text_encoder", "seed")}
-    settings |= asdict(recipe) | {"start changed at": changed_at,
+            return json.load(f)
+    except (OSError, ValueError) as error:
+        fail(f"{path}: the settings of the run in this folder cannot be read ({first_line(error)}); give another --out")
+
+
+def keep_settings(folder, noted, args, recipe, images, texts, device, rank):
+    """A folder holds one run: note its settings, and refuse to go on from its checkpoints, or to overwrite what it has
+    left, with others. Only a run at a constant rate may be made longer -> the dtype to compute in, the run's own where
+    it has begun."""
+    settings = {name: vars(args)[name] for name in ("preset", "init", "t5", "vae", "spiece", "text_encoder", "seed",
+                                                    "start")}
+    settings |= asdict(recipe) | {"start changed at": changed_at(args.start),  # a stage run anew is another start
+                                  "data": [images.source.fingerprint(), texts.source.fingerprint()],
                                   "dtype": args.dtype or noted.get("dtype") or faster_dtype(device, args.stage)}
     free = {"steps": recipe.schedule == "constant", "pool": args.data}
-    changed = [f"{k} {noted[k]} is now {v}" for k, v in settings.items() if noted.get(k, v) != v and not free.get(k)]
+    changed = [f"{k} {noted.get(k)} is now {v}" for k, v in settings.items() if noted and noted.get(k) != v
+               and not free.get(k)]
     if changed:
         fail(f"{folder} holds a run with other settings ({', '.join(changed)}); delete it or give another --out")
     if rank == 0:
-        with open(f"{path}.partial", "w") as f:
+        with replacing(os.path.join(folder, "run.json")) as beside, open(beside, "w") as f:
             json.dump(settings, f, indent=1)
-        os.replace(f"{path}.partial", path)
     return DTYPES[settings["dtype"]]
 
 
@@ -880,14 +1035,15 @@ def parse_args():
     parser.add_argument("--seed", type=seed, default=0)
     run = parser.add_argument_group("how it runs; nothing here changes what is learned, but for rounding")
     run.add_argument("--device", type=existing_device, default=default_device())
-    run.add_argument("--dtype", choices=list(DTYPES), help="to compute in; default: the faster one")
+    run.add_argument("--dtype", choices=list(DTYPES), help="to compute in; default: the faster one; "
+                     "with --eval bf16 on a GPU, fp32 on a CPU, as in sample.py")
     run.add_argument("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp shares gradients and optimizer "
                      "state out among the processes of a node")
     run.add_argument("--accumulate", type=int, default=1, help="passes that make up a step, to save memory")
     run.add_argument("--checkpointing", action="store_true", help="compute activations twice, to save memory")
     run.add_argument("--compile", action="store_true", help="torch.compile every block")
-    run.add_argument("--workers", type=int, help="processes that read images, for each that learns; default: 0, or 4 "
-                     "where images are too many to keep their latents")
+    run.add_argument("--workers", type=int, help="processes that make batches, for each that learns; default: 4, or as "
+                     "many as there are cores; on a CPU none, unless images are too many to keep their latents")
     run.add_argument("--save-every", type=int, default=200, help="steps")
     run.add_argument("--show-every", type=int, default=500,
                      help="steps from one sheet of samples, and validation, to the next")
@@ -897,7 +1053,10 @@ def parse_args():
         choices = {"schedule": ["constant", "linear"], "learn_t5": ["no", "mask", "all"]}.get(field.name)
         numbers.add_argument("--" + field.name.replace("_", "-"), type=field.type, choices=choices)
     args = parser.parse_args()
+    given = {f.name: v for f in fields(Recipe) if (v := getattr(args, f.name)) is not None}
     if args.eval:
+        if given or args.stage:
+            fail(f"--eval judges and does not train: leave out --{next(iter(given), 'stage').replace('_', '-')}")
         return args, None
     if args.stage is None:
         fail("give --stage 0, 1, 2, 2hr or 3, or --eval FILE")
@@ -907,17 +1066,20 @@ def parse_args():
         fail("--image-data and --text-data go together, or with --data for the other")
     if args.stage not in RECIPES[args.preset]:
         fail(f"--preset {args.preset} has no stage {args.stage}")
-    given = {f.name: v for f in fields(Recipe) if (v := getattr(args, f.name)) is not None}
     recipe = replace(RECIPES[args.preset][args.stage], **given)
     given = vars(args) | vars(recipe)
     positive = ("steps", "batch", "pool", "save_every", "show_every", "keep", "accumulate")
     for names, low, high in ((positive, 1, math.inf), (("length",), 2, math.inf),
-                             (("clip", "time_std"), 1e-9, math.inf),
+                             (("clip", "time_std"), 1e-9, math.inf), (("time_mean",), -100, 100),
                              (("rate", "muon", "warmup", "weight_decay", "text_weight", "image_weight"), 0, math.inf),
                              (("beta2", "ema"), 0, 1 - 1e-9), (("drop", "questions"), 0, 1), (("vocab",), 100, 32000)):
         for name in names:
             if not low <= given[name] <= high or given[name] == math.inf:
                 fail(f"--{name.replace('_', '-')} {given[name]} is out of its range, {low:g} to {high:g}")
+    if not (args.data or args.image_data) and recipe.size != data.SIDE:
+        fail(f"the built-in world has {data.SIDE} pixels a side, not {recipe.size}: bring --data")
+    if recipe.size < 16 or recipe.size % 16:
+        fail(f"--size {recipe.size}: sides are multiples of 16")
     return args, recipe
 
 

@@ -2,7 +2,6 @@
 `python tests/speed.py` prints, for every size, whether the gradients agree, and the ratio of time and of memory.
 On a GPU it also measures the full size in bf16, with and without torch.compile, and how much of the rate of a large
 matrix product, measured in the same run, the step reaches. Random weights; medians of several steps, taken in turn."""
-import argparse
 import os
 import statistics
 import sys
@@ -22,7 +21,7 @@ from on_paper import kept_for_backward
 from data import Records
 from losses import corrupt, flow_matching_loss, joint_loss, masked_diffusion_loss, noise_latents, stratified_times
 from model import PRESETS, Config, DDiT, DDiTConfig, T5Config, T5Encoder
-from train import RECIPES, matmul_rate, model_flops, parallelize
+from train import RECIPES, make_mesh, matmul_rate, model_flops, parallelize
 
 MIDDLE = Config(DDiTConfig(depth=8, width=512, heads=8, text_dim=512, pos_size=64),
                 T5Config(d_model=512, num_layers=6, num_heads=8, d_kv=64, d_ff=1024))
@@ -52,7 +51,7 @@ def measure(name, device, dtype, compiled, rounds):
         ddit, t5 = DDiT(config.ddit), T5Encoder(config.t5).to(dtype).requires_grad_(False)
     for p in ddit.parameters():  # zero heads and gates would hide mistakes
         torch.nn.init.normal_(p, std=0.02)
-    parallelize(ddit, dtype, argparse.Namespace(parallel="ddp", compile=compiled), device)
+    parallelize(ddit, make_mesh(device, "ddp"), dtype, compiled)
     side, vocab = recipe.size // config.vae.factor, config.ddit.vocab
     latents = torch.randn(batch, config.vae.latent_channels, side, side, device=device)
     captions, tokens = torch.randint(vocab - 1, (2, batch, recipe.length))

@@ -92,25 +92,28 @@ def test_the_stacked_pass_has_the_gradients_of_two_passes():
 
     def ddit(latents, t, text, predict=None, draw=None):
         h = text + latents.mean((1, 2, 3))[:, None, None] + t[:, None, None]
-        return latents[:draw] * h.mean((1, 2))[:draw, None, None, None], mix(h[predict])
+        return latents[:draw] * h.mean((1, 2))[:draw, None, None, None], mix(h.flatten(0, 1)[predict])
 
     table = torch.nn.Embedding(5, 6)
     latents, captions, tokens = torch.randn(8, 2, 4, 4), torch.randint(4, (8, 6)), torch.randint(4, (8, 6))
     generator = torch.Generator().manual_seed(1)
-    times = losses.stratified_times(8, generator=generator)
-    c = losses.corrupt(latents.shape[1:], tokens, torch.ones(8, 6, dtype=torch.bool), 4, times, generator)
+    t = losses.stratified_times(8, generator=generator)
+    c = losses.Corruption(losses.logit_normal_times(8, generator=generator), torch.randn(latents.shape), t,
+                          *losses.mask_tokens(tokens, t, torch.ones(8, 6, dtype=torch.bool), 4, generator))
     total, image, text = losses.joint_loss(ddit, table, latents, captions, tokens, c, text_weight=0.2)
     stacked = torch.autograd.grad(total, [table.weight, *mix.parameters()])
 
-    nowhere = torch.zeros_like(c.masked)
-    velocity, _ = ddit(losses.noise_latents(latents, c.noise, c.image_t), c.image_t, table(captions), nowhere)
-    _, logits = ddit(latents, torch.zeros(8), table(c.noisy), c.masked, 0)
+    at = losses.flat_positions(c.masked)
+    velocity, _ = ddit(losses.noise_latents(latents, c.noise, c.image_t), c.image_t, table(captions), at[:0])
+    _, logits = ddit(latents, torch.zeros(8), table(c.noisy), at, 0)
     two = losses.flow_matching_loss(velocity, latents, c.noise) \
         + 0.2 * losses.masked_diffusion_loss(logits, tokens, c.masked, c.text_t)
     for a, b in zip(stacked, torch.autograd.grad(two, [table.weight, *mix.parameters()])):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
     other = torch.randn(8, 2, 4, 4)
+    again = losses.joint_loss(ddit, table, latents, captions, tokens, c._replace(masked=at), text_weight=0.2)
+    assert torch.equal(again[0], total)
     _, image_apart, text_apart = losses.joint_loss(ddit, table, latents, captions, tokens, c, read=other)
     _, _, text_other = losses.joint_loss(ddit, table, other, captions, tokens, c)
     assert torch.equal(image_apart, image) and torch.equal(text_apart, text_other)  # text about other images

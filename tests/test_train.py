@@ -1,9 +1,12 @@
 """Training: resuming, processes, what learns in which stage, the user's own data."""
 import contextlib
+import fcntl
+import gc
 import glob
 import io
 import json
 import os
+import pickle
 import random
 import resource
 import runpy
@@ -22,7 +25,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import data
 import train
-from model import DualDiffusion
+from losses import Corruption, joint_loss
+from model import DDiT, DDiTConfig, DualDiffusion
 from sample import SHIPPED
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -214,9 +218,10 @@ def test_the_average_of_the_weights(tmp_path):
         assert not torch.equal(mean, two[name])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_polite_kill_leaves_a_checkpoint(tmp_path, processes):
-    """SIGTERM, as a cluster sends it. Two processes get it at different moments, and stop at the same step."""
+@pytest.mark.parametrize("processes, kind", [(1, signal.SIGHUP), (2, signal.SIGTERM)])
+def test_a_polite_kill_leaves_a_checkpoint(tmp_path, processes, kind):
+    """SIGTERM, as a cluster sends it; SIGHUP, as a closed terminal does. Two processes get it at different moments, and
+    stop at the same step."""
     args = ["--stage", 1, "--steps", 10_000, "--save-every", 10_000, "--out", tmp_path, *SMALL]
     running = subprocess.Popen(command(*args, processes=processes), env=threads(processes), text=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -226,7 +231,7 @@ def test_a_polite_kill_leaves_a_checkpoint(tmp_path, processes):
     if processes == 1:
         second = subprocess.run(command(*args), capture_output=True, text=True)
         assert second.returncode == 2 and "another run is at work here" in second.stderr
-    running.send_signal(signal.SIGTERM)
+    running.send_signal(kind)
     err = running.communicate(timeout=60)[1]
     step = int(checkpoints(tmp_path)[-1][-8:])
     assert running.returncode != 0 and 20 <= step < 10_000
@@ -347,14 +352,251 @@ def test_a_stream_is_the_same_on_any_number_of_processes():
     recipe = train.RECIPES["tiny"]["3"]
     tokenizer = DualDiffusion.load(SHIPPED).tokenizer
     feed = train.Feed(data.World(), np.arange(100))
-    parts = [slice(0, 64), slice(0, 16), slice(16, 64)]
-    whole, *two = (train.Stream(feed, feed, tokenizer, (16, 8, 8), recipe, 0, part)[5] for part in parts)
-    for k in (0, 2, 3, 4):
-        assert torch.equal(whole[k], torch.cat([part[k] for part in two]))
-    for k, column in enumerate(whole.corruption):
-        assert torch.equal(column, torch.cat([part.corruption[k] for part in two]))
-    again = whole.split(4)[1].corruption.noise
-    assert torch.equal(again, whole.corruption.noise[16:32])
+    def stream(*args):
+        return train.Stream(feed, feed, tokenizer, recipe, 0, *args)[5]
+    (whole,), (one,), (two,), four = (stream(slice(0, 64)), stream(slice(0, 16)), stream(slice(16, 64)),
+                                      stream(slice(0, 64), 4))
+    assert (whole.first, one.first, two.first) == (0, 0, 16) and [part.first for part in four] == [0, 16, 32, 48]
+    for parts in ((one, two), four):
+        for k in (0, 2, 3, 4, 5, 6):
+            assert torch.equal(whole[k], torch.cat([part[k] for part in parts]))
+        at = torch.cat([part.masked + part.first * recipe.length for part in parts])  # places in the whole batch
+        assert torch.equal(whole.masked, at)
+        assert torch.equal(whole.masked, (whole.tokens != whole.noisy).flatten().nonzero()[:, 0])
+        noise = [train.step_noise(part, (16, 8, 8), 64, torch.device("cpu")) for part in (whole, *parts)]
+        assert torch.equal(noise[0], torch.cat(noise[1:], 1))
+    assert abs(noise[0].mean()) < 5 / noise[0].numel() ** 0.5 and abs(noise[0].std() - 1) < 0.02
+
+
+def test_workers_are_given_paths_and_not_arrays(tmp_path):
+    np.save(tmp_path / "latents.npy", np.zeros((1000, 2, 16, 8, 8), np.float16))
+    feed = train.Feed(data.World(), np.arange(100), data.Mapped(str(tmp_path / "latents.npy")))
+    tokenizer = DualDiffusion.load(SHIPPED).tokenizer
+    stream = train.Stream(feed, feed, tokenizer, train.RECIPES["tiny"]["3"], 0, slice(0, 64))
+    (whole,), copy = stream[3], pickle.dumps(stream)
+    assert len(copy) < 1_000_000  # the tokenizer, mostly; the latents have 4 million bytes
+    assert torch.equal(pickle.loads(copy)[3][0].images, whole.images)
+
+
+def in_process(monkeypatch, *args):
+    """train.py in this process and from this module, so that its parts can be replaced."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+    try:
+        train.main()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank, device, index", [(None, "cuda", 0), (None, "cuda:5", 5), (3, "cuda", 3)])
+def test_a_gpu_carries_its_number_and_no_other_is_touched(monkeypatch, rank, device, index):
+    """CUDA's calls, replaced by recorders: what a GPU would be asked for before anything is computed."""
+    seen = []
+
+    class Reached(Exception):
+        pass
+
+    def set_device(device):
+        seen.append(torch.device(device))
+        raise Reached
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    for name in ("zeros", "empty", "randn"):
+        def allocate(*args, made=getattr(torch, name), device="cpu", **kwargs):
+            assert torch.device(device).type == "cpu", "allocated on a GPU before one was chosen"
+            return made(*args, **kwargs)
+        monkeypatch.setattr(torch, name, allocate)
+    if rank is not None:
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 8}.items():
+            monkeypatch.setenv(name, str(value))
+    with pytest.raises(Reached):
+        in_process(monkeypatch, "--stage", 1, *(["--device", device] if ":" in device else []))
+    assert seen == [torch.device("cuda", index)]
+
+
+def test_a_step_waits_for_nothing():
+    """On the "meta" device there are shapes and no numbers: whatever a GPU would have to be waited for fails there."""
+    config = DDiTConfig(depth=1, width=64, heads=1, text_dim=8, vocab=50, pos_size=8)
+    with torch.device("meta"):
+        ddit, latents, t = DDiT(config), torch.zeros(4, 16, 8, 8), torch.zeros(4)
+        tokens = torch.zeros(4, 6, dtype=torch.long)
+        corruption = Corruption(t, latents, t, tokens, torch.zeros(7, dtype=torch.long))
+        losses = joint_loss(ddit, torch.nn.Embedding(50, 8), latents, tokens, tokens, corruption)
+    assert all(loss.shape == () and loss.device.type == "meta" for loss in losses)
+
+
+def test_a_stage_lets_go_of_what_learned_before_it_is_judged(tmp_path, monkeypatch):
+    """And makes one mesh, and leaves no gradient lying about between steps."""
+    alive, meshes, finish, make, views = [], [], train.finish, train.init_device_mesh, []
+
+    def look(*args):
+        gc.collect()
+        training = torch.optim.Optimizer, torch.distributed.fsdp.FSDPModule
+        alive.extend(type(x) for x in gc.get_objects() if issubclass(type(x), training))
+        finish(*args)
+
+    def optimizers(*args, made=train.make_optimizers):
+        made = made(*args)
+        views.extend(view for _, view in made[1])
+        return made
+
+    def save(*args, saved=train.save_checkpoint):
+        assert views and all(view.grad is None for view in views)
+        saved(*args)
+    monkeypatch.setattr(train, "finish", look)
+    monkeypatch.setattr(train, "make_optimizers", optimizers)
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(train, "init_device_mesh", lambda *args, **named: meshes.append(args) or make(*args, **named))
+    in_process(monkeypatch, "--stage", 1, "--steps", 2, "--out", tmp_path, *SMALL)
+    assert not alive and len(meshes) == 1
+
+
+def test_kept_latents_are_those_of_float32(tmp_path):
+    """A rounding there would stay for good."""
+    for dtype in ("fp32", "bf16"):
+        run("--stage", 1, "--steps", 1, "--out", tmp_path / dtype, *SMALL, "--dtype", dtype)
+    (a,), (b,) = ((tmp_path / dtype).glob("latents-*.npy") for dtype in ("fp32", "bf16"))
+    assert a.name == b.name and (np.load(a) == np.load(b)).all()
+
+
+def test_a_stage_ends_with_the_start_that_it_began_with(tmp_path):
+    """Stage 1, begun from the shipped file; then somebody makes a stage 0 beside it."""
+    args = ["--stage", 1, "--steps", 4, "--save-every", 2, "--out", tmp_path, *SMALL]
+    assert kill([*args, "--steps", 400], after=lambda: checkpoints(tmp_path))
+    run("--stage", 0, "--steps", 1, "--out", tmp_path, *SMALL)
+    run(*args[:2], "--steps", int(checkpoints(tmp_path)[-1][-8:]) + 1, *args[4:])
+    first, last = load_file(SHIPPED), weights(tmp_path)
+    for name in ("first_stage_model.encoder.conv_in.weight", "spiece_model"):
+        assert torch.equal(first[name], last[name])
+
+
+def test_learned_embeddings_are_never_rounded(tmp_path):
+    run("--stage", 1, "--steps", 2, "--out", tmp_path, *SMALL, "--text-encoder", "none")
+    run("--stage", 3, "--steps", 1, "--rate", 0, "--muon", 0, "--weight-decay", 0, "--learn-t5", "no", *SMALL,
+        "--dtype", "bf16", "--init", tmp_path / "stage1" / "model.safetensors", "--out", tmp_path)
+    before, after = weights(tmp_path), weights(tmp_path, 3)
+    name = "text_encoders.t5xxl.transformer.shared.weight"
+    assert torch.equal(before[name], after[name])
+
+
+def test_stage_3_keeps_the_size_it_starts_from(tmp_path, pictures):
+    dd = DualDiffusion.load(SHIPPED)
+    dd.config.settings.size = 32  # as stage 2hr leaves 512 where stage 2 had 256
+    dd.save(str(tmp_path / "small.safetensors"))
+    run("--stage", 3, "--init", tmp_path / "small.safetensors", "--data", pictures / "a.jsonl", "--steps", 1,
+        "--out", tmp_path, *SMALL)
+    assert json.load(open(tmp_path / "stage3" / "run.json"))["size"] == 32
+
+
+def test_changed_data_are_another_run(tmp_path, pictures):
+    """The data are compared, not where they lie."""
+    shutil.copytree(pictures, tmp_path / "here")
+    args = ["--stage", 1, "--init", SHIPPED, "--steps", 2, "--out", tmp_path, *SMALL]
+    run(*args, "--data", tmp_path / "here" / "b.jsonl")
+    os.rename(tmp_path / "here", tmp_path / "there")
+    run(*args, "--data", tmp_path / "there" / "b.jsonl")
+    text = (tmp_path / "there" / "b.jsonl").read_text()
+    (tmp_path / "there" / "b.jsonl").write_text(text.replace("noise in red", "something red", 1))
+    assert "holds a run with other settings (data" in run(*args, "--data", tmp_path / "there" / "b.jsonl", status=2)[1]
+
+
+def test_data_that_cannot_teach_what_a_stage_is_for(tmp_path, pictures):
+    rows = [json.loads(line) for line in open(pictures / "b.jsonl")]
+    for row in rows:
+        row["image"] = str(pictures / row["image"])
+    for name, wanted in (("captions", ("image", "caption")), ("questions", ("image", "question", "answer"))):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({k: row[k] for k in wanted}) for row in rows))
+    args = ["--steps", 1, "--out", tmp_path, *SMALL, "--data"]
+    err = run("--stage", 1, *args, tmp_path / "questions.jsonl", status=2)[1]
+    assert "no image has a caption, which stage 1 learns from" in err
+    err = run("--stage", 1, *args, tmp_path / "captions.jsonl")[1]
+    assert "know only coloured shapes" in err and "python train.py --stage 0 --data" in err
+    err = run("--stage", 3, "--init", SHIPPED, *args, tmp_path / "captions.jsonl")[1]
+    assert "no image has a question" in err
+    out = tmp_path / "other"
+    assert "answers" in run("--stage", 3, "--init", SHIPPED, *args[:2], "--out", out, *SMALL, "--data",
+                            tmp_path / "questions.jsonl")[0]
+
+
+def test_sheets_show_unseen_images_of_every_kind():
+    """In data sorted by kind, the first and the last eight would be of two."""
+    asked = []
+
+    class Sorted(data.World):
+        def image(self, i):
+            asked.append(i)
+            return super().image(i)
+    train.show(DualDiffusion.load(SHIPPED), Sorted(), np.arange(200))
+    assert len({i // 20 for i in asked}) > 4
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_checkpoint_runs_no_code(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted / "stage1", tmp_path / "stage1")
+    newest = checkpoints(tmp_path)[-1]
+    with open(os.path.join(newest, ".metadata"), "wb") as f:
+        pickle.dump(Bomb(tmp_path / "exploded"), f)
+    err = run("--stage", 1, "--steps", 12, "--save-every", 4, "--out", tmp_path, *SMALL)[1]
+    assert not (tmp_path / "exploded").exists()
+    assert f"{newest}: cannot be read" in err and "its .metadata names posix.system" in err and "8/12" in err
+
+
+def test_what_cannot_be_read_is_moved_aside_and_does_not_count(uninterrupted, tmp_path):
+    """A later empty checkpoint, a file of the name of the next, and a page that the disk has spoilt."""
+    shutil.copytree(uninterrupted / "stage1", tmp_path / "stage1")
+    folder = tmp_path / "stage1" / "checkpoints"
+    (folder / "step-00000099").mkdir()
+    spoilt = checkpoints(tmp_path)[2]
+    (part,) = glob.glob(f"{spoilt}/*.distcp")
+    with open(part, "r+b") as f:
+        f.seek(os.path.getsize(part) // 2)
+        f.write(os.urandom(4096))
+    err = run("--stage", 1, "--steps", 12, "--save-every", 4, "--out", tmp_path, *SMALL, "--keep", 1)[1]
+    assert "step-00000099: cannot be read" in err and "step-00000012: cannot be read" in err and "8/12" in err
+    assert sorted(os.listdir(folder)) == ["step-00000012", "step-00000012.unreadable", "step-00000099.unreadable"]
+    assert apart(state(tmp_path), state(uninterrupted)) == 0
+    (folder / "step-00000013").symlink_to(tmp_path)
+    run("--stage", 1, "--steps", 14, "--save-every", 1, "--out", tmp_path, *SMALL)
+    assert not (folder / "step-00000013").is_symlink() and (tmp_path / "stage1").exists()
+
+
+def test_a_finished_model_is_not_overwritten_and_links_are_not_followed(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted / "stage1", tmp_path / "stage1")
+    shutil.rmtree(tmp_path / "stage1" / "checkpoints")
+    args = ["--stage", 1, "--out", tmp_path, *SMALL, "--steps", 12]
+    assert "rate 0.002 is now 0.1" in run(*args, "--rate", 0.1, status=2)[1]
+    (tmp_path / "precious").write_text("mine")
+    for name in (".lock", "run.json.partial"):
+        (tmp_path / "stage1" / name).unlink(missing_ok=True)
+        (tmp_path / "stage1" / name).symlink_to(tmp_path / "precious")
+    assert ".lock" in run(*args, status=2)[1]
+    (tmp_path / "stage1" / ".lock").unlink()
+    run(*args)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_two_stages_do_not_encode_the_same_at_once(tmp_path):
+    """The second waits for the first's latents."""
+    args = ["--stage", 1, "--steps", 1, "--out", tmp_path, *SMALL]
+    run(*args)
+    (latents,) = tmp_path.glob("latents-*.npy")
+    os.remove(latents)
+    shutil.rmtree(tmp_path / "stage1")
+    with open(f"{latents}.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        running = subprocess.Popen(command(*args), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        time.sleep(6)
+        assert running.poll() is None and not latents.exists()
+    assert running.wait() == 0 and latents.exists()
 
 
 def test_learning_rate_rises_then_holds_or_falls():
