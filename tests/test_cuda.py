@@ -1,4 +1,4 @@
-"""On a GPU: the default commands, bf16 against the CPU's float32, and that a step waits for nothing. Skipped without."""
+"""On a GPU: the default commands, bf16 against the CPU's float32, and a step that waits for nothing."""
 import glob
 import json
 import os

@@ -1,6 +1,9 @@
 """The losses against closed forms, exhaustive enumeration and statistical bounds."""
+import glob
 import itertools
 import math
+import os
+import re
 
 import torch
 import torch.nn.functional as F
@@ -125,3 +128,17 @@ def test_the_stacked_pass_has_the_gradients_of_two_passes():
         return ddit(x, *rest, **named)
     alone = losses.joint_loss(counting, table, latents, captions, tokens, c, text_weight=0.2, image_weight=0)
     assert rows == [8] and alone[1] == 0 and torch.isclose(alone[2], text) and torch.isclose(alone[0], 0.2 * text)
+
+
+def test_the_equations_of_the_code_are_those_of_the_readme_s_table():
+    """`# Eq. N` stands in the file that README's table names for it, and nowhere else."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    in_code = {(os.path.basename(path), int(number)) for path in glob.glob(os.path.join(root, "*.py"))
+               for number in re.findall(r"# Eq\. (\d+)", open(path).read())}
+    in_table = set()
+    for line in open(os.path.join(root, "README.md")):
+        if line.startswith("| Eq. "):
+            numbers, where = line[6:].split(":")[0], re.search(r"`(\w+\.py)`", line)[1]
+            in_table |= {(where, int(number)) for number in numbers.split(",")}
+    assert in_code == in_table
+    assert {number for _, number in in_code} == set(range(1, 11)) - {4}  # 4, the Markov chain itself, is only described
