@@ -390,10 +390,10 @@ class Record(NamedTuple):
 
     @classmethod
     def read(cls, row, base, where, *inside):
-        """A JSON object in one of the forms that people have -> Record, or None where the image or all text is missing.
-        A "re_caption" counts alone; of many people's answers, the most frequent; of a conversation, every question with
-        the answer after it, as if nothing had been said before. `base`: the folder that paths start from; `where`: for
-        messages. Raises ValueError with one line."""
+        """A JSON object in one of the forms that people have -> Record, or None if the image or all text is missing. A
+        "re_caption" counts alone; of many people's answers the most frequent; of a conversation every question, each
+        alone, with the answer after it. `base`: the folder that paths start from; `where`: for messages. Raises
+        ValueError with one line."""
         try:
             image = row.get("image") or row.get("image_path") or row.get("file_name") or ""
             captions = [row[key] for key in ("re_caption", "caption", "text") if row.get(key)]
@@ -429,7 +429,7 @@ def parse(raw, where, kind):
     try:
         value = str(raw, "utf-8-sig") if kind is str else json.loads(raw)
     except (ValueError, RecursionError) as error:
-        why = first_line(error).replace("line 1 ", "")  # which line of `where` is said there
+        why = first_line(error).replace("line 1 ", "")  # `where` says which
         raise ValueError(f"{where}: not valid {'UTF-8' if kind is str else 'JSON'} ({why})") from None
     if not isinstance(value, kind):
         raise ValueError(f'{where}: want {"a list of " * (kind is list)}{{"image": path, "caption": text}}')
@@ -437,8 +437,7 @@ def parse(raw, where, kind):
 
 
 def read_json(path):
-    """The records of a .json list, or of a .jsonl of one object a line. A few images that do not exist are left out;
-    more than one in ten are taken for a mistake."""
+    """The records of a .json list, or of a .jsonl of one object a line. At most one image in ten may be missing."""
     number, missing, unit = 0, [], "item" if path.endswith(".json") else "line"
     with open_file(path) as f:
         for number, row in enumerate(parse(f.read(), path, list) if unit == "item" else f, 1):
@@ -490,7 +489,7 @@ def read_shard(path):
     try:
         with open_file(path) as f:
             if f.peek(2)[:2] == b"\x1f\x8b":
-                raise tarfile.ReadError("compressed: make it a plain one, gunzip < OLD > NEW.tar")
+                raise tarfile.ReadError("compressed; gunzip it first")
             tar = tarfile.open(path, "r:", f)
             for _, sample in itertools.groupby(tar, stem):
                 told, image, inside = {}, None, ()
@@ -515,8 +514,7 @@ def read_shard(path):
 
 
 class Mapped:
-    """A .npy's array, or any other file's bytes, memory-mapped when first used. Pickled as the path, so that processes
-    share one copy."""
+    """A .npy's array, or any other file's bytes, memory-mapped on first use. What is pickled is the path."""
     def __init__(self, path):
         self.path = path
 
@@ -609,8 +607,7 @@ def write_index(lines, paths):
     index, digest, left_out, captioned, questioned = array("q"), hashlib.sha256(), 0, 0, 0
     with replacing(lines) as beside, open(beside, "wb") as f:
         for path in tqdm(paths, desc="reading", unit="file", disable=len(paths) == 1):
-            shard = path.endswith((".tar", ".tar.gz", ".tgz"))
-            read = read_folder if os.path.isdir(path) else read_shard if shard else read_json
+            read = read_folder if os.path.isdir(path) else read_shard if path.endswith((".tar", ".gz")) else read_json
             before, base = f.tell(), path if os.path.isdir(path) else os.path.dirname(path)
             for record in read(path):
                 if record is None:
@@ -623,7 +620,7 @@ def write_index(lines, paths):
                 line = json.dumps(record, ensure_ascii=False)  # half a character ("\ud800") becomes "?"
                 f.write(line.encode(errors="replace") + b"\n")
             if f.tell() == before:
-                raise ValueError(f"{path}: holds no image with a text")
+                raise ValueError(f"{path}: holds no images that have a text")
         index.extend((f.tell(), 0))
         f.write(json.dumps([digest.hexdigest()[:12], captioned, questioned]).encode())
     with replacing(f"{lines}.npy") as beside, open(beside, "wb") as f:
