@@ -331,7 +331,6 @@ def question_ids(tokenizer, question, answer, length):
 
 # ---------------------------------------------------------------- the user's images and texts
 
-
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # what Pillow decodes by itself
 EXTENSIONS = tuple(end for end, name in Image.registered_extensions().items() if name in FORMATS)
 
