@@ -1,9 +1,9 @@
 """What it learns from: the built-in world of coloured shapes, and the user's own images and texts.
 
 A source of data, whichever it is, is indexed: `image(i)` is a picture, `caption(i, rng)` one of its captions,
-`question(i, rng)` one of its questions with the answer. `World` draws scenes, endless and free; `Records` reads the
-user's files. The world also judges: `read_scene` recovers the objects of a drawn image without any network, and
-`telling_holds` says whether a sentence is true of a scene.
+`question(i, rng)` one of its questions with the answer, `fingerprint` what tells it from other sources. `World` draws
+scenes, endless and free; `Records` reads the user's files. The world also judges: `read_scene` recovers the objects of
+a drawn image without any network, and `telling_holds` says whether a sentence is true of a scene.
 """
 import argparse
 import colorsys
@@ -12,18 +12,20 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
 import tarfile
 import tempfile
+import warnings
 import zlib
 from array import array
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 # ---------------------------------------------------------------- the world
@@ -81,6 +83,7 @@ class World:
     that are asked, equally often; one that is listed twice, twice as often."""
     def __init__(self, seed=0, pairs="train", kinds=KINDS):
         self.seed, self.pairs, self.kinds = seed, pairs, kinds
+        self.fingerprint = f"{zlib.crc32(repr((seed, pairs, *kinds)).encode()):08x}"
 
     def __len__(self):
         return 2 ** 62
@@ -328,13 +331,28 @@ def question_ids(tokenizer, question, answer, length):
 
 # ---------------------------------------------------------------- the user's images and texts
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # what Pillow decodes by itself
+EXTENSIONS = tuple(end for end, name in Image.registered_extensions().items() if name in FORMATS)
 
-def load_image(path, width, height=None, file=None):
-    """Any picture file -> RGB image of width x height (square if only one is given): turned upright by its EXIF note,
-    transparency on white, resized (bicubic) to cover, centre cropped. `file`: bytes to read instead of opening `path`.
-    Raises ValueError if it is no picture, or one of more than 179 million pixels."""
+
+def open_file(path):
+    """A user's file, to read bytes from. Not a pipe, which might wait for ever, nor a device, which may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: not a regular file")
+    return open(path, "rb")
+
+
+def load_image(path, width, height=None, inside=("", 0, -1)):
+    """An image file of one of FORMATS -> RGB image of width x height (square if only one is given): turned upright by
+    its EXIF note, transparency on white, resized (bicubic) to cover, centre cropped. `inside`: see `Record`. Raises
+    ValueError if it is no image, or one of more than 179 million pixels."""
+    shard, start, count = inside
+    raw = None
     try:
-        with Image.open(io.BytesIO(file) if file is not None else path) as image:
+        with open_file(shard or path) as f:
+            f.seek(start)
+            raw = f.read(count)
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(raw), formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # grey in 16 bits, or in fractions of 1
                 grey = np.asarray(image).astype(float) * (255 if image.mode == "F" else 1 / 257)
@@ -346,8 +364,8 @@ def load_image(path, width, height=None, file=None):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None
     except Exception as error:  # Pillow's many decoders raise whatever they like
-        empty = file == b"" or file is None and os.path.isfile(path) and os.path.getsize(path) == 0
-        why = "the file is empty" if empty else (str(error).splitlines() or [type(error).__name__])[0]
+        unknown = isinstance(error, UnidentifiedImageError) and f"none of {', '.join(FORMATS)}"
+        why = "the file is empty" if raw == b"" else unknown or first_line(error)
         raise ValueError(f"{path}: cannot be read as an image ({why})") from None
 
 
@@ -367,71 +385,82 @@ class Record(NamedTuple):
     image: str                # a path; in a .tar, the shard's path and the member's name
     captions: tuple           # of str; may be empty where there are questions
     asked: tuple              # of (question, answer)
-    inside: tuple = ()        # in a .tar: where the image's bytes begin, and how many there are
-
-    @property
-    def file(self):
-        """The file on disk that the image is, or is in."""
-        return self.image[:self.image.index(".tar/") + 4] if self.inside else self.image
+    inside: tuple = ("", 0, -1)  # where its bytes are: shard ("": a file of its own), the first, how many (-1: all)
 
     @classmethod
-    def read(cls, row, base, where, inside=()):
-        """A JSON object in one of the forms that people have -> Record; None for a conversation about no image, of
-        which LLaVA's set has some. `base`: the folder that paths start from; `where`: for messages. Raises ValueError
-        with one line."""
-        if not isinstance(row, dict):
-            raise ValueError(f'{where}: want an object like {{"image": path, "caption": text}}')
+    def read(cls, row, base, where, *inside):
+        """A JSON object in one of the forms that people have -> Record, or None if the image or all text is missing. A
+        "re_caption" counts alone; of many people's answers the most frequent; of a conversation every question, each
+        alone, with the answer after it. `base`: the folder that paths start from; `where`: for messages. Raises
+        ValueError with one line."""
         try:
-            image = next((row[key] for key in ("image", "image_path", "file_name") if key in row), None)
-            captions = [row[key] for key in ("caption", "re_caption", "text") if row.get(key) is not None]
-            asked = []
-            if "question" in row:
-                answers = row.get("answers", row.get("answer"))
-                answers = answers if isinstance(answers, list) else [answers]
-                answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
-                asked = [(row["question"], max(answers, key=answers.count, default=None))]  # ten people: what most said
-            turns = row.get("conversations", [])  # LLaVA: a human and the model in turn
+            image = row.get("image") or row.get("image_path") or row.get("file_name") or ""
+            captions = [row[key] for key in ("re_caption", "caption", "text") if row.get(key)]
+            answers = row.get("answers", row.get("answer"))
+            answers = answers if isinstance(answers, list) else [answers]
+            answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
+            answer = max(filter(None, answers), key=answers.count, default=None)
+            asked = [(row["question"], answer)] if row.get("question") and answer else []
+            turns = row.get("conversations") or []  # LLaVA: a human and the model in turn
             asked += [(a["value"].replace("<image>", "").strip(), b["value"].strip()) for a, b in zip(turns, turns[1:])
                       if (a["from"], b["from"]) == ("human", "gpt")]
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{where}: not in a form that this program knows") from None
-        if image is None and turns:
-            return None
-        if not isinstance(image, str):
-            raise ValueError(f'{where}: names no image ("image", "image_path" or "file_name")')
-        if not captions and not asked:
-            raise ValueError(f'{where}: has neither "caption" nor "question" with "answer", nor "conversations"')
-        if not all(isinstance(text, str) for text in (*captions, *(text for pair in asked for text in pair))):
-            raise ValueError(f"{where}: captions, questions and answers are strings")
-        return cls(os.path.join(base, image), tuple(captions), tuple(asked), inside)
+        if not all(isinstance(text, str) for text in (image, *captions, *itertools.chain(*asked))):
+            raise ValueError(f"{where}: images, captions, questions and answers are strings")
+        if image and captions + asked:
+            captions = captions[:1] if row.get("re_caption") else captions
+            return cls(os.path.join(base, image), tuple(captions), tuple(asked), *inside)
 
 
 def expand(pattern):
     """"d/{000..002}.tar" -> ["d/000.tar", "d/001.tar", "d/002.tar"], as a shell would."""
-    braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not braces:
-        return [pattern]
-    first, last = braces.groups()
-    return [path for n in range(int(first), int(last) + 1)
-            for path in expand(f"{pattern[:braces.start()]}{n:0{len(first)}d}{pattern[braces.end():]}")]
+    texts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)  # text, first, last, text, ...
+    spans = [range(int(first), int(last) + 1) for first, last in zip(texts[1::3], texts[2::3])]
+    if not 1 <= math.prod(map(len, spans)) <= 1_000_000:
+        raise ValueError(f"{pattern}: stands for no file, or for more than a million")
+    numbers = ([f"{n:0{len(first)}d}" for n in span] for first, span in zip(texts[1::3], spans))
+    return ["".join(map("".join, zip(texts[::3], (*some, "")))) for some in itertools.product(*numbers)]
+
+
+def parse(raw, where, kind):
+    """Bytes -> the text (`kind` str) or JSON (list, dict) that they are. Raises ValueError with one line."""
+    try:
+        value = str(raw, "utf-8-sig") if kind is str else json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        why = first_line(error).replace("line 1 ", "")  # `where` says which
+        raise ValueError(f"{where}: not valid {'UTF-8' if kind is str else 'JSON'} ({why})") from None
+    if not isinstance(value, kind):
+        raise ValueError(f'{where}: want {"a list of " * (kind is list)}{{"image": path, "caption": text}}')
+    return value
 
 
 def read_json(path):
-    """The records of a .json list, or of a .jsonl of one object a line."""
-    number = 0
-    with open(path, encoding="utf-8-sig") as f:
-        try:
-            rows = json.load(f) if path.endswith(".json") else (json.loads(line.strip() or "null") for line in f)
-            for number, row in enumerate(rows, 1):
-                if row is None:
-                    continue
-                where = f"{path}, {'item' if path.endswith('.json') else 'line'} {number}"
-                record = Record.read(row, os.path.dirname(path), where)
-                if record and not os.path.isfile(record.image):
-                    raise FileNotFoundError(f"{where}: no such image: {record.image}")
+    """The records of a .json list, or of a .jsonl of one object a line. At most one image in ten may be missing."""
+    number, missing, unit = 0, [], "item" if path.endswith(".json") else "line"
+    with open_file(path) as f:
+        for number, row in enumerate(parse(f.read(), path, list) if unit == "item" else f, 1):
+            where = f"{path}, {unit} {number}"
+            if unit == "line" and not (row := row.strip()):
+                continue
+            record = Record.read(parse(row, where, dict) if unit == "line" else row, os.path.dirname(path), where)
+            if record and not os.path.isfile(record.image):
+                missing.append(f"{where}: no such image: {record.image}")
+            else:
                 yield record
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number + error.lineno}: not valid JSON ({error.msg})") from None
+    if len(missing) * 10 > number:
+        raise ValueError(f"{missing[0]} ({len(missing)} of {number} are missing)")
+    if missing:
+        print(f"warning: left out {len(missing)} of {number}: {'; '.join(missing[:3])}", file=sys.stderr)
+
+
+def files_of(path):
+    """All files in a folder, in order, or the one that `path` is. A folder in it that cannot be opened is an error."""
+    def stop(error):
+        raise error
+
+    found = os.walk(path, onerror=stop) if os.path.isdir(path) else [("", [], [path])]
+    return [os.path.join(at, name) for at, _, names in sorted(found) for name in sorted(names)]
 
 
 def read_folder(path):
@@ -440,41 +469,61 @@ def read_folder(path):
     if os.path.exists(listed := os.path.join(path, "metadata.jsonl")):
         yield from read_json(listed)
         return
-    for folder, _, names in sorted(os.walk(path)):
-        for name in sorted(names):
-            stem, extension = os.path.splitext(os.path.join(folder, name))
-            if extension.lower() in Image.registered_extensions():
-                text = os.path.basename(os.path.abspath(folder)).replace("_", " ")
-                if os.path.exists(stem + ".txt"):
-                    with open(stem + ".txt", encoding="utf-8") as f:
-                        text = f.read().strip()
-                yield Record(os.path.join(folder, name), (text,), ())
+    for image in (file for file in files_of(path) if file.lower().endswith(EXTENSIONS)):
+        text = os.path.basename(os.path.dirname(os.path.abspath(image))).replace("_", " ")
+        if os.path.exists(told := os.path.splitext(image)[0] + ".txt"):
+            with open_file(told) as f:
+                text = parse(f.read(), told, str).strip()
+        yield Record.read({"image": image, "caption": text}, "", image)
 
 
 def read_shard(path):
     """The records of a WebDataset shard, a .tar of images, each with its .txt or .json, in one pass over the headers.
-    Members of one sample share their name up to the first dot."""
+    Members of one sample share their name up to the first dot (a dot that it begins with does not count)."""
     def stem(member):
-        head, name = os.path.split(member.name)
-        return head, name.split(".")[0]
+        if member.size < 0:  # would be read over and over
+            raise tarfile.ReadError(f"{member.name} has a negative size")
+        return re.match(r"(.*/)?\.*[^.]*", os.path.normpath(member.name))[0]
 
     try:
-        with tarfile.open(path) as tar:
-            for _, sample in itertools.groupby(filter(tarfile.TarInfo.isfile, tar), stem):
-                told, image = {}, None
+        with open_file(path) as f:
+            if f.peek(2)[:2] == b"\x1f\x8b":
+                raise tarfile.ReadError("compressed; gunzip it first")
+            tar = tarfile.open(path, "r:", f)
+            for _, sample in itertools.groupby(tar, stem):
+                told, image, inside = {}, None, ()
                 for member in sample:
-                    extension = os.path.splitext(member.name)[1].lower()
-                    if extension == ".txt":
-                        told["caption"] = tar.extractfile(member).read().decode().strip()
-                    elif extension == ".json":
-                        told |= json.loads(tar.extractfile(member).read())
-                    elif extension in Image.registered_extensions():
-                        image = member
-                if image:
-                    name, inside = f"{path}/{image.name}", (image.offset_data, image.size)
-                    yield Record.read(told | {"image": name}, "", name, inside) if told else None
-    except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+                    name = member.name.lower()
+                    if name.endswith(".txt"):
+                        told["caption"] = parse(tar.extractfile(member).read(), member.name, str).strip()
+                    elif name.endswith(".json"):
+                        told |= parse(tar.extractfile(member).read(), member.name, dict)
+                    elif name.endswith(EXTENSIONS) and member.isfile():
+                        if image:
+                            raise ValueError(f"{member.name}: a second image, in the sample of {image}")
+                        image, inside = member.name, (path, member.offset_data, member.size)
+                if told or image:
+                    yield Record.read(told | {"image": image}, path, image, inside)
+            f.seek(tar.offset)  # tarfile takes a damaged header for the end; but after the end there are only zeros
+            rest = f.read(2 ** 20)
+            if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+                raise tarfile.ReadError(f"cut off or damaged at byte {tar.offset}")
+    except Exception as error:  # of damaged headers tarfile raises whatever it likes
         raise ValueError(f"{path}: not a readable .tar shard ({error})") from None
+
+
+class Mapped:
+    """A .npy's array, or any other file's bytes, memory-mapped on first use. What is pickled is the path."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Mapped, (self.path,)
+
+    @functools.cached_property
+    def array(self):
+        array = np.load(self.path, mmap_mode="r") if self.path.endswith(".npy") else np.memmap(self.path, mode="r")
+        return np.asarray(array)  # of which a row is found sooner
 
 
 class Records:
@@ -483,75 +532,58 @@ class Records:
     record noted in an index on disk, so that afterwards any of them is one seek away and none lies in memory.
 
     size: side of the images, pixels; folder: where to keep the index for the next time. A bad line ends the reading
-    and is named; an image is first opened when it is asked for."""
+    and is named; an image is first opened when it is asked for. captioned, questioned: how many have a caption, a
+    question; fingerprint: of all names and texts, wherever the data lie."""
     def __init__(self, paths, size, folder=None):
         self.size, stamp = size, []
         paths = [path for given in ([paths] if isinstance(paths, str) else paths) for path in expand(given)]
         for path in paths:
             if not os.path.exists(path):
                 raise FileNotFoundError(f"{path}: no such file or folder to train on")
-            files = [os.path.join(at, name) for at, _, names in sorted(os.walk(path)) for name in sorted(names)]
-            stamp += [(file, os.stat(file).st_mtime_ns) for file in files or [path]]
+            stamp += [(file, os.path.exists(file) and os.stat(file).st_mtime_ns) for file in files_of(path)]
         key = hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]
         if folder is None:
             self.temporary = tempfile.TemporaryDirectory()
             folder = self.temporary.name
-        self.lines = os.path.join(folder, f"records-{key}.jsonl")
-        if not os.path.exists(f"{self.lines}.npy"):
-            self.note(paths)
-        self.starts, self.hashes = np.load(f"{self.lines}.npy", mmap_mode="r").T  # where lines start; of image names
+        lines = os.path.join(folder, f"records-{key}.jsonl")
+        try:
+            self.open(lines)
+        except Exception:  # not there yet, or left short by a power cut
+            os.makedirs(folder, exist_ok=True)
+            write_index(lines, paths)
+            self.open(lines)
 
-    def note(self, paths):
-        starts, hashes, left_out = array("q"), array("q"), 0
-        os.makedirs(os.path.dirname(self.lines), exist_ok=True)
-        with open(self.lines, "wb") as f:
-            for path in tqdm(paths, desc="reading", unit="file", disable=len(paths) == 1):
-                read = read_folder if os.path.isdir(path) else read_shard if path.endswith(".tar") else read_json
-                before, base = len(starts), path if os.path.isdir(path) else os.path.dirname(path)
-                for record in read(path):
-                    if record is None:
-                        left_out += 1
-                        continue
-                    starts.append(f.tell())
-                    hashes.append(zlib.crc32(os.path.relpath(record.image, base).encode()))
-                    f.write(json.dumps(record).encode() + b"\n")
-                if len(starts) == before:
-                    raise ValueError(f"{path}: holds no images")
-        if left_out:
-            print(f"warning: records without an image or a text, left out: {left_out}", file=sys.stderr)
-        with open(f"{self.lines}.partial", "wb") as f:
-            np.save(f, np.stack([starts, hashes], 1))
-        os.replace(f"{self.lines}.partial", f"{self.lines}.npy")
+    def open(self, lines):
+        """The index: a record a line, and at last what they are together; where each line starts; hashes of images."""
+        self.lines, self.index = Mapped(lines), Mapped(f"{lines}.npy")
+        end = self.lines.array[self.index.array[-1, 0]:].tobytes()
+        self.fingerprint, self.captioned, self.questioned = json.loads(end)
 
     def __len__(self):
-        return len(self.starts)
+        return len(self.index.array) - 1
 
     def row(self, i):
-        with open(self.lines, "rb") as f:
-            f.seek(self.starts[i])
-            image, captions, asked, inside = json.loads(f.readline())
+        start, end = self.index.array[i:i + 2, 0]
+        image, captions, asked, inside = json.loads(self.lines.array[start:end].tobytes())
         return Record(image, tuple(captions), tuple(map(tuple, asked)), tuple(inside))
 
     def version(self, ids):
         """What those images depend on: their names, when they were last changed, and the size they are brought to."""
-        return self.size, [(row.image, os.stat(row.file).st_mtime_ns) for row in map(self.row, ids)]
+        rows = [(row.image, row.inside[0] or row.image) for row in map(self.row, ids)]
+        return self.size, [(image, os.path.exists(file) and os.stat(file).st_mtime_ns) for image, file in rows]
 
     def split(self, count):
         """Keep some pictures apart, at most `count` and at most one in twenty, but one at least, chosen by the hash of
         their names, so that all records of a picture go one way -> indices kept apart, indices of the others."""
-        pictures = np.unique(self.hashes)
+        hashes = self.index.array[:-1, 1]
+        pictures = np.unique(hashes)
         last = pictures[max(1, min(count, len(pictures) // 20)) - 1]
-        return np.flatnonzero(self.hashes <= last), np.flatnonzero(self.hashes > last)
+        return np.flatnonzero(hashes <= last), np.flatnonzero(hashes > last)
 
     def image(self, i):
         """-> (size,size,3) uint8. Raises ValueError naming the image if it cannot be read."""
-        row, file = self.row(i), None
-        if row.inside:
-            start, count = row.inside
-            with open(row.file, "rb") as f:
-                f.seek(start)
-                file = f.read(count)
-        return np.asarray(load_image(row.image, self.size, file=file))
+        row = self.row(i)
+        return np.asarray(load_image(row.image, self.size, inside=row.inside))
 
     def readable(self, i):
         try:
@@ -561,14 +593,39 @@ class Records:
         return True
 
     def caption(self, i, rng):
-        """One of its captions; a record that has none is told by a question with its answer."""
-        row = self.row(i)
-        return pick(rng, row.captions) if row.captions else " ".join(pick(rng, row.asked))
+        """One of its captions; None if it has none."""
+        return pick(rng, self.row(i).captions or (None,))
 
     def question(self, i, rng):
         """-> question, answer; None if it has none."""
-        asked = self.row(i).asked
-        return pick(rng, asked) if asked else None
+        return pick(rng, self.row(i).asked or (None,))
+
+
+def write_index(lines, paths):
+    """Read the data, and write what `Records.open` opens."""
+    index, digest, left_out, captioned, questioned = array("q"), hashlib.sha256(), 0, 0, 0
+    with replacing(lines) as beside, open(beside, "wb") as f:
+        for path in tqdm(paths, desc="reading", unit="file", disable=len(paths) == 1):
+            read = read_folder if os.path.isdir(path) else read_shard if path.endswith((".tar", ".gz")) else read_json
+            before, base = f.tell(), path if os.path.isdir(path) else os.path.dirname(path)
+            for record in read(path):
+                if record is None:
+                    left_out += 1
+                    continue
+                name = os.path.relpath(record.image, base)
+                digest.update(repr((name, record[1:3], record.inside[1:])).encode())
+                captioned, questioned = captioned + bool(record.captions), questioned + bool(record.asked)
+                index.extend((f.tell(), zlib.crc32(name.encode(errors="replace"))))
+                line = json.dumps(record, ensure_ascii=False)  # half a character ("\ud800") becomes "?"
+                f.write(line.encode(errors="replace") + b"\n")
+            if f.tell() == before:
+                raise ValueError(f"{path}: holds no images that have a text")
+        index.extend((f.tell(), 0))
+        f.write(json.dumps([digest.hexdigest()[:12], captioned, questioned]).encode())
+    with replacing(f"{lines}.npy") as beside, open(beside, "wb") as f:
+        np.save(f, np.reshape(index, (-1, 2)))
+    if left_out:
+        print(f"warning: records without an image or a text, left out: {left_out}", file=sys.stderr)
 
 
 def draw_rows(seed, first, count, total, block=10_000):
@@ -578,23 +635,18 @@ def draw_rows(seed, first, count, total, block=10_000):
     rows = []
     for at in range(first, first + count):
         epoch, place = divmod(at, total)
-        blocks, ends = block_order(seed, epoch, total, block)
-        k = int(np.searchsorted(ends, place, side="right"))
-        start = int(blocks[k]) * block
-        inside = order(seed, epoch, start, min(block, total - start))
-        rows.append(start + int(inside[place - (ends[k - 1] if k else 0)]))
+        blocks = shuffled(-(-total // block), seed, epoch)
+        lacking = len(blocks) * block - total  # in the data's last block: places after it move up
+        if place >= (blocks.argmax() + 1) * block - lacking:
+            place += lacking
+        start = int(blocks[place // block]) * block
+        rows.append(start + int(shuffled(min(block, total - start), seed, epoch, 1 + start)[place % block]))
     return rows
 
 
-@functools.lru_cache(maxsize=2)
-def block_order(seed, epoch, total, block):
-    blocks = np.random.default_rng([seed, epoch]).permutation(-(-total // block))
-    return blocks, np.cumsum(np.minimum(block, total - blocks * block))
-
-
-@functools.lru_cache(maxsize=8)
-def order(seed, epoch, start, count):
-    return np.random.default_rng([seed, epoch, 1 + start]).permutation(count)
+@functools.lru_cache(maxsize=16)
+def shuffled(count, *seed):
+    return np.random.default_rng(seed).permutation(count)
 
 
 # ---------------------------------------------------------------- files that are written
@@ -608,7 +660,8 @@ def first_line(error):
 @contextmanager
 def replacing(path):
     """-> where to write a file: beside `path`, which it replaces once it is whole and on the disk. So nobody ever meets
-    half a file, and a full disk or a Ctrl-C leaves what was there. Raises OSError with one line."""
+    half a file, and a full disk or a Ctrl-C leaves what was there. Raises OSError with one line; a mistake in what is
+    to be written (ValueError) or in another file passes as it is."""
     beside = f"{path}.partial"
     try:
         if os.path.lexists(beside):  # left by a kill; or a link, through which nothing must be written
@@ -623,7 +676,8 @@ def replacing(path):
     except BaseException as error:
         if os.path.isfile(beside):
             os.remove(beside)
-        if not isinstance(error, Exception):
+        other = getattr(error, "filename", None) not in (None, beside)
+        if other or isinstance(error, ValueError) or not isinstance(error, Exception):
             raise
         raise OSError(f"{path}: could not be written ({first_line(error)})") from None
 
@@ -642,7 +696,8 @@ def sheet(path, cells, columns=4, width=192):
             row.paste(Image.fromarray(image).resize((width, width), Image.Resampling.NEAREST), (k * (width + 8) + 4, 4))
             ImageDraw.Draw(row).text((k * (width + 8) + 4, width + 6), text, fill="black", font=font, spacing=2)
         rows.append(np.asarray(row))
-    Image.fromarray(np.concatenate(rows)).save(path)
+    with replacing(path) as beside:
+        Image.fromarray(np.concatenate(rows)).save(beside, format="PNG")
 
 
 def wrap(text, font, width):
@@ -664,17 +719,18 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="data.png")
     args = parser.parse_args()
+    if args.num < 1 or args.size < 16 or args.size % 16:
+        raise ValueError("--num wants 1 or more, --size a multiple of 16")
     source, rng = Records(args.data, args.size) if args.data else World(args.seed), np.random.default_rng(args.seed)
     cells, bad = [], []
     for i in rng.permutation(min(len(source), 10_000)):
         try:
             image = source.image(int(i))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             bad.append(str(error))
             continue
-        asked = source.question(int(i), rng)
-        text = f"[{source.caption(int(i), rng)}]" + (f"\nQ: {asked[0]} A: [{asked[1]}]" if asked else "")
-        cells.append((image, text))
+        told, asked = source.caption(int(i), rng), source.question(int(i), rng)
+        cells.append((image, f"[{told or ''}]" + (f"\nQ: {asked[0]} A: [{asked[1]}]" if asked else "")))
         if len(cells) == args.num:
             break
     for line in bad:
@@ -692,3 +748,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("stopped")

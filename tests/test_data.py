@@ -2,8 +2,12 @@
 import io
 import json
 import os
+import pickle
+import resource
+import shutil
 import sys
 import tarfile
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -185,7 +189,7 @@ def test_a_folder(pictures):
 
 
 ROWS = [({"image": "0.png", "caption": "zero"}, (0, ("zero",), ())),
-        ({"image_path": "1.png", "caption": "one", "re_caption": "a one"}, (10, ("one", "a one"), ())),
+        ({"image_path": "1.png", "caption": "one", "re_caption": "a one"}, (10, ("a one",), ())),
         ({"image": "2.png", "question": "which?", "answers": "two"}, (20, (), (("which?", "two"),))),
         ({"image": "3.png", "question": "?", "answers": [{"answer": "b"}, {"answer": "a"}, {"answer": "a"}]},
          (30, (), (("?", "a"),))),
@@ -207,8 +211,9 @@ def test_json_in_every_form(pictures, ending, capsys):
         (pictures / "d.json").write_text(json.dumps(rows))
     records = data.Records(path, 16)
     assert said(records) == list(wanted) and "left out: 1" in capsys.readouterr().err
-    assert records.question(4, RNG) in wanted[4][2] and records.caption(2, RNG) == "which? two"
-    assert {records.caption(1, RNG) for _ in range(50)} == {"one", "a one"}
+    assert {records.question(4, RNG) for _ in range(50)} == set(wanted[4][2])
+    assert [records.caption(i, RNG) for i in range(5)] == ["zero", "a one", None, None, None]
+    assert (records.captioned, records.questioned) == (2, 3) and records.question(0, RNG) is None
     assert len(data.Records([path, path], 16)) == 2 * len(wanted)
 
 
@@ -237,8 +242,207 @@ def test_webdataset_shards(pictures):
     (pictures / "s-002.tar").write_bytes((pictures / "s-001.tar").read_bytes()[:700])
     with pytest.raises(ValueError, match="s-002.tar: not a readable .tar shard"):
         data.Records(str(pictures / "s-002.tar"), 16)
+    with tarfile.open(pictures / "s-005.tar.gz", "w:gz") as tar:
+        add(tar, "a.txt", b"text")
+    for name in ("s-005.tar.gz", "s-006.tar"):
+        shutil.copy(pictures / "s-005.tar.gz", pictures / "s-006.tar")
+        with pytest.raises(ValueError, match=f"{name}: not a readable .tar shard .compressed; gunzip it first"):
+            data.Records(str(pictures / name), 16)
     with pytest.raises(FileNotFoundError, match="s-003.tar"):
         data.Records(str(pictures / "s-{003..004}.tar"), 16)
+
+
+def make_shard(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            add(tar, name, content)
+    return str(path)
+
+
+def test_damaged_shards_are_reported(pictures):
+    """Cut off anywhere, or with any header overwritten: never fewer images without a word. Only what follows the first
+    block of zeros may be missing."""
+    image = (pictures / "1.png").read_bytes()
+    path = make_shard(pictures / "s.tar", [
+        (f"{k:03d}.{end}", content) for k in range(20)
+        for end, content in (("png", image + b"x" * (97 * k % 600)), ("txt", b"text"))])
+    whole, rng = (pictures / "s.tar").read_bytes(), np.random.default_rng(0)
+    headers = [member.offset for member in tarfile.open(path)]
+    end = tarfile.open(path).getmembers()[-1].offset + 1024  # the header and the text
+    cut = {int(n) for n in rng.integers(0, len(whole), 200)} | {*headers, end, end + 511, end + 512}
+    assert min(cut) < end < max(cut)
+    damaged = [(whole[:n], n >= end + 512) for n in sorted(cut)]
+    for at in (headers[k] for k in rng.integers(0, len(headers), 60)):
+        blocks = rng.bytes(512), bytes(512), b"\xff" * 512
+        damaged += [(whole[:at] + block + whole[at + 512:], False) for block in blocks]
+    for content, harmless in damaged:
+        (pictures / "s.tar").write_bytes(content)
+        if harmless:
+            assert len(list(data.read_shard(path))) == 20
+        else:
+            with pytest.raises(ValueError, match="s.tar: not a readable .tar shard") as raised:
+                list(data.read_shard(path))
+            assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("size", [-1, -512, -10 ** 6, 10 ** 15, 10 ** 24])
+@pytest.mark.parametrize("name, kind", [("a.txt", tarfile.REGTYPE), ("b.png", tarfile.REGTYPE), ("c", b"?"),
+                                        ("d", tarfile.GNUTYPE_LONGNAME), ("e", tarfile.XHDTYPE)])
+def test_members_of_impossible_size(tmp_path, size, name, kind):
+    path = make_shard(tmp_path / "s.tar", [("0.txt", b"text")])
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    content = (tmp_path / "s.tar").read_bytes()
+    (tmp_path / "s.tar").write_bytes(content[:1024] + member.tobuf(tarfile.GNU_FORMAT) + content[1024:])
+    with pytest.raises(ValueError, match="s.tar: not a readable .tar shard"):
+        list(data.read_shard(path))
+
+
+def test_names_in_shards(pictures):
+    image = (pictures / "1.png").read_bytes()
+    (pictures / "x.tar").mkdir()  # a folder of that name is no shard
+    path = make_shard(pictures / "x.tar" / "s.tar", [
+        ("./a.png", image), ("a.txt", b"a"), (".hidden.png", image), (".hidden.txt", b"hidden"), (".b.png", image),
+        (".b.txt", b"\xef\xbb\xbfb"), ("c.old/c.PNG", image), ("c.old/c.json", b'{"caption": "c"}')])
+    records = data.Records([path, str(pictures / "x.tar" / "s.tar")], 16)
+    assert said(records) == 2 * [(10, (text,), ()) for text in ("a", "hidden", "b", "c")]
+    records.version(range(8))
+    shutil.copy(pictures / "2.png", pictures / "x.tar" / "2.png")
+    os.remove(path)
+    assert said(data.Records(str(pictures / "x.tar"), 16)) == [(20, ("x.tar",), ())]
+    for wrong, content, message in (("a.json", b"[7]", "want"), ("a.txt", b"\xff", "not valid UTF-8"),
+                                    ("a.seg.png", image, "a second image, in the sample of a.png")):
+        with pytest.raises(ValueError, match=f"s.tar: not a readable .tar shard .{wrong}: {message}"):
+            data.Records(make_shard(path, [("a.png", image), (wrong, content)]), 16)
+
+
+@pytest.mark.parametrize("pattern, count", [("{000..999999999}.tar", 0), ("{9..1}.tar", 0), ("{1..9999}{1..9999}", 0),
+                                            ("a{08..10}b{1..2}c", 6), ("plain", 1), ("{a..c}", 1)])
+def test_patterns(pattern, count):
+    if count:
+        assert len(data.expand(pattern)) == count
+        assert count < 6 or data.expand(pattern)[1:3] == ["a08b2c", "a09b1c"]
+    else:
+        with pytest.raises(ValueError, match="no file, or for more than a million"):
+            data.expand(pattern)
+
+
+def test_what_is_no_regular_file_is_refused(pictures):
+    """A pipe would wait for ever, a device never end. A symbolic link to a file is one."""
+    os.mkfifo(pictures / "pipe.png")
+    os.symlink("/dev/zero", pictures / "zero.png")
+    os.symlink("1.png", pictures / "link.png")
+    for name in ("pipe.png", "zero.png"):
+        with pytest.raises(ValueError, match=f"{name}: cannot be read as an image .*not a regular file"):
+            data.load_image(str(pictures / name), 16)
+    rows = [{"image": f"{k}.png", "caption": "c"} for k in range(6)] * 2
+    path = write_jsonl(pictures / "d.jsonl", [*rows, {"image": "link.png", "caption": "link"}])
+    assert len(data.Records(path, 16)) == 13
+    for name in ("d.jsonl", "d.json", "d.tar"):
+        os.replace(pictures / "pipe.png", pictures / name)
+        with pytest.raises(ValueError, match=f"{name}: .*not a regular file"):
+            data.Records(str(pictures / name), 16)
+        os.replace(pictures / name, pictures / "pipe.png")
+    os.symlink("/dev/zero", pictures / "0.txt")
+    with pytest.raises(ValueError, match="0.txt: not a regular file"):
+        data.Records(str(pictures), 16)
+
+
+def test_only_plain_image_formats_are_read(tmp_path):
+    """By its content a file could be a program for another one to run (PostScript), whatever its name is."""
+    save(tmp_path / "x.eps", "RGB", "red")
+    os.replace(tmp_path / "x.eps", tmp_path / "x.png")
+    with pytest.raises(ValueError, match="x.png: cannot be read as an image .none of JPEG, PNG"):
+        data.load_image(tmp_path / "x.png", 16)
+    for end in (".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ppm", ".avif", ".jp2"):
+        assert end in data.EXTENSIONS
+        image = np.asarray(data.load_image(save(tmp_path / f"x{end}", "RGB", (200, 30, 30)), 16)).astype(int)
+        assert abs(image - (200, 30, 30)).max() < 12, end
+    assert not {".eps", ".pdf", ".wmf", ".h5"} & set(data.EXTENSIONS)
+
+
+def test_odd_images_and_no_warnings_of_others(tmp_path, monkeypatch, recwarn):
+    warnings.simplefilter("always")
+    for size in ((1, 1), (1, 10_000), (10_000, 1)):
+        assert data.load_image(save(tmp_path / "thin.png", "RGB", "red", size), 16).size == (16, 16)
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert np.asarray(data.load_image(tmp_path / "moving.gif", 16))[8, 8].tolist() == [255, 0, 0]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)  # 400 pixels bring a warning, more than 600 an error
+    assert data.load_image(tmp_path / "moving.gif", 16).size == (16, 16)
+    with pytest.raises(ValueError, match="big.png: cannot be read as an image"):
+        data.load_image(save(tmp_path / "big.png", "RGB", "red", (40, 40)), 16)
+    broken = Image.Exif()
+    broken[0x010E] = "what it shows"
+    content = broken.tobytes()
+    save(tmp_path / "exif.jpg", "RGB", "red", (16, 16), exif=content[:-10])
+    assert data.load_image(tmp_path / "exif.jpg", 16).size == (16, 16)
+    assert not recwarn.list
+
+
+def test_an_unreadable_folder_does_not_go_unnoticed(pictures, monkeypatch):
+    (pictures / "sub").mkdir()
+    scandir = os.scandir
+
+    def forbidding(path):
+        if os.path.basename(path) == "sub":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidding)  # root may read everything
+    with pytest.raises(PermissionError, match="sub"):
+        data.Records(str(pictures), 16)
+
+
+def test_errors_in_the_data_are_not_said_of_the_index(pictures, tmp_path, monkeypatch):
+    path = write_jsonl(pictures / "d.jsonl", [ROWS[0][0]])
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(data, "open_file", forbidden)
+    with pytest.raises(PermissionError, match="Permission denied: .*d.jsonl'"):
+        data.Records(path, 16, tmp_path / "kept")
+    assert os.listdir(tmp_path / "kept") == []
+
+
+def test_the_fingerprint_is_of_the_data_and_not_of_their_place(pictures, tmp_path):
+    def fingerprint(rows, folder):
+        folder.mkdir(exist_ok=True)
+        for k in range(6):
+            shutil.copy(pictures / f"{k}.png", folder)  # made anew: other times
+        return data.Records(write_jsonl(folder / "d.jsonl", rows), 16, tmp_path / "kept").fingerprint
+
+    rows = [row for row, _ in ROWS]
+    first = fingerprint(rows, tmp_path / "here")
+    assert first == fingerprint(rows, tmp_path / "there") == fingerprint(rows, tmp_path / "here") and len(first) == 12
+    others = [rows[:-1], rows[::-1], [rows[0] | {"caption": "Zero"}, *rows[1:]],
+              [rows[0] | {"image": "5.png"}, *rows[1:]]]
+    assert len({first, *(fingerprint(other, tmp_path / "here") for other in others)}) == 5
+    for folder in ("here", "there"):
+        image = (pictures / "1.png").read_bytes()
+        make_shard(tmp_path / folder / "s.tar", [("a.png", image), ("a.txt", b"a")])
+    a, b = (data.Records([str(tmp_path / folder / "s.tar"), str(pictures)], 16).fingerprint
+            for folder in ("here", "there"))
+    assert a == b
+    worlds = [World(), World(1), World(0, "held"), World(0, kinds=("color",)), World(0, kinds=list(data.KINDS))]
+    assert len({world.fingerprint for world in worlds}) == 4 and worlds[0].fingerprint == worlds[4].fingerprint
+
+
+def test_records_are_pickled_small_and_opened_again(tmp_path):
+    save(tmp_path / "x.png", "L", 7)
+    rows = [{"image": "x.png", "caption": f"number {k}", "question": "?", "answer": str(k)} for k in range(10_000)]
+    records = data.Records(write_jsonl(tmp_path / "d.jsonl", rows), 16)
+    records.row(5)
+    content = pickle.dumps(records)
+    assert len(content) < 1000
+    again = pickle.loads(content)
+    assert len(again) == 10_000 and again.row(9999) == records.row(9999) and again.image(0)[0, 0, 0] == 7
+    assert again.captioned == 10_000 and again.split(1)[0].shape == (10_000,)
+    del again  # the index stays, as it is the first one's
+    assert pickle.loads(content).caption(3, RNG) == "number 3"
+    np.save(tmp_path / "x.npy", np.arange(6).reshape(2, 3))
+    assert (pickle.loads(pickle.dumps(data.Mapped(str(tmp_path / "x.npy")))).array[1] == [3, 4, 5]).all()
 
 
 def test_the_sheet(pictures, monkeypatch, capsys):
@@ -250,17 +454,86 @@ def test_the_sheet(pictures, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "data.png: 5 of 6 samples" in out and "bad.png: cannot be read" in err
     assert Image.open("data.png").size == (800, np.asarray(Image.open("data.png")).shape[0])
+    for wrong in (["--num", "0"], ["--num", "-1"], ["--size", "0"], ["--size", "40"], ["none.jsonl"], ["bad.png"]):
+        monkeypatch.setattr(sys, "argv", ["data.py", *wrong])
+        with pytest.raises((ValueError, OSError)) as raised:
+            data.main()
+        assert "\n" not in str(raised.value)
+
+
+def test_a_full_disk_leaves_the_sheet_that_was_there(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(b"before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(OSError, match="x.png: could not be written"):
+            data.sheet(str(path), [(World().image(0), "text")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["x.png"]
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"image": "x.png", "caption"', "line 2: not valid JSON"), ('{"caption": "no image"}', "line 2: names no image"),
-    ("7", "line 2: want"), ('{"image": "none.png", "caption": "c"}', "line 2: no such image: .*none.png"),
-    ('{"image": "x.png"}', "line 2: has neither"), ('{"image": "x.png", "caption": 7}', "line 2: captions, questions"),
+    ('{"image": "x.png", "caption"', "line 2: not valid JSON"), ("7", "line 2: want"), ("null", "line 2: want"),
+    ('{"image": "none.png", "caption": "c"}', "line 2: no such image: .*none.png"),
+    ('{"image": "x.png", "caption": 7}', "line 2: images, captions, questions"),
+    ('{"image": 7, "caption": "c"}', "line 2: images, captions"),
+    ('{"image": "x.png", "question": "?", "answer": 7}', "line 2: images, captions, questions"),
+    ("[" * 9999, "line 2: not valid JSON"),
     ('{"image": "x.png", "conversations": [{"from": "human"}, {"from": "gpt"}]}', "line 2: not in a form")])
 def test_a_bad_line_is_named(tmp_path, line, message):
     save(tmp_path / "x.png", "RGB", "red")
-    with pytest.raises((ValueError, OSError), match=message):
+    with pytest.raises((ValueError, OSError), match="^.*d.jsonl, " + message):
         data.Records(write_jsonl(tmp_path / "d.jsonl", [{"image": "x.png", "caption": "ok"}, line]), 16)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("d.json", b"null", "d.json: want a list"), ("d.json", b'{"images": []}', "d.json: want a list"),
+    ("d.json", b"[7]", "d.json, item 1: not in a form"), ("d.json", b"[\n7,,]", "d.json: not valid JSON .*line 2"),
+    ("d.jsonl", b'{"image": "0.png",\n', r"d.jsonl, line 1: not valid JSON \(.*: column"),
+    ("d.jsonl", b'\n{"image": "0.png", "caption": "\xff"}', "d.jsonl, line 2: .*0xff"),
+    ("d.json", b'[{"image": "0.png", "caption": "\xff"}]', "d.json: .*0xff"),
+    ("d.jsonl", b"", "d.jsonl: holds no image"),
+    ("0.txt", b"caf\xe9", "0.txt: not valid UTF-8")])
+def test_a_bad_file_is_named(pictures, name, content, message):
+    (pictures / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        data.Records(str(pictures if name.endswith("txt") else pictures / name), 16)
+    assert "\n" not in str(raised.value)
+
+
+def test_records_without_an_image_or_a_text_are_left_out(pictures, capsys):
+    rows = [{"image": "1.png", "caption": "one"}, {"image": "1.png"}, {"caption": "no image"}, {"image": "1.png",
+            "question": "?"}, {"image": "1.png", "caption": ""}, {"image": None, "caption": "none"}]
+    assert said(data.Records(write_jsonl(pictures / "d.jsonl", rows), 16)) == [(10, ("one",), ())]
+    assert capsys.readouterr().err == "warning: records without an image or a text, left out: 5\n"
+
+
+def test_half_a_character_is_replaced(pictures):
+    rows = ['{"image": "1.png", "caption": "a \\ud800 cat", "question": "\\udc00?", "answer": "\\ud83d\\ude00 \u00e9"}']
+    row = data.Records(write_jsonl(pictures / "d.jsonl", rows), 16).row(0)
+    assert row.captions == ("a ? cat",) and row.asked == (("??", "\U0001f600 \u00e9"),)
+
+
+def test_images_that_vanish(pictures, tmp_path, capsys):
+    """A few of many are left out and named, before the index is made, or bad images, after; a run goes on."""
+    rows = [{"image": f"{k % 5}.png", "caption": str(k)} for k in range(19)]
+    path = write_jsonl(pictures / "d.jsonl", [{"image": "gone.png", "caption": "c"}, *rows])
+    records = data.Records(path, 16, tmp_path / "kept")
+    assert len(records) == 19 and "left out 1 of 20: " in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert "d.jsonl, line 1: no such image: " in err and "gone.png" in err
+    before = records.version(range(19))
+    os.remove(pictures / "3.png")
+    records = data.Records(path, 16, tmp_path / "kept")
+    assert records.version(range(19)) != before and not records.readable(3) and records.readable(2)
+    with pytest.raises(FileNotFoundError, match="3.png: no such image"):
+        records.image(3)
+    with pytest.raises(ValueError, match="line 1: no such image: .*gone.png .5 of 20 are missing"):
+        data.Records(path, 16)
+    os.symlink("nowhere", pictures / "link.png")  # in a folder
+    folder = data.Records(str(pictures), 16)
+    assert [folder.readable(i) for i in range(len(folder))] == [True, True, True, True, True, False]
 
 
 def test_rows_are_drawn_once_an_epoch_whatever_the_batch():
@@ -294,3 +567,25 @@ def test_the_index_is_kept_and_made_anew_when_the_data_change(tmp_path, monkeypa
     write_jsonl(tmp_path / "d.jsonl", [{"image": "x.png", "caption": "two"}])
     os.utime(path, (1, 1))
     assert data.Records(path, 16, tmp_path / "kept").row(0).captions == ("two",) and read == [path]
+
+
+def test_a_damaged_index_is_made_again(tmp_path):
+    """As a power cut leaves it; and nothing is written through a symbolic link in its place."""
+    save(tmp_path / "x.png", "L", 7)
+    path = write_jsonl(tmp_path / "d.jsonl", [{"image": "x.png", "caption": str(k)} for k in range(100)])
+    kept, victim = tmp_path / "kept", tmp_path / "victim"
+    data.Records(path, 16, kept)
+    lines, index = sorted(kept.iterdir())
+    victim.write_bytes(b"precious")
+    for file in (lines, index):
+        whole = file.read_bytes()
+        for content in (None, b"", whole[:len(whole) // 2], whole[:-1], bytes(len(whole)),
+                        whole[:128] + bytes(len(whole) - 128)):
+            os.remove(file)
+            if content is not None:
+                file.write_bytes(content)
+            os.symlink(victim, f"{file}.partial")
+            records = data.Records(path, 16, kept)
+            assert [records.row(i).captions for i in (0, 99)] == [("0",), ("99",)] and len(records) == 100
+            assert sorted(kept.iterdir()) == [lines, index] and victim.read_bytes() == b"precious"
+            assert file.read_bytes() == whole
