@@ -200,7 +200,7 @@ def encode_once(source, ids, dd, shape, path):
                 latents[list(images)] = torch.stack(moments, 1).float().cpu().numpy()
         latents.flush()
         if bad:
-            with open(f"{path}.bad.txt", "w") as f:
+            with open(f"{path}.bad.txt", "w", errors="backslashreplace") as f:
                 f.writelines(f"{message}\n" for _, message in bad)
             warn(f"{len(bad)} of {len(ids)} images cannot be read and are left out: {path}.bad.txt names them")
 
@@ -342,7 +342,7 @@ def starting_point(args, recipe, feed, device, dtype):
         for k in range(5000):
             rng = np.random.default_rng([args.seed, 4, k])
             i = int(data.pick(rng, feed.ids))
-            texts += [feed.source.caption(i, rng), "Q: {} A: {}".format(*feed.source.question(i, rng) or ("", ""))]
+            texts += [feed.source.caption(i, rng) or "", "Q: {} A: {}".format(*feed.source.question(i, rng) or ("", ""))]
         dd = DualDiffusion.build(preset, Tokenizer.train(texts, recipe.vocab), ["vae"]).to(device)
         return dd, {"vae": dd.vae}
     known = inspect(args.start, args.t5, args.vae, args.spiece)[0]
@@ -870,7 +870,7 @@ def learn(args, recipe, rank, processes, device):
 
         if found := passes[0].bad:
             bad += [(done * share, message) for message in found]
-            with open(os.path.join(folder, f"bad-{rank}.txt"), "a") as f:
+            with open(os.path.join(folder, f"bad-{rank}.txt"), "a", errors="backslashreplace") as f:
                 f.writelines(f"{message}\n" for message in found)
             not_too_many(bad, done * share)
         ending, = mean_over_processes([torch.tensor(float(len(signals)))])  # on the CPU: no waiting for the GPU
@@ -993,7 +993,7 @@ def keep_settings(folder, noted, args, recipe, images, texts, device, rank):
     settings = {name: vars(args)[name] for name in ("preset", "init", "t5", "vae", "spiece", "text_encoder", "seed",
                                                     "start")}
     settings |= asdict(recipe) | {"start changed at": changed_at(args.start),  # a stage run anew is another start
-                                  "data": [images.source.fingerprint(), texts.source.fingerprint()],
+                                  "data": [images.source.fingerprint, texts.source.fingerprint],
                                   "dtype": args.dtype or noted.get("dtype") or faster_dtype(device, args.stage)}
     free = {"steps": recipe.schedule == "constant", "pool": args.data}
     changed = [f"{k} {noted.get(k)} is now {v}" for k, v in settings.items() if noted and noted.get(k) != v
