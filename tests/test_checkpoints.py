@@ -282,7 +282,8 @@ PARTS = ("ddit", "t5", "vae", "settings")
 BAD_VALUES = [
     ("ddit", "depth", 10 ** 9), ("ddit", "depth", 7), ("ddit", "depth", 0), ("ddit", "depth", -1),
     ("ddit", "depth", "6"), ("ddit", "depth", 6.5), ("ddit", "depth", True), ("ddit", "depth", None),
-    ("ddit", "depth", [6]), ("ddit", "width", 10 ** 6), ("ddit", "width", 0), ("ddit", "heads", 3), ("ddit", "heads", 0), ("ddit", "heads", -2),
+    ("ddit", "depth", [6]),
+    ("ddit", "width", 10 ** 6), ("ddit", "width", 0), ("ddit", "heads", 3), ("ddit", "heads", 0), ("ddit", "heads", -2),
     ("ddit", "heads", 10 ** 30), ("ddit", "heads", "two"), ("ddit", "patch", 4), ("ddit", "channels", 4),
     ("ddit", "text_dim", 4096), ("ddit", "vocab", 32100), ("ddit", "vocab", math.nan), ("ddit", "pos_size", 10 ** 9),
     ("ddit", "qk_norm", False), ("ddit", "qk_norm", "yes"), ("ddit", "color", 3), ("ddit", "__init__", 1),
@@ -326,6 +327,20 @@ def test_an_older_header(tmp_path, small):
     config, _, _ = inspect(str(tmp_path / "x.safetensors"))
     wanted, _, _ = inspect(SHIPPED)
     assert config == wanted and config.settings.caption_prompt == "" and isinstance(config.vae.multipliers, tuple)
+
+
+def test_embeddings_in_the_place_of_t5(tmp_path):
+    """Table 9's: no layers, and a place for every token."""
+    whole, path = DualDiffusion.load(SHIPPED), str(tmp_path / "x.safetensors")
+    config = model.replace(whole.config, t5=model.replace(whole.config.t5, num_layers=0, places=24))
+    made = DualDiffusion.build(config, whole.tokenizer)
+    made.save(path)
+    loaded = DualDiffusion.load(path)
+    assert loaded.config == config and loaded.t5(torch.zeros(1, 24, dtype=torch.long)).shape == (1, 24, 128)
+    assert "nothing written" in refused(loaded.export, str(tmp_path / "out"))
+    whole.config, whole.t5, whole.ddit = whole.config, None, None  # what stage 0 leaves
+    whole.save(path)
+    assert DualDiffusion.load(path).missing == ["transformer", "T5"]
 
 
 ODD = {"x_embedder.proj.weight": (128, 16), "context_embedder.weight": (128,), "pos_embed": (64,),
@@ -473,16 +488,16 @@ def test_an_answer_needs_no_compiler_and_opens_its_file_once(tmp_path):
     """Neither torch's compiler, which takes a second to import, nor an opening for every tensor."""
     program = """
 import sys, model, sample, torch
-opened, safe_open = [], model.safe_open
-model.safe_open = lambda path, **kwargs: opened.append(path) or safe_open(path, **kwargs)
+times, opened = [], model.opened
+model.opened = lambda path: times.append(path) or opened(path)
 dd = model.DualDiffusion.load(sample.SHIPPED)
 sample.answer(dd, torch.zeros(1, 3, 64, 64), ["what color is the circle?"], steps=1)
-print(len(opened), sorted(name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor")))[:3])
+print(len(times), sorted(name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor")))[:3])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           cwd=os.path.dirname(model.__file__))
-    opened, modules = done.stdout.split(maxsplit=1)
-    assert int(opened) <= 5 and modules.strip() == "[]", done.stdout + done.stderr
+    times, modules = done.stdout.split(maxsplit=1)
+    assert int(times) <= 5 and modules.strip() == "[]", done.stdout + done.stderr
 
 
 # ---------------------------------------------------------------- files that are written
