@@ -1,9 +1,8 @@
 """The transformer: D-DiT, which draws images from text and reads images into text with one set of weights.
 
-It is Stable Diffusion 3's MM-DiT with a second head (the paper's Figure 1). Two streams of tokens, image and
-text, each with weights of its own, meet in every block in one joint attention; at the top one head predicts the image's
-velocity and another the masked tokens. `DualDiffusion` holds the four parts of the system (transformer, T5, VAE,
-tokenizer) and is one file.
+It is Stable Diffusion 3's MM-DiT with a second head (Figure 1). Two streams of tokens, image and text, each with
+weights of its own, meet in every block in one joint attention; at the top one head predicts the image's velocity, one
+the masked tokens. `DualDiffusion` holds the four parts of the system (transformer, T5, VAE, tokenizer) and is one file.
 
 References:
   Li et al., Dual Diffusion for Unified Image Generation and Understanding (D-DiT), arXiv 2501.00289
@@ -346,10 +345,9 @@ class DualDiffusion(nn.Module):
         return cls(config, words, **modules).eval()
 
     def export(self, folder, shard=5 << 30):
-        """Write the diffusers layout as the authors' release has it: a folder for each part, files of at most `shard`
-        bytes; never half of it, for it is written into a folder beside, which is then renamed. The tensors are this
-        model's, bit for bit. `null_image_embd`, what the authors feed in place of an image where there is none, we
-        neither use nor keep; it is written as zeros."""
+        """Write the diffusers layout as the authors' release has it, whole or not at all: a folder for each part, files
+        of at most `shard` bytes. The tensors are this model's, bit for bit. `null_image_embd`, what the authors feed in
+        place of an image where there is none, we neither use nor keep; it is written as zeros."""
         if self.missing:
             raise ValueError(f"nothing written to {folder}: holds no {' and no '.join(self.missing)}")
         if self.config.t5.places:
@@ -357,12 +355,12 @@ class DualDiffusion(nn.Module):
         refuse_full(folder)
         beside = os.path.abspath(folder) + ".partial"
         shutil.rmtree(beside, ignore_errors=True)  # left by a kill
+        os.makedirs(beside)
         try:
             for part in MODULES:
                 state = to_diffusers(part, getattr(self, part).state_dict())
                 if part == "ddit":
-                    zeros = torch.zeros(1, 8, self.config.ddit.width, dtype=self.ddit.pos_embed.dtype)
-                    state["null_image_embd"] = zeros
+                    state["null_image_embd"] = self.ddit.pos_embed.new_zeros(1, 8, self.config.ddit.width)
                 stem = "model" if part == "t5" else "diffusion_pytorch_model"
                 write_shards(os.path.join(beside, FOLDERS[part][-1]), stem, state, shard)
             for name, content in diffusers_configs(self.config).items():
@@ -446,8 +444,7 @@ REFUSED = {
 
 
 def count(names, prefix):
-    """How many blocks or levels: how many different n there are in names that start with `prefix` (a regex), dot, n. So
-    where one lacks, its tensors will be missed; and a file cannot ask for more blocks than it has."""
+    """How many blocks or levels: the number of different n in names that start with `prefix` (a regex), dot, n."""
     found = (re.match(rf"(?:{prefix})\.(\d+)\.", name) for name in names)
     return len({match[1] for match in found if match})
 
@@ -791,8 +788,8 @@ def read_part(part, tensors, config, device, dtype):
 
 def from_sd3(tensors, config):
     """What D-DiT has and SD3 does not, such that for the same inputs the velocity stays SD3's own with CLIP's pooled
-    vector at zero -> {name: tensor}; empty where the file is no SD3. The inputs differ: SD3 puts CLIP's 77 tokens before
-    T5's, and pads T5's with 0, we with EOS. So its pictures are like SD3's, not the same.
+    vector at zero -> {name: tensor}; empty where the file is no SD3. (The inputs are not the same: SD3 puts CLIP's 77
+    tokens before T5's, and pads T5's with 0, we with EOS.)
 
     The pooled vector enters only as y_embedder(0), a constant, which goes into the last bias of t_embedder. SD3's last
     block ends its text stream after the attention: what follows starts behind zero gates. The text head is new."""

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -338,7 +339,7 @@ def test_embeddings_in_the_place_of_t5(tmp_path):
     loaded = DualDiffusion.load(path)
     assert loaded.config == config and loaded.t5(torch.zeros(1, 24, dtype=torch.long)).shape == (1, 24, 128)
     assert "nothing written" in refused(loaded.export, str(tmp_path / "out"))
-    whole.config, whole.t5, whole.ddit = whole.config, None, None  # what stage 0 leaves
+    whole.t5 = whole.ddit = None  # what stage 0 leaves
     whole.save(path)
     assert DualDiffusion.load(path).missing == ["transformer", "T5"]
 
@@ -543,6 +544,18 @@ def test_where_an_export_goes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["model.py", SHIPPED, "--export", "out/"])
     model.main()
     assert sorted(os.listdir()) == ["file", "full", "out"] and not os.path.exists("out/x")
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (KeyboardInterrupt(), "model.py: stopped", ""), (ValueError("x: bad"), 2, "model.py: x: bad\n"),
+    (FileNotFoundError("x: no such file"), 2, "model.py: x: no such file\n")])
+def test_how_the_program_ends(monkeypatch, capsys, error, status, line):
+    def fail(self):
+        raise error
+    monkeypatch.setattr(model.argparse.ArgumentParser, "parse_args", fail)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(model.__file__, run_name="__main__")
+    assert ended.value.code == status and capsys.readouterr().err == line
 
 
 def test_describing_says_what_does_not_fit(tmp_path, monkeypatch, capsys):
