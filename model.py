@@ -778,7 +778,7 @@ def read_part(part, tensors, config, device, dtype):
         if name not in new:
             state[name] = tensors.wanted(name, *tensor.shape).read(device, dtype, files)
             taken += state[name].nbytes
-            if taken > 1 << 28:  # an open file's pages that were read count as our memory: let go now and then
+            if taken > 1 << 26:  # the pages read of an open file count as our memory: let go now and then
                 taken = files.cache_clear() or 0
     for name, tensor in new.items():
         state[name] = tensor.to(device, state["x_embedder.proj.weight"].dtype)

@@ -387,6 +387,8 @@ def test_a_folder_that_cannot_be(tmp_path, file, content):
     assert message.startswith(where), message
     if not content.startswith(b'{"') or b"\xff" in content:
         assert os.path.join(path, file) in message
+    if b"weight_map" in content:
+        assert "weight_map" in message or "not a plain file" in message
 
 
 def test_parts_that_do_not_fit(tmp_path, small):
