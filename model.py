@@ -726,7 +726,7 @@ def inspect(path, t5=None, vae=None, tokenizer=None):
     folders = [os.path.join(path, name) for names in FOLDERS.values() for name in names]
     for place in [folder for folder in folders if os.path.isdir(folder)] or [path]:
         stored, metadata = open_stored(place)
-        header = read_json(place, metadata.get("config", "{}"))
+        header = read_json(f"{place}, header", metadata.get("config", "{}"))
         if not all(isinstance(told, dict) for told in header.values()):
             raise ValueError(f"{place}: the configuration in its header should hold an object for each part")
         settings |= header.get("settings", {})
