@@ -471,8 +471,11 @@ def test_what_is_no_file(tmp_path, monkeypatch):
     for path, others in not_files(tmp_path):
         message = refused(inspect, path, **others)
         assert any(str(name) in message for name in (path, *others.values())), message
-    monkeypatch.setattr(os, "listdir", lambda path: open("/proc/1/none/none"))
-    refused(inspect, "whole")
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr(os, "listdir", closed)
+    assert "whole" in refused(inspect, "whole")
 
 
 def test_authors_settings(tmp_path):
