@@ -1,8 +1,8 @@
 """The transformer: D-DiT, which draws images from text and reads images into text with one set of weights.
 
-It is Stable Diffusion 3's MM-DiT with a second head. Two streams of tokens, image and text, each with weights of its
-own, meet in every block in one joint attention; at the top one head predicts the image's velocity and another the
-masked tokens. `DualDiffusion` holds the four parts of the system (transformer, T5, VAE, tokenizer) and is one file.
+It is Stable Diffusion 3's MM-DiT with a second head (Figure 1). Two streams of tokens, image and text, each with
+weights of its own, meet in every block in one joint attention; at the top one head predicts the image's velocity, one
+the masked tokens. `DualDiffusion` holds the four parts of the system (transformer, T5, VAE, tokenizer) and is one file.
 
 References:
   Li et al., Dual Diffusion for Unified Image Generation and Understanding (D-DiT), arXiv 2501.00289
@@ -16,13 +16,15 @@ Modules carry the names of SD3's single-file checkpoint, so loading one is strip
     python model.py FILE --export DIR    write it in diffusers' layout
 """
 import argparse
+import functools
 import itertools
 import json
 import math
 import os
 import re
+import shutil
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from data import first_line, replacing
 from t5 import SENTINELS, RMSNorm, T5Config, T5Encoder, Tokenizer
 from vae import VAE, VAEConfig
 
@@ -167,7 +170,9 @@ class TextHead(nn.Module):
         self.linear = nn.Linear(cfg.width, cfg.vocab)
 
     def forward(self, text):
-        return self.linear(self.norm_final(text))
+        """Logits in float32: bf16 has 128 values from 8 to 16, so in one row of a hundred the largest comes twice."""
+        x = self.norm_final(text).float()
+        return F.linear(x, self.linear.weight.float(), self.linear.bias.float())
 
 
 class DDiT(nn.Module):
@@ -179,14 +184,16 @@ class DDiT(nn.Module):
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(config.width)
         self.context_embedder = nn.Linear(config.text_dim, config.width)
-        self.register_buffer("pos_embed", sincos_table(config.pos_size, config.width))
+        self.register_buffer("pos_embed", torch.empty(1, config.pos_size ** 2, config.width))
         self.joint_blocks = nn.ModuleList(JointBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.text_head = TextHead(config)
-        self.init_weights()
+        if not self.pos_embed.is_meta:  # where shapes are all there is: what is loaded needs no initial values
+            self.init_weights()
 
     def init_weights(self):
         """DiT's adaLN-Zero: every block starts as the identity, and both heads at zero."""
+        self.pos_embed.copy_(sincos_table(self.config.pos_size, self.config.width))
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -235,9 +242,11 @@ class Settings:
     size: int = 256         # side of the images it reads and draws, pixels
     length: int = 256       # tokens a prompt, caption or question with answer is padded to
     cfg: float = 7.0        # classifier-free guidance when drawing
-    shift: float = 3.0      # of the drawing time grid
+    shift: float = 3.0      # of the drawing time grid, SD3's
     caption_steps: int = 256
     answer_steps: int = 16
+    caption_prompt: str = ""  # the question that asks for a caption; empty: captions are written without one
+    answer_suffix: str = ""   # added to every question
 
 
 @dataclass
@@ -247,14 +256,11 @@ class Config:
     vae: VAEConfig = field(default_factory=VAEConfig)
     settings: Settings = field(default_factory=Settings)
 
-    @classmethod
-    def from_dict(cls, d):
-        return cls(DDiTConfig(**d["ddit"]), T5Config(**d["t5"]), VAEConfig(**d["vae"]), Settings(**d["settings"]))
-
 
 PRESETS = {
     "sd3-medium": Config(),
-    "end-to-end": Config(DDiTConfig(depth=19, width=1216, heads=19)),  # Table 9: 1.1 billion to learn from nothing
+    # Table 9 says 1.1 billion parameters, all learned from nothing; depth and width are a guess that meets it.
+    "end-to-end": Config(DDiTConfig(depth=19, width=1216, heads=19)),
     "tiny": Config(  # vocab and vocab_size follow the tokenizer that stage 0 makes
         DDiTConfig(depth=6, width=128, heads=2, text_dim=128, pos_size=8, qk_norm=True),
         T5Config(d_model=128, num_layers=2, num_heads=4, d_kv=32, d_ff=256, max_distance=32),
@@ -264,6 +270,9 @@ PRESETS = {
 
 MODULES = {"ddit": DDiT, "t5": T5Encoder, "vae": VAE}
 PART_NAMES = {"ddit": "transformer", "t5": "T5", "vae": "VAE"}
+# The authors' release is tuned on instructions: it captions when asked to, and answers shortly when told to.
+AUTHORS = {"size": 512, "length": 128, "caption_prompt": "Describe the image concisely.",
+           "answer_suffix": "Answer the question using a single word or phrase."}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to compute in; fp16 is too narrow for T5-XXL
 
 
@@ -307,13 +316,14 @@ class DualDiffusion(nn.Module):
 
     def save(self, path, dtype=None):
         """One self-contained .safetensors: all parts under SD3's names, the tokenizer as bytes, the configuration as
-        JSON in the header. Written beside, then renamed, so a reader never meets half a file. `dtype`: of the
-        floating-point tensors on disk, e.g. torch.float16; as they are when None."""
+        JSON in the header. `dtype`: of the floating-point tensors on disk, e.g. torch.float16; as they are when None.
+        Raises OSError with one line, and leaves what was there."""
         tensors = {prefix + name: tensor.to("cpu", dtype or tensor.dtype).contiguous()
                    for part, prefix in PREFIXES.items() if getattr(self, part) is not None
                    for name, tensor in getattr(self, part).state_dict().items()}
         tensors[SPIECE] = torch.frombuffer(bytearray(self.tokenizer.model), dtype=torch.uint8)
-        write_tensors(tensors, path, {"format": "pt", "config": json.dumps(asdict(self.config))})
+        with replacing(path) as beside:
+            save_file(tensors, beside, {"format": "pt", "config": json.dumps(asdict(self.config))})
 
     @classmethod
     def load(cls, path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
@@ -330,12 +340,7 @@ class DualDiffusion(nn.Module):
         config, parts, words = inspect(path, t5, vae, tokenizer)
         if words is None:
             raise ValueError(f"{path}: holds no tokenizer; give T5's spiece.model (--spiece)")
-        vocab = words.vocab_size
-        if "text_head.linear.weight" not in parts.get("ddit", {}):  # a new one, which fits
-            config.ddit.vocab = vocab
-        if config.ddit.vocab != vocab or config.t5.vocab_size < vocab:
-            raise ValueError(f"{path}: the text head knows {config.ddit.vocab} tokens, T5 {config.t5.vocab_size}, the "
-                             f"tokenizer {vocab}; give the one that they were trained with (--spiece)")
+        check_together(config, parts, words)
         modules = {}
         for part, tensors in parts.items():
             place = "cpu" if offload and part == "t5" else device
@@ -343,23 +348,30 @@ class DualDiffusion(nn.Module):
         return cls(config, words, **modules).eval()
 
     def export(self, folder, shard=5 << 30):
-        """Write the diffusers layout as the authors' release has it: a folder a part, files of at most `shard` bytes.
-        The tensors are this model's, bit for bit. `null_image_embd`, what the authors feed in place of an image where
-        there is none, we neither use nor keep; it is written as zeros."""
+        """Write the diffusers layout as the authors' release has it, whole or not at all: a folder for each part, files
+        of at most `shard` bytes. The tensors are this model's, bit for bit. `null_image_embd`, what the authors feed in
+        place of an image where there is none, we neither use nor keep; it is written as zeros."""
         if self.missing:
             raise ValueError(f"nothing written to {folder}: holds no {' and no '.join(self.missing)}")
         if self.config.t5.places:
             raise ValueError(f"nothing written to {folder}: that layout knows no learned embeddings in T5's place")
-        for part in MODULES:
-            state = to_diffusers(part, getattr(self, part).state_dict())
-            if part == "ddit":
-                state["null_image_embd"] = torch.zeros(1, 8, self.config.ddit.width, dtype=self.ddit.pos_embed.dtype)
-            stem = "model" if part == "t5" else "diffusion_pytorch_model"
-            write_shards(os.path.join(folder, FOLDERS[part][-1]), stem, state, shard)
-        for name, content in diffusers_configs(self.config).items():
-            write_json(os.path.join(folder, name), content)
-        with open(os.path.join(folder, "tokenizer", "spiece.model"), "wb") as f:
-            f.write(self.tokenizer.model)
+        refuse_full(folder)
+        beside = os.path.abspath(folder) + ".partial"
+        shutil.rmtree(beside, ignore_errors=True)  # left by a kill
+        os.makedirs(beside)
+        try:
+            for part in MODULES:
+                state = to_diffusers(part, getattr(self, part).state_dict())
+                if part == "ddit":
+                    state["null_image_embd"] = self.ddit.pos_embed.new_zeros(1, 8, self.config.ddit.width)
+                stem = "model" if part == "t5" else "diffusion_pytorch_model"
+                write_shards(os.path.join(beside, FOLDERS[part][-1]), stem, state, shard)
+            for name, content in diffusers_configs(self.config).items():
+                write_bytes(os.path.join(beside, name), json.dumps(content, indent=2).encode())
+            write_bytes(os.path.join(beside, "tokenizer", "spiece.model"), self.tokenizer.model)
+            os.replace(beside, folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- checkpoint files, ours and other people's
@@ -371,6 +383,7 @@ PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5":
 # A tensor that every file with that part has, under our name.
 KEY_TENSORS = {"ddit": "joint_blocks.0.x_block.attn.qkv.weight", "vae": "encoder.down.0.block.0.conv1.weight",
                "t5": "encoder.final_layer_norm.weight"}
+HEAD = "text_head.linear.weight"  # where it lacks, the text head is new
 SPIECE = "spiece_model"  # in our files: the tokenizer, as a uint8 tensor
 
 # diffusers: a folder a part (the authors' release: text_encoder; SD3's own: text_encoder_3, beside two of CLIP's), and
@@ -434,9 +447,9 @@ REFUSED = {
 
 
 def count(names, prefix):
-    """How many blocks or levels: one more than the largest n in names that start with `prefix` (a regex), dot, n."""
+    """How many blocks or levels: the number of different n in names that start with `prefix` (a regex), dot, n."""
     found = (re.match(rf"(?:{prefix})\.(\d+)\.", name) for name in names)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    return len({match[1] for match in found if match})
 
 
 def renaming(part, names):
@@ -490,6 +503,9 @@ def to_diffusers(part, state):
     return found
 
 
+opened = functools.partial(safe_open, framework="pt")
+
+
 @dataclass
 class Stored:
     """A tensor that lies in a file, not read yet."""
@@ -499,17 +515,21 @@ class Stored:
 
     @property
     def shape(self):
-        pieces = [torch.empty(shape, device="meta") for _, _, shape in self.pieces]
-        return convert(torch.cat(pieces), self.conversion).shape
+        path, name, shape = self.pieces[0]
+        if any(other != shape for _, _, other in self.pieces):
+            raise ValueError(f"{path}: the tensor {name} and those beside it should have one shape")
+        shape = (*(n * len(self.pieces) for n in shape[:1]), *shape[1:])
+        return {2: (*shape, 1, 1), 4: shape[:2]}.get(len(shape), shape) if self.conversion == "1x1" else shape
 
-    def read(self, device="cpu", dtype=torch.float32):
+    def read(self, device="cpu", dtype=torch.float32, opened=opened):
         """dtype None is the file's, but bf16 for fp8, in which nothing computes. A tensor that needs no conversion is
-        the file itself, mapped. Otherwise the file is let go at once, so that no page of it stays in memory."""
-        dtype = dtype or (torch.bfloat16 if self.dtype == "F8_E4M3" else TYPES[self.dtype])
-        tensors = []
+        the file itself, mapped. Raises ValueError naming a tensor with NaN or infinity, which would give empty answers.
+        Its least and largest number tell, at 20 GB a second; isfinite makes copies and is forty times slower."""
+        dtype, tensors = dtype or (torch.bfloat16 if self.dtype == "F8_E4M3" else TYPES[self.dtype]), []
         for path, name, _ in self.pieces:
-            with safe_open(path, framework="pt") as f:
-                tensors.append(f.get_tensor(name).to(device, dtype))
+            tensors.append(opened(path).get_tensor(name).to(device, dtype))
+            if dtype.is_floating_point and not torch.stack(tensors[-1].aminmax()).isfinite().all():
+                raise ValueError(f"{path}: the tensor {name} holds NaN or infinity; the file is damaged, get it again")
         return convert(torch.cat(tensors) if len(tensors) > 1 else tensors[0], self.conversion)
 
 
@@ -520,50 +540,125 @@ class Tensors(dict):
     def __missing__(self, name):
         raise ValueError(f"{self.path}: the tensor {name} is missing; the file is incomplete")
 
-
-# A part's configuration, read off its tensors; config.json (`told`, {} where there is none) says what shapes do not.
-
-def ddit_config(x, told):
-    head = x.get("text_head.linear.weight")
-    width, channels, patch, _ = x["x_embedder.proj.weight"].shape
-    return DDiTConfig(depth=count(x, "joint_blocks"), width=width, heads=told.get("num_attention_heads", width // 64),
-                      patch=patch, channels=channels, text_dim=x["context_embedder.weight"].shape[1],
-                      vocab=head.shape[0] if head else DDiTConfig.vocab,
-                      pos_size=math.isqrt(x["pos_embed"].shape[1]),
-                      qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in x)
+    def wanted(self, name, *shape):
+        """-> Stored. It must be there, in that shape (None: any size) and a type that we can read."""
+        stored, where = self[name], f"{self.path}: the tensor {name}"
+        if len(stored.shape) != len(shape) or any(n not in (None, m) for n, m in zip(shape, stored.shape)):
+            raise ValueError(f"{where} is {stored.shape}, it should be {shape}".replace("None", "any"))
+        if stored.dtype not in TYPES:
+            raise ValueError(f"{where} is of type {stored.dtype}; this program reads {', '.join(TYPES)}")
+        return stored
 
 
-def t5_config(x, told):
-    first = "encoder.block.0.layer.0.SelfAttention."
-    vocab, width = x["shared.weight"].shape
-    buckets, heads = x[first + "relative_attention_bias.weight"].shape
-    return T5Config(d_model=width, vocab_size=vocab, num_layers=count(x, "encoder.block"), num_heads=heads,
-                    d_kv=x[first + "q.weight"].shape[0] // heads, buckets=buckets,
-                    d_ff=x["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"].shape[0],
-                    max_distance=told.get("relative_attention_max_distance", T5Config.max_distance))
+# A part's configuration is what its tensors' shapes say, and for the rest what the file's header or config.json says
+# (`told`), which has other names for some of it:
+THEIRS = {"ddit": {"num_attention_heads": "heads", "num_layers": "depth"},
+          "t5": {"relative_attention_max_distance": "max_distance", "num_layers": "num_layers"},
+          "vae": {"norm_num_groups": "groups", "shift_factor": "shift", "scaling_factor": "scale"}}
 
 
-def vae_config(x, told):
-    widths = [x[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(count(x, "encoder.down"))]
-    base = x["encoder.conv_in.weight"].shape[0]
-    return VAEConfig(channels=base, multipliers=tuple(width // base for width in widths),
-                     latent_channels=x["encoder.conv_out.weight"].shape[0] // 2,
-                     groups=told.get("norm_num_groups", VAEConfig.groups),
-                     shift=told.get("shift_factor", VAEConfig.shift), scale=told.get("scaling_factor", VAEConfig.scale))
+def ddit_shapes(x, told):
+    width, channels, patch, _ = x.wanted("x_embedder.proj.weight", *[None] * 4).shape
+    head = {"vocab": x.wanted(HEAD, None, width).shape[0]} if HEAD in x else {}
+    return head | {"depth": count(x, "joint_blocks"), "width": width, "heads": told.get("heads", width // 64),
+                   "patch": patch, "channels": channels,
+                   "text_dim": x.wanted("context_embedder.weight", width, None).shape[1],
+                   "pos_size": math.isqrt(x.wanted("pos_embed", 1, None, width).shape[1]),
+                   "qk_norm": "joint_blocks.0.x_block.attn.ln_q.weight" in x}
 
 
-CONFIGS = {"ddit": ddit_config, "t5": t5_config, "vae": vae_config}
+def t5_shapes(x, told):
+    vocab, width = x.wanted("shared.weight", None, None).shape
+    found = {"d_model": width, "vocab_size": vocab, "num_layers": count(x, "encoder.block")}
+    if "places" in x:
+        return found | {"places": x.wanted("places", None, width).shape[0]}
+    first = "encoder.block.0.layer."
+    buckets, heads = x.wanted(first + "0.SelfAttention.relative_attention_bias.weight", None, None).shape
+    return found | {"num_heads": heads, "buckets": buckets, "places": 0,
+                    "d_kv": x.wanted(first + "0.SelfAttention.q.weight", None, width).shape[0] // max(heads, 1),
+                    "d_ff": x.wanted(first + "1.DenseReluDense.wi_0.weight", None, width).shape[0]}
 
 
-def read_json(path):
-    """A JSON file's content, {} where there is none."""
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as f:
-        try:
-            return json.load(f)
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from None
+def vae_shapes(x, told):
+    base, *widths = (x.wanted(f"encoder.{name}.weight", None, None, 3, 3).shape[0] for name in (
+        "conv_in", *(f"down.{i}.block.0.conv1" for i in range(count(x, "encoder.down")))))
+    return {"channels": base, "multipliers": [width // max(base, 1) for width in widths],
+            "latent_channels": x.wanted("encoder.conv_out.weight", None, None, 3, 3).shape[0] // 2}
+
+
+SHAPES = {"ddit": ddit_shapes, "t5": t5_shapes, "vae": vae_shapes}
+RULES = {
+    "ddit": (lambda c: c.width % c.heads == 0 and c.width % 4 == 0, "width should be a multiple of heads and of 4"),
+    "t5": (lambda c: 0 < c.buckets // 4 < c.max_distance, "max_distance should be above a quarter of buckets"),
+    "vae": (lambda c: c.scale > 0 and not any(c.channels * m % c.groups for m in c.multipliers),
+            "scale should be above 0, and the channels of every level a multiple of groups"),
+    "settings": (lambda c: c.shift > 0 and c.size % 16 == 0, "shift should be above 0, and size a multiple of 16")}
+
+
+def configure(part, told, where, shapes=None):
+    """What a file says of a part or of the settings, and what its tensors' shapes say, each {name: value} -> the part's
+    dataclass. Here alone a configuration is checked: an impossible value would fail far from where it comes from."""
+    kind = {f.name: f.default_factory for f in fields(Config)}[part]
+    values, usual = told | (shapes or {}), asdict(kind())
+    most = 2 ** (14 if part == "settings" else 20)
+    for name, value in values.items():
+        said = f"{where}: {part}.{name} is {value!r:.60}"
+        if name not in usual:
+            raise ValueError(f"{said}, which this program does not know; a newer one may")
+        if told.get(name, value) != value:
+            raise ValueError(f"{said} by its tensors, {told[name]!r:.60} by its configuration")
+        least = 0 if name in ("places", "num_layers") else 2 if name == "length" else 1
+        if not possible(value, usual[name], least, most):
+            raise ValueError(f"{said}, which cannot be; {usual[name]!r} is usual")
+    c = kind(**{name: type(usual[name])(value) for name, value in values.items()})
+    holds, rule = RULES[part]
+    if not holds(c):
+        raise ValueError(f"{where}: {rule}; here it is {c}")
+    return c
+
+
+def possible(value, usual, least, most):
+    if isinstance(usual, tuple):
+        return isinstance(value, list | tuple) and 0 < len(value) < 9 and all(possible(v, 1, 1, most) for v in value)
+    if type(usual) in (int, float):
+        return type(value) in (int, type(usual)) and (least if type(usual) is int else -most) <= value <= most
+    return type(value) is type(usual)
+
+
+def check_together(config, parts, tokenizer):
+    """Parts of several files must fit each other."""
+    for part, gives, takes in (("t5", config.t5.d_model, config.ddit.text_dim),
+                               ("vae", config.vae.latent_channels, config.ddit.channels)):
+        if {"ddit", part} <= parts.keys() and gives != takes:
+            raise ValueError(f"{parts[part].path}: this {PART_NAMES[part]} gives {gives} channels, the transformer in "
+                             f"{parts['ddit'].path} takes {takes}; give the one that it was trained with (--{part})")
+    if tokenizer and (config.ddit.vocab != tokenizer.vocab_size or config.t5.vocab_size < tokenizer.vocab_size):
+        raise ValueError(f"{next(iter(parts.values())).path}: the text head knows {config.ddit.vocab} tokens, T5 "
+                         f"{config.t5.vocab_size}, the tokenizer {tokenizer.vocab_size}; give the one that they were "
+                         f"trained with (--spiece)")
+
+
+def plain_file(path):
+    """The path, if it is a file's; a pipe or a device might never end."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: not a plain file" if os.path.exists(path) else f"{path}: no such file")
+    return path
+
+
+def read_bytes(path):
+    with open(plain_file(path), "rb") as f:
+        return f.read(1 << 26)  # a tokenizer or JSON file that has more is none
+
+
+def read_json(path, text=None):
+    """A JSON object, {}: what the file holds, nothing where there is none; or this text of it."""
+    try:
+        found = json.loads(text if text is not None else read_bytes(path) if os.path.exists(path) else "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({first_line(error)})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: should be a JSON object, {{...}}")
+    return found
 
 
 def shards(folder):
@@ -573,14 +668,18 @@ def shards(folder):
     for name in names:
         if name.endswith(".safetensors") and "-of-" not in name:
             return [os.path.join(folder, name)]
-    index = next((os.path.join(folder, name) for name in names if ".safetensors.index" in name), None)
+    index = next((name for name in names if ".safetensors.index" in name), None)
     if index is None:
         raise ValueError(f"{folder}: holds no .safetensors file")
-    paths = sorted({os.path.join(folder, name) for name in read_json(index).get("weight_map", {}).values()})
-    for path in paths:
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{path}: this shard is missing ({index} names it)")
-    return paths
+    index = os.path.join(folder, index)
+    shard_of = read_json(index).get("weight_map")
+    names = shard_of.values() if isinstance(shard_of, dict) else [None]
+    for name in names:
+        if not isinstance(name, str) or os.path.basename(name) != name:
+            raise ValueError(f'{index}: its "weight_map" should name files of this folder, not {name!r:.60}')
+        if not os.path.exists(os.path.join(folder, name)):
+            raise FileNotFoundError(f"{os.path.join(folder, name)}: this shard is missing ({index} names it)")
+    return [os.path.join(folder, name) for name in sorted(set(names))]
 
 
 def open_stored(path):
@@ -592,12 +691,12 @@ def open_stored(path):
         if file.endswith((".ckpt", ".pth", ".pt", ".bin")):
             raise ValueError(f"{file}: a pickle, which could run any code when opened; take the model's .safetensors")
         try:
-            with safe_open(file, framework="pt") as f:
+            with opened(plain_file(file)) as f:
                 for name in f.keys():
                     tensor = f.get_slice(name)
                     stored[name] = Stored([(file, name, tuple(tensor.get_shape()))], tensor.get_dtype())
                 metadata |= f.metadata() or {}
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             raise ValueError(f"{file}: not a readable .safetensors file, or not all of one ({error})") from error
     return stored, metadata
 
@@ -626,25 +725,30 @@ def inspect(path, t5=None, vae=None, tokenizer=None):
     Tokenizer or None. t5, vae: take that part from there; tokenizer: a file."""
     if os.path.isdir(os.path.join(path, "unet")):
         raise ValueError(f"{path}: this is {UNET}")
-    config, parts, spiece = Config(), {}, None
+    config, parts, spiece, settings = Config(), {}, None, {}
     folders = [os.path.join(path, name) for names in FOLDERS.values() for name in names]
     for place in [folder for folder in folders if os.path.isdir(folder)] or [path]:
         stored, metadata = open_stored(place)
-        if "config" in metadata:
-            config = Config.from_dict(json.loads(metadata["config"]))
+        header = read_json(f"{place}, header", metadata.get("config", "{}"))
+        if not all(isinstance(told, dict) for told in header.values()):
+            raise ValueError(f"{place}: the configuration in its header should hold an object for each part")
+        settings |= header.get("settings", {})
         if SPIECE in stored:
             spiece = stored[SPIECE].read(dtype=torch.uint8).numpy().tobytes()
-        told = read_json(os.path.join(place, "config.json"))
+        theirs = read_json(os.path.join(place, "config.json"))
         for part, tensors in sort_out(place, stored).items():
             if part not in parts:
+                told = header.get(part) or {THEIRS[part][n]: v for n, v in theirs.items() if n in THEIRS[part]}
                 parts[part] = tensors
-                if "config" not in metadata:
-                    setattr(config, part, CONFIGS[part](tensors, told))
+                setattr(config, part, configure(part, told, place, SHAPES[part](tensors, told)))
     if not parts:
         raise ValueError(f"{path}: holds no part of SD3, T5 or D-DiT")
-    config.settings = replace(config.settings, **read_json(os.path.join(path, "d_dit.json")))
+    settings |= read_json(os.path.join(path, "d_dit.json"))
+    if "null_image_embd" in parts.get("ddit", {}) and not settings:
+        settings = dict(AUTHORS)
     scheduler = read_json(os.path.join(path, "scheduler", "scheduler_config.json"))
-    config.settings.shift = scheduler.get("shift", config.settings.shift)
+    settings["shift"] = scheduler.get("shift", settings.get("shift", Settings.shift))
+    config.settings = configure("settings", settings, path)
 
     for part, other in (("t5", t5), ("vae", vae)):
         if other is not None:
@@ -657,12 +761,14 @@ def inspect(path, t5=None, vae=None, tokenizer=None):
     beside = [os.path.join(path, name, "spiece.model") for name in ("tokenizer_3", "tokenizer")]
     tokenizer = tokenizer or next(filter(os.path.exists, beside), None)
     if tokenizer:
-        with open(tokenizer, "rb") as f:
-            spiece = f.read()
+        spiece = read_bytes(tokenizer)
     try:
-        return config, parts, Tokenizer(spiece) if spiece is not None else None
+        words = Tokenizer(spiece) if spiece is not None else None
     except ValueError as error:
         raise ValueError(f"{tokenizer or path}: {error}") from error
+    if words and HEAD not in parts.get("ddit", {}):  # a new one, which fits
+        config.ddit.vocab = words.vocab_size
+    return config, parts, words
 
 
 def read_part(part, tensors, config, device, dtype):
@@ -670,16 +776,13 @@ def read_part(part, tensors, config, device, dtype):
     with torch.device("meta"):  # no memory yet, and no time spent on initial values that would be overwritten
         module = MODULES[part](config)
     new = from_sd3(tensors, config) if part == "ddit" else {}
-    state = {}
-    for name, wanted in module.state_dict().items():
-        if name in new:
-            continue
-        stored, where = tensors[name], f"{tensors.path}: the tensor {name}"
-        if stored.shape != wanted.shape:
-            raise ValueError(f"{where} is {tuple(stored.shape)}, it should be {tuple(wanted.shape)}")
-        if stored.dtype not in TYPES:
-            raise ValueError(f"{where} is of type {stored.dtype}; this program reads {', '.join(TYPES)}")
-        state[name] = stored.read(device, dtype)
+    state, taken, files = {}, 0, functools.cache(opened)
+    for name, tensor in module.state_dict().items():
+        if name not in new:
+            state[name] = tensors.wanted(name, *tensor.shape).read(device, dtype, files)
+            taken += state[name].nbytes
+            if taken > 1 << 26:  # the pages read of an open file count as our memory: let go now and then
+                taken = files.cache_clear() or 0
     for name, tensor in new.items():
         state[name] = tensor.to(device, state["x_embedder.proj.weight"].dtype)
     module.load_state_dict(state, assign=True)
@@ -687,62 +790,59 @@ def read_part(part, tensors, config, device, dtype):
 
 
 def from_sd3(tensors, config):
-    """What D-DiT has and SD3 does not, such that the velocity stays SD3's own with CLIP's pooled vector at zero
-    -> {name: tensor}; empty where the file is no SD3.
+    """What D-DiT has and SD3 does not, such that for the same inputs the velocity stays SD3's own with CLIP's pooled
+    vector at zero -> {name: tensor}; empty where the file is no SD3. (The inputs are not the same: SD3 puts CLIP's 77
+    tokens before T5's, and pads T5's with 0, we with EOS.)
 
     The pooled vector enters only as y_embedder(0), a constant, which goes into the last bias of t_embedder. SD3's last
     block ends its text stream after the attention: what follows starts behind zero gates. The text head is new."""
     new = {}
     if "y_embedder.mlp.0.bias" in tensors:
-        b0, w2, b2, bias = (tensors[name].read() for name in (
-            "y_embedder.mlp.0.bias", "y_embedder.mlp.2.weight", "y_embedder.mlp.2.bias", "t_embedder.mlp.2.bias"))
+        b0, w2, b2, bias = (tensors.wanted(name, *[config.width] * axes).read() for name, axes in (
+            ("y_embedder.mlp.0.bias", 1), ("y_embedder.mlp.2.weight", 2), ("y_embedder.mlp.2.bias", 1),
+            ("t_embedder.mlp.2.bias", 1)))
         new["t_embedder.mlp.2.bias"] = bias + w2 @ F.silu(b0) + b2
     last = f"joint_blocks.{config.depth - 1}.context_block."
     modulation, early = last + "adaLN_modulation.1.", 2 * config.width  # shift and scale before the attention
-    if tensors[modulation + "bias"].shape[0] == early:
-        for name, tensor in DDiT(replace(config, depth=1)).state_dict().items():  # its heads and gates are zero
+    if tensors[modulation + "bias"].shape == (early,):
+        for name, tensor in DDiT(replace(config, depth=1, pos_size=1)).state_dict().items():  # heads and gates are zero
             name = name.replace("joint_blocks.0.context_block.", last)
             if name.startswith(("text_head.", last + "attn.proj.", last + "mlp.")):
                 new[name] = tensor
             elif name.startswith(modulation):
-                new[name] = torch.cat([tensors[name].read(), tensor[early:]])
+                new[name] = torch.cat([tensors.wanted(name, early, *tensor.shape[1:]).read(), tensor[early:]])
     return new
 
 
-def write_tensors(tensors, path, metadata):
-    """Beside, then renamed; and, which safetensors does not see to, with the rights that files have here."""
-    save_file(tensors, f"{path}.partial", metadata)
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(f"{path}.partial", 0o666 & ~umask)
-    os.replace(f"{path}.partial", path)
+def refuse_full(folder):
+    """An export starts from nothing: mixed with other files it would be neither."""
+    if not folder or os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+        raise FileExistsError(f"--export {folder or '(nothing)'}: give the name of a new folder, or of an empty one")
 
 
-def write_json(path, content):
+def write_bytes(path, content):
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=2)
+    with replacing(path) as beside, open(beside, "wb") as f:
+        f.write(content)
 
 
 def write_shards(folder, stem, state, size):
     """Tensors -> FOLDER/STEM.safetensors, or several of at most `size` bytes (or one tensor) with an index."""
-    shards, full = [{}], 0
+    shards = [{}]
     for name, tensor in state.items():
-        if full and full + tensor.nbytes > size:
+        if shards[-1] and tensor.nbytes + sum(other.nbytes for other in shards[-1].values()) > size:
             shards.append({})
-            full = 0
         shards[-1][name] = tensor.cpu().contiguous()
-        full += tensor.nbytes
     os.makedirs(folder, exist_ok=True)
     weight_map = {}
     for k, shard in enumerate(shards, start=1):
         file = f"{stem}-{k:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
-        write_tensors(shard, os.path.join(folder, file), {"format": "pt"})
+        with replacing(os.path.join(folder, file)) as beside:
+            save_file(shard, beside, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in state.values())
-        write_json(os.path.join(folder, f"{stem}.safetensors.index.json"),
-                   {"metadata": {"total_size": total}, "weight_map": weight_map})
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())}, "weight_map": weight_map}
+        write_bytes(os.path.join(folder, f"{stem}.safetensors.index.json"), json.dumps(index, indent=2).encode())
 
 
 def diffusers_configs(config):
@@ -788,15 +888,15 @@ def describe(config, parts, tokenizer):
         with torch.device("meta"):
             wanted = MODULES[part](getattr(config, part)).state_dict()
         used = [parts[part][name] for name in wanted if name in parts[part]]
-        size = sum(s.shape.numel() * TYPES.get(s.dtype, torch.int8).itemsize for s in used)
-        lines.append(f"{word:12s} {sum(s.shape.numel() for s in used):,} parameters, "
+        size = sum(math.prod(s.shape) * TYPES.get(s.dtype, torch.int8).itemsize for s in used)
+        lines.append(f"{word:12s} {sum(math.prod(s.shape) for s in used):,} parameters, "
                      f"{', '.join(sorted({s.dtype for s in used}))}, {size / 1e9:.3f} GB, in {parts[part].path}")
         lines.append(f"{'':12s} {getattr(config, part)}")
     lines.append(f"tokenizer    {tokenizer.vocab_size} tokens, the mask token among them" if tokenizer else
                  "tokenizer    missing")
     if len(parts) < len(MODULES) or tokenizer is None:
         lines.append("can do nothing yet: give what is missing (--t5, --vae, --spiece)")
-    elif "text_head.linear.weight" in parts["ddit"]:
+    elif HEAD in parts["ddit"]:
         lines.append("can draw and read")
     else:
         lines.append("can draw; to read, it must be trained first (no text head)")
@@ -816,8 +916,12 @@ def main():
     add_parts(parser)
     parser.add_argument("--export", metavar="DIR", help="write it in diffusers layout, as the authors' release has it")
     args = parser.parse_args()
-    print(describe(*inspect(args.file, args.t5, args.vae, args.spiece)))
-    if args.export:
+    if args.export is not None:
+        refuse_full(args.export)
+    found = inspect(args.file, args.t5, args.vae, args.spiece)
+    print(describe(*found))
+    check_together(*found)
+    if args.export is not None:
         DualDiffusion.load(args.file, args.t5, args.vae, args.spiece, dtype=None).export(args.export)
         print(f"wrote {args.export}")
 
@@ -828,3 +932,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         print(f"model.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("model.py: stopped")

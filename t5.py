@@ -36,6 +36,9 @@ class Tokenizer:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError("not a SentencePiece model (T5's is named spiece.model)") from error
+        special = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
+        if special != (0, 1, 2):  # Llama's, for one, has as many pieces as T5's
+            raise ValueError(f"not T5's: its pad, end and unknown are pieces {special}, not (0, 1, 2)")
         self.model = model
         self.eos_id = self.pieces.eos_id()
         self.vocab_size = len(self.pieces) + SENTINELS
@@ -95,6 +98,12 @@ class T5Config:
     places: int = 0  # above 0, with no layers: not T5 but embeddings of tokens and of so many places (D-DiT, Table 9)
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        if not self.weight.is_meta:  # where nothing can be filled, and torch imports its compiler to find out
+            super().reset_parameters()
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim):
         super().__init__()
@@ -121,12 +130,13 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(cfg.d_model, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, cfg.d_model, bias=False)
         if has_relative_bias:
-            self.relative_attention_bias = nn.Embedding(cfg.buckets, cfg.num_heads)
+            self.relative_attention_bias = Embedding(cfg.buckets, cfg.num_heads)
 
     def position_bias(self, length, device):
         at = torch.arange(length, device=device)
         bucket = relative_position_bucket(at[None, :] - at[:, None], self.cfg.buckets, self.cfg.max_distance)
-        return rearrange(self.relative_attention_bias(bucket), "q k heads -> 1 heads q k")
+        bias = rearrange(self.relative_attention_bias(bucket), "q k heads -> 1 heads q k")
+        return bias.contiguous()  # once here; fused attention would copy it in every layer
 
     def forward(self, x, bias):
         q, k, v = (rearrange(f(x), "b l (h d) -> b h l d", h=self.cfg.num_heads) for f in (self.q, self.k, self.v))
@@ -165,13 +175,14 @@ class T5Encoder(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = Embedding(config.vocab_size, config.d_model)
         if config.places:
             self.places = nn.Parameter(torch.zeros(config.places, config.d_model))
         self.encoder = nn.ModuleDict({
             "block": nn.ModuleList(Block(config, first=i == 0) for i in range(config.num_layers)),
             "final_layer_norm": RMSNorm(config.d_model)})
-        self.init_weights()
+        if not self.shared.weight.is_meta:
+            self.init_weights()
 
     def init_weights(self):
         """As T5's authors did: every matrix's deviation is one over the root of its fan-in, q's smaller by the root

@@ -2,8 +2,13 @@
 layouts, against what diffusers and transformers make of them (golden values, see make_golden.py); the way back; and
 every file that is not one. Full size: tests/full_size.py."""
 import json
+import math
 import os
+import resource
+import runpy
 import shutil
+import subprocess
+import sys
 
 import make_golden
 import pytest
@@ -12,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_networks import GOLDEN, SHAPES, assert_close
 
-from model import DualDiffusion, describe, inspect, read_part
+import model
+from model import DualDiffusion, Settings, describe, inspect, read_part
 from sample import SHIPPED, text_to_image
 
 with safe_open(make_golden.PATH, framework="pt") as f:
@@ -248,6 +254,319 @@ def test_a_folder_without_a_part(tmp_path):
     path = folder(tmp_path / "sd3", "sd3")
     shutil.rmtree(f"{path}/vae")
     assert load(path).missing == ["VAE"]
+
+
+# ---------------------------------------------------------------- files that say what cannot be
+
+
+with safe_open(SHIPPED, framework="pt") as f:
+    HEADER = json.loads(f.metadata()["config"])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The names and shapes of the shipped model's tensors, with nothing in them."""
+    return {name: torch.zeros(w.shape, dtype=w.dtype) if w.ndim != 1 or w.dtype != torch.uint8 else w
+            for name, w in load_file(SHIPPED).items()}
+
+
+def refused(function, *args, **kwargs):
+    """-> the one line that it raises."""
+    with pytest.raises((ValueError, OSError)) as error:
+        function(*args, **kwargs)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 400, message
+    return message
+
+
+PARTS = ("ddit", "t5", "vae", "settings")
+BAD_VALUES = [
+    ("ddit", "depth", 10 ** 9), ("ddit", "depth", 7), ("ddit", "depth", 0), ("ddit", "depth", -1),
+    ("ddit", "depth", "6"), ("ddit", "depth", 6.5), ("ddit", "depth", True), ("ddit", "depth", None),
+    ("ddit", "depth", [6]),
+    ("ddit", "width", 10 ** 6), ("ddit", "width", 0), ("ddit", "heads", 3), ("ddit", "heads", 0), ("ddit", "heads", -2),
+    ("ddit", "heads", 10 ** 30), ("ddit", "heads", "two"), ("ddit", "patch", 4), ("ddit", "channels", 4),
+    ("ddit", "text_dim", 4096), ("ddit", "vocab", 32100), ("ddit", "vocab", math.nan), ("ddit", "pos_size", 10 ** 9),
+    ("ddit", "qk_norm", False), ("ddit", "qk_norm", "yes"), ("ddit", "color", 3), ("ddit", "__init__", 1),
+    ("t5", "num_layers", 10 ** 9), ("t5", "num_layers", 0), ("t5", "d_kv", 64), ("t5", "buckets", 0),
+    ("t5", "max_distance", 0), ("t5", "max_distance", 8), ("t5", "max_distance", -1), ("t5", "max_distance", 1e3),
+    ("t5", "max_distance", math.inf), ("t5", "places", 24), ("t5", "places", -1), ("t5", "vocab_size", 10 ** 12),
+    ("vae", "multipliers", 4), ("vae", "multipliers", []), ("vae", "multipliers", [1, 2]), ("vae", "multipliers", None),
+    ("vae", "multipliers", [1, 2, 4, "4"]), ("vae", "groups", 3), ("vae", "groups", 0), ("vae", "factor", 8),
+    ("vae", "shift", math.nan), ("vae", "shift", "0"), ("vae", "scale", 0), ("vae", "scale", -1.0),
+    ("vae", "scale", math.inf), ("vae", "scale", 10 ** 400),
+    ("settings", "size", 0), ("settings", "size", 65), ("settings", "size", 16 * 10 ** 9), ("settings", "length", 1),
+    ("settings", "length", "24"), ("settings", "cfg", math.nan), ("settings", "shift", 0), ("settings", "shift", None),
+    ("settings", "caption_steps", 10 ** 12), ("settings", "answer_steps", 0), ("settings", "caption_prompt", 3),
+    ("settings", "tempo", 3)]
+
+
+@pytest.mark.parametrize("part, name, value", BAD_VALUES)
+def test_a_header_that_cannot_be(tmp_path, small, part, name, value):
+    path = str(tmp_path / "x.safetensors")
+    save_file(small, path, {"config": json.dumps(HEADER | {part: HEADER[part] | {name: value}})})
+    message = refused(inspect, path)
+    assert message.startswith(path) and name in message, message
+
+
+BAD_HEADERS = ["", "{", "null", "[]", "3", '"x"', '{"ddit": null}', '{"t5": []}', '{"vae": 3}', '{"settings": null}',
+               "[" * 100_000, '{"ddit": ' * 100_000, '{"ddit": {"depth": ' + "9" * 5000 + "}}"]
+
+
+@pytest.mark.parametrize("header", BAD_HEADERS, ids=range(len(BAD_HEADERS)))
+def test_a_header_that_is_none(tmp_path, small, header):
+    path = str(tmp_path / "x.safetensors")
+    save_file(small, path, {"config": header})
+    assert refused(inspect, path).startswith(path)
+
+
+def test_an_older_header(tmp_path, small):
+    """It may lack what came later."""
+    later = ("qk_norm", "places", "answer_steps")
+    old = {part: {name: value for name, value in HEADER[part].items() if name not in later} for part in PARTS}
+    save_file(small, tmp_path / "x.safetensors", {"config": json.dumps(old)})
+    config, _, _ = inspect(str(tmp_path / "x.safetensors"))
+    wanted, _, _ = inspect(SHIPPED)
+    assert config == wanted and config.settings.caption_prompt == "" and isinstance(config.vae.multipliers, tuple)
+
+
+def test_embeddings_in_the_place_of_t5(tmp_path):
+    """Table 9's: no layers, and a place for every token."""
+    whole, path = DualDiffusion.load(SHIPPED), str(tmp_path / "x.safetensors")
+    config = model.replace(whole.config, t5=model.replace(whole.config.t5, num_layers=0, places=24))
+    made = DualDiffusion.build(config, whole.tokenizer)
+    made.save(path)
+    loaded = DualDiffusion.load(path)
+    assert loaded.config == config and loaded.t5(torch.zeros(1, 24, dtype=torch.long)).shape == (1, 24, 128)
+    assert "nothing written" in refused(loaded.export, str(tmp_path / "out"))
+    whole.t5 = whole.ddit = None  # what stage 0 leaves
+    whole.save(path)
+    assert DualDiffusion.load(path).missing == ["transformer", "T5"]
+
+
+ODD = {"x_embedder.proj.weight": (128, 16), "context_embedder.weight": (128,), "pos_embed": (64,),
+       "text_head.linear.weight": (474,), "joint_blocks.4000000000.x": (1,),
+       "joint_blocks.5.context_block.adaLN_modulation.1.bias": (), "joint_blocks.0.x_block.attn.qkv.weight": (),
+       "encoder.conv_in.weight": (8,), "encoder.conv_in.weight ": (0, 3, 3, 3), "encoder.conv_out.weight": (),
+       "encoder.down.2.block.0.conv1.weight": (), "shared.weight": (512,),
+       "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (4, 0),
+       "encoder.block.0.layer.0.SelfAttention.q.weight": (), "x_embedder.proj.weight ": (0, 16, 2, 2)}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("header", [True, False])
+def test_tensors_of_odd_shapes(tmp_path, small, name, header):
+    """With a header that says otherwise, and without one."""
+    file = {n.removeprefix(prefix): prefix for prefix in PREFIX.values() for n in small if n.startswith(prefix)}
+    stored = name.strip() if name.strip() in file else "joint_blocks.0.x_block.attn.qkv.weight"
+    path = str(tmp_path / "x.safetensors")
+    save_file(small | {file[stored] + name.strip(): torch.zeros(ODD[name])}, path,
+              {"config": json.dumps(HEADER)} if header else None)
+    assert path in refused(DualDiffusion.load, path)
+
+
+@pytest.mark.parametrize("file, content", [
+    (file, content) for file in ("transformer/config.json", "d_dit.json", "scheduler/scheduler_config.json",
+                                 "transformer/diffusion_pytorch_model.safetensors.index.json")
+    for content in (b"null", b"[]", b"[" * 100_000, b'{"shift": \xff}', b"", b"3")]
+    + [("transformer/config.json", b'{"num_attention_heads": %s}' % value)
+       for value in (b"0", b"-1", b"null", b'"2"', b"3", b"1e9", b"[2]")]
+    + [("transformer/config.json", b'{"num_layers": 1000000000}'), ("vae/config.json", b'{"norm_num_groups": 3}'),
+       ("vae/config.json", b'{"scaling_factor": NaN}'), ("vae/config.json", b'{"shift_factor": null}'),
+       ("text_encoder/config.json", b'{"relative_attention_max_distance": 0}'), ("d_dit.json", b'{"size": 100}'),
+       ("d_dit.json", b'{"length": null}'), ("d_dit.json", b'{"tempo": 3}'),
+       ("scheduler/scheduler_config.json", b'{"shift": "3"}')]
+    + [("transformer/diffusion_pytorch_model.safetensors.index.json", b'{"weight_map": %s}' % value)
+       for value in (b"null", b"[]", b"3", b'{"a": null}', b'{"a": ["b"]}', b'{"a": ".."}', b'{"a": ""}',
+                     b'{"a": "../vae/diffusion_pytorch_model.safetensors"}', b'{"a": "/etc/passwd"}')])
+def test_a_folder_that_cannot_be(tmp_path, file, content):
+    path = folder(tmp_path / "sd3", "sd3", shards=2 if "index" in file else 1)
+    (tmp_path / "sd3" / file).write_bytes(content)
+    message = refused(inspect, path)
+    where = path if "d_dit" in file or "scheduler" in file else os.path.join(path, os.path.dirname(file))
+    assert message.startswith(where), message
+    if not content.startswith(b'{"') or b"\xff" in content:
+        assert os.path.join(path, file) in message
+    if b"weight_map" in content:
+        assert "weight_map" in message or "not a plain file" in message
+
+
+def test_parts_that_do_not_fit(tmp_path, small):
+    """T5 of another width, a VAE of other latents, another tokenizer: all are named, before anything is built."""
+    narrow = {n: w[..., :16].contiguous() if n.endswith("shared.weight") else w
+              for n, w in {PREFIX["t5"] + n: w for n, w in states("t5")["t5"].items()}.items()}
+    save_file(narrow, tmp_path / "t5.safetensors")
+    message = refused(DualDiffusion.load, SHIPPED, t5=str(tmp_path / "t5.safetensors"))
+    assert "t5.safetensors: this T5 gives 16 channels" in message and "takes 128" in message and "--t5" in message
+    vae = make_golden.VAE(make_golden.VAEConfig(channels=8, groups=4, latent_channels=4)).state_dict()
+    save_file({PREFIX["vae"] + n: w for n, w in vae.items()}, tmp_path / "vae.safetensors")
+    (tmp_path / "config.json").write_text('{"norm_num_groups": 4}')
+    shutil.copy(tmp_path / "vae.safetensors", tmp_path / "model.safetensors")
+    shutil.rmtree(tmp_path / "v", ignore_errors=True), os.makedirs(tmp_path / "v")
+    for name in ("config.json", "model.safetensors"):
+        shutil.move(tmp_path / name, tmp_path / "v" / name)
+    message = refused(DualDiffusion.load, SHIPPED, vae=str(tmp_path / "v"))
+    assert "v: this VAE gives 4 channels" in message and "takes 16" in message and "--vae" in message
+    other = model.Tokenizer.train(["a b c d e"], 100)
+    (tmp_path / "spiece.model").write_bytes(other.model)
+    message = refused(DualDiffusion.load, SHIPPED, tokenizer=str(tmp_path / "spiece.model"))
+    assert "knows 474 tokens" in message and "--spiece" in message
+
+
+def test_another_model_s_tokenizer(tmp_path):
+    """Llama's has 32,000 pieces, as T5's, but its end is 2."""
+    import io
+
+    import sentencepiece
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c d e"]), model_writer=made, vocab_size=20,
+                                             model_type="bpe", hard_vocab_limit=False, minloglevel=2)
+    (tmp_path / "spiece.model").write_bytes(made.getvalue())
+    assert "spiece.model: not T5's" in refused(inspect, SHIPPED, tokenizer=str(tmp_path / "spiece.model"))
+
+
+@pytest.mark.parametrize("part, name, value, dtype", [
+    ("single", "joint_blocks.3.x_block.mlp.fc1.weight", math.inf, torch.float16),
+    ("t5", "shared.weight", math.nan, torch.bfloat16), ("vae", "decoder.conv_out.bias", -math.inf, torch.float32)])
+def test_weights_that_are_no_numbers(tmp_path, small, part, name, value, dtype):
+    name, path = PREFIX[part] + name, str(tmp_path / "x.safetensors")
+    file = {n: w.to(dtype, copy=True) if w.is_floating_point() else w for n, w in small.items()}
+    file[name].view(-1)[-1] = value
+    save_file(file, path, {"config": json.dumps(HEADER)})
+    for wanted in (None, torch.float32):
+        message = refused(DualDiffusion.load, path, dtype=wanted)
+        assert message.startswith(path) and name in message and "NaN" in message
+
+
+def test_large_weights_are_numbers(tmp_path, small):
+    """A sum in float16 would overflow."""
+    file = {n: torch.full_like(w, 6e4) if w.dtype == torch.float16 else w for n, w in small.items()}
+    save_file(file, tmp_path / "x.safetensors", {"config": json.dumps(HEADER)})
+    DualDiffusion.load(str(tmp_path / "x.safetensors"), dtype=None)
+
+
+def not_files(folder):
+    os.mkfifo(folder / "pipe.safetensors")
+    os.makedirs(folder / "piped")
+    os.mkfifo(folder / "piped" / "model.safetensors")
+    os.makedirs(folder / "folder.safetensors" / "model.safetensors")
+    shutil.copytree(folder / "whole", folder / "tokens")
+    os.remove(folder / "tokens" / "tokenizer" / "spiece.model")
+    os.mkfifo(folder / "tokens" / "tokenizer" / "spiece.model")
+    shutil.copytree(folder / "whole", folder / "configured")
+    os.remove(folder / "configured" / "vae" / "config.json")
+    os.mkfifo(folder / "configured" / "vae" / "config.json")
+    return [("pipe.safetensors", {}), ("piped", {}), ("folder.safetensors", {}), ("tokens", {}), ("configured", {}),
+            ("/dev/zero", {}), ("whole", {"t5": "/dev/zero"}), ("whole", {"vae": "pipe.safetensors"}),
+            ("whole", {"tokenizer": "pipe.safetensors"}), ("whole", {"tokenizer": "/dev/zero"}),
+            ("whole", {"tokenizer": "whole"}), ("whole", {"tokenizer": "none"}), ("whole", {"tokenizer": "huge"})]
+
+
+def test_what_is_no_file(tmp_path, monkeypatch):
+    """Pipes, devices, folders and files far too long: one line, and no waiting."""
+    monkeypatch.chdir(tmp_path)
+    DualDiffusion.load(SHIPPED).export("whole")
+    with open("huge", "wb") as f:
+        f.truncate(1 << 40)
+    for path, others in not_files(tmp_path):
+        message = refused(inspect, path, **others)
+        assert any(str(name) in message for name in (path, *others.values())), message
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr(os, "listdir", closed)
+    assert "whole" in refused(inspect, "whole")
+
+
+def test_authors_settings(tmp_path):
+    """Their release is to be asked as it was tuned; SD3's folder, and what says otherwise itself, is not."""
+    path = folder(tmp_path / "authors", "authors")
+    settings = inspect(path)[0].settings
+    assert (settings.size, settings.length, settings.shift) == (512, 128, 2.5)
+    assert settings.caption_prompt == "Describe the image concisely."
+    assert settings.answer_suffix == "Answer the question using a single word or phrase."
+    assert inspect(folder(tmp_path / "sd3", "sd3"))[0].settings == Settings(shift=2.5)
+    (tmp_path / "authors" / "d_dit.json").write_text('{"size": 64}')
+    assert inspect(path)[0].settings == Settings(size=64, shift=2.5)
+
+
+def test_an_answer_needs_no_compiler_and_opens_its_file_once(tmp_path):
+    """Neither torch's compiler, which takes a second to import, nor an opening for every tensor."""
+    program = """
+import sys, model, sample, torch
+times, opened = [], model.opened
+model.opened = lambda path: times.append(path) or opened(path)
+dd = model.DualDiffusion.load(sample.SHIPPED)
+sample.answer(dd, torch.zeros(1, 3, 64, 64), ["what color is the circle?"], steps=1)
+print(len(times), sorted(name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor")))[:3])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          cwd=os.path.dirname(model.__file__))
+    times, modules = done.stdout.split(maxsplit=1)
+    assert int(times) <= 5 and modules.strip() == "[]", done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- files that are written
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    """Both ways of writing, in a process whose files may not grow beyond 1 MB; and what is not an empty folder."""
+    dd = DualDiffusion.load(SHIPPED)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        message, exported = refused(dd.save, str(path)), refused(dd.export, str(tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert message.startswith(f"{path}: could not be written") and "out" in exported
+    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["model.safetensors"]
+    dd.save(str(path))
+    assert DualDiffusion.load(str(path)).config == dd.config and path.stat().st_mode & 0o777 == 0o666 & ~UMASK
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
+    dd = DualDiffusion.load(SHIPPED)
+
+    def interrupt(config):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(model, "diffusers_configs", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        dd.export(str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_where_an_export_goes(tmp_path, monkeypatch, capsys):
+    """Into a new or an empty folder, over what a kill left beside; never into one that holds something."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir(), (tmp_path / "full" / "x").touch(), (tmp_path / "file").touch()
+    for name in ("full", "file", "", ".", "full/"):
+        monkeypatch.setattr(sys, "argv", ["model.py", SHIPPED, "--export", name])
+        assert "--export" in refused(model.main)
+        assert capsys.readouterr().out == "" and sorted(os.listdir()) == ["file", "full"]
+    (tmp_path / "out.partial").mkdir(), (tmp_path / "out.partial" / "x").touch()
+    monkeypatch.setattr(sys, "argv", ["model.py", SHIPPED, "--export", "out/"])
+    model.main()
+    assert sorted(os.listdir()) == ["file", "full", "out"] and not os.path.exists("out/x")
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (KeyboardInterrupt(), "model.py: stopped", ""), (ValueError("x: bad"), 2, "model.py: x: bad\n"),
+    (FileNotFoundError("x: no such file"), 2, "model.py: x: no such file\n")])
+def test_how_the_program_ends(monkeypatch, capsys, error, status, line):
+    def fail(self):
+        raise error
+    monkeypatch.setattr(model.argparse.ArgumentParser, "parse_args", fail)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(model.__file__, run_name="__main__")
+    assert ended.value.code == status and capsys.readouterr().err == line
+
+
+def test_describing_says_what_does_not_fit(tmp_path, monkeypatch, capsys):
+    (tmp_path / "spiece.model").write_bytes(model.Tokenizer.train(["a b c d e"], 100).model)
+    monkeypatch.setattr(sys, "argv", ["model.py", SHIPPED, "--spiece", str(tmp_path / "spiece.model")])
+    assert "--spiece" in refused(model.main) and "transformer" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- where diffusers and transformers are installed

@@ -1,5 +1,7 @@
 """The three networks against other people's code (golden values, see make_golden.py), and their full-size shapes."""
+import copy
 import json
+from dataclasses import replace
 
 import make_golden
 import pytest
@@ -7,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from model import DDiT, DDiTConfig, sincos_table
+from model import PRESETS, DDiT, DDiTConfig, DualDiffusion, TextHead, sincos_table
+from sample import SHIPPED
 from t5 import T5Config, T5Encoder, relative_position_bucket
 from vae import VAE, VAEConfig
 
@@ -129,6 +132,52 @@ def test_norms():
     norms = [m for model in (DDiT(make_golden.DDIT), VAE(make_golden.VAE_)) for m in model.modules()
              if isinstance(m, (torch.nn.LayerNorm, torch.nn.GroupNorm))]
     assert {m.eps for m in norms} == {1e-6}
+
+
+def test_text_logits_are_float32():
+    """In bf16 the two largest of many logits are often equal; computed in float32 they are not, and training sees their
+    gradients all the same."""
+    torch.manual_seed(0)
+    head = TextHead(replace(make_golden.DDIT, width=64, vocab=32100))
+    with torch.enable_grad():
+        states = torch.randn(200, 64).bfloat16()
+        logits = head.bfloat16()(states)
+        assert logits.dtype == torch.float32
+        logits.square().mean().backward()
+    assert head.linear.weight.grad.dtype == torch.bfloat16 and head.linear.weight.grad.any()
+    first, second = logits.topk(2, dim=1).values.T
+    assert (first > second).all()
+    narrow = head.linear(head.norm_final(states)).topk(2, dim=1).values
+    assert (narrow[:, 0] == narrow[:, 1]).any()  # else this test would show nothing
+    wide = head.linear(head.norm_final(states.float()).bfloat16())
+    assert torch.equal(logits.bfloat16(), wide) or (logits - wide).abs().max() < 0.05
+
+
+def test_position_bias_lies_as_attention_reads_it():
+    bias = load(T5Encoder(make_golden.T5), "t5").encoder["block"][0].layer[0]["SelfAttention"].position_bias(9, "cpu")
+    assert bias.shape == (1, make_golden.T5.num_heads, 9, 9) and bias.is_contiguous()
+
+
+# What `build` gave for seed 0 when everything was initialised twice, the last two numbers of each.
+BUILT = {
+    "ddit.joint_blocks.0.x_block.attn.qkv.weight": (-0.045685671269893646, 0.06544813513755798),
+    "ddit.joint_blocks.5.context_block.mlp.fc2.weight": (-0.002842429094016552, -0.030600469559431076),
+    "ddit.pos_embed": (0.9999504089355469, 0.9999721050262451), "t5.shared.weight": (-1.463649988, -1.407705903),
+    "t5.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (-12.0, -8.0),
+    "t5.encoder.block.1.layer.1.DenseReluDense.wo.weight": (0.07629574090242386, -0.014377468265593052),
+    "vae.decoder.conv_out.weight": (-0.023784436285495758, 0.05293291434645653)}
+
+
+def test_fresh_weights_are_those_of_the_seed():
+    """And modules built on the "meta" device, as for loading, draw no random number."""
+    tokenizer = DualDiffusion.load(SHIPPED).tokenizer
+    torch.manual_seed(0)
+    state = DualDiffusion.build(copy.deepcopy(PRESETS["tiny"]), tokenizer).state_dict()
+    for name, wanted in BUILT.items():
+        assert torch.allclose(state[name].flatten()[-2:], torch.tensor(wanted), atol=1e-6), name
+    before = torch.get_rng_state()
+    DualDiffusion.load(SHIPPED)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def parameters(model):
