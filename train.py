@@ -169,7 +169,7 @@ def with_latents(feed, dd, folder, shape, most):
     for tensor in dd.vae.state_dict().values():
         key.update(tensor.float().cpu().numpy().tobytes())
     path = os.path.join(folder, f"latents-{key.hexdigest()[:12]}.npy")
-    with claim(f"{path}.lock", wait=True):  # two stages may start at once
+    with claim(os.path.join(folder, ".latents.lock"), wait=True):  # two stages may start at once
         if not os.path.exists(path):
             encode_once(source, ids, dd, shape, path)
     latents = data.Mapped(path)
@@ -342,7 +342,8 @@ def starting_point(args, recipe, feed, device, dtype):
         for k in range(5000):
             rng = np.random.default_rng([args.seed, 4, k])
             i = int(data.pick(rng, feed.ids))
-            texts += [feed.source.caption(i, rng) or "", "Q: {} A: {}".format(*feed.source.question(i, rng) or ("", ""))]
+            asked = feed.source.question(i, rng) or ("", "")
+            texts += [feed.source.caption(i, rng) or "", "Q: {} A: {}".format(*asked)]
         dd = DualDiffusion.build(preset, Tokenizer.train(texts, recipe.vocab), ["vae"]).to(device)
         return dd, {"vae": dd.vae}
     known = inspect(args.start, args.t5, args.vae, args.spiece)[0]
@@ -684,7 +685,8 @@ def reconstruct(dd, images):
     """Images -> what is left of them after the VAE's round trip, uint8."""
     with torch.no_grad():
         pixels = torch.from_numpy(data.to_pixels(images))
-        return np.concatenate([data.to_images(dd.decode_image(dd.encode_image(part))) for part in pixels.split(64)])
+        parts = pixels.split(at_once(pixels.shape[-1]))
+        return np.concatenate([data.to_images(dd.decode_image(dd.encode_image(part))) for part in parts])
 
 
 def show(dd, source, indices, path=None, seed=0):

@@ -591,7 +591,7 @@ def test_two_stages_do_not_encode_the_same_at_once(tmp_path):
     (latents,) = tmp_path.glob("latents-*.npy")
     os.remove(latents)
     shutil.rmtree(tmp_path / "stage1")
-    with open(f"{latents}.lock") as lock:
+    with open(tmp_path / ".latents.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         running = subprocess.Popen(command(*args), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         time.sleep(6)
