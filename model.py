@@ -235,6 +235,8 @@ class Settings:
     shift: float = 3.0      # of the drawing time grid
     caption_steps: int = 256
     answer_steps: int = 16
+    caption_prompt: str = ""  # captions are asked for as this question; empty: a caption is a text of its own
+    answer_suffix: str = ""   # appended to questions
 
 
 @dataclass
