@@ -274,9 +274,11 @@ def run_program(main, stopped="stopped", lower="--size, or give --offload"):
         finally:
             try:
                 sys.stdout.flush()
-            except OSError as error:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-                sys.exit(141) if isinstance(error, BrokenPipeError) else fail(f"stdout: {error.strerror}")
+            except OSError as error:  # Python will try once more when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise OSError(error.errno, error.strerror, "stdout") from None
+    except BrokenPipeError:
+        sys.exit(141)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
@@ -326,11 +328,11 @@ def parse_args():
         fail("nothing to do: give --vqa, --caption, --t2i or --infill (--help shows how)")
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
         fail("--temperature is 0 or from 0.01 to 100")
-    if args.t2i and (os.path.isdir(args.out) or not os.access(os.path.dirname(args.out) or ".", os.W_OK)):
-        fail(f"--out {args.out}: a folder itself, or in none that can be written to")
     args.format = Image.registered_extensions().get(os.path.splitext(args.out)[1].lower())
-    if args.t2i and args.format not in Image.SAVE:
-        fail(f"--out {args.out}: give it the ending of a picture, .png for one")
+    if args.t2i and (args.format not in Image.SAVE or os.path.isdir(args.out)):
+        fail(f"--out {args.out}: give the name of a picture, with .png for one as its ending")
+    if args.t2i and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
+        fail(f"--out {args.out}: no such folder, or not yours to write in")
     if any("_" not in text for *_, text in args.infill):
         fail("--infill's text has no blank: each underscore stands for one token to fill in")
     return args
