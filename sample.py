@@ -339,14 +339,14 @@ def parse_args():
 
 
 def heard(dd, text, room):
-    """A text as the model can take it in: in lower case, if its vocabulary has capitals only as single letters. Warns
-    of words that its tokenizer never saw, and of more tokens than there is room for; an underscore is one."""
+    """A text as the model can take it in: in lower case, if that takes fewer tokens of a vocabulary that has capitals
+    only as single letters. Warns of words that its tokenizer never saw, and of more tokens than there is room for; an
+    underscore is one."""
     text = os.fsencode(text).decode(errors="replace")  # as it was typed, whatever the locale takes that for
-    unseen, lower = dd.tokenizer.unseen_words(text), dd.tokenizer.unseen_words(text.lower())
-    pieces = dd.tokenizer.pieces.id_to_piece([*range(len(dd.tokenizer.pieces))])
-    if len(lower) < len(unseen) and all(len(p.strip("▁")) == 1 for p in pieces if p != p.lower()):
-        text, unseen = text.lower(), lower
-    if unseen:
+    pieces = dd.tokenizer.pieces
+    if all(len(piece.strip("▁")) == 1 for piece in pieces.id_to_piece([*range(len(pieces))]) if piece != piece.lower()):
+        text = min(text, text.lower(), key=lambda text: len(pieces.encode(text)))
+    if unseen := dd.tokenizer.unseen_words(text):
         warn(f"never seen in training, so expect little: {', '.join(unseen)}")
     tokens = sum(len(dd.tokenizer.encode(part)) - 1 for part in text.split("_")) + text.count("_")
     if tokens > room:
@@ -371,9 +371,8 @@ def main():
     def tell(reader, paths, *texts):
         for part in batches(len(paths), height, width):
             images = torch.from_numpy(to_pixels([load_image(path, width, height) for path in paths[part]]))
-            for line in reader(dd, images, *(column[part] for column in texts), length, args.steps, args.order,
-                               args.temperature, generator):
-                tqdm.write(line)
+            tqdm.write("\n".join(reader(dd, images, *(column[part] for column in texts), length, args.steps, args.order,
+                                        args.temperature, generator)))
             sys.stdout.flush()
 
     def pairs(jobs, room):
