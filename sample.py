@@ -328,11 +328,10 @@ def parse_args():
         fail("nothing to do: give --vqa, --caption, --t2i or --infill (--help shows how)")
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
         fail("--temperature is 0 or from 0.01 to 100")
-    args.format = Image.registered_extensions().get(os.path.splitext(args.out)[1].lower())
-    if args.t2i and (args.format not in Image.SAVE or os.path.isdir(args.out)):
-        fail(f"--out {args.out}: give the name of a picture, with .png for one as its ending")
-    if args.t2i and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
-        fail(f"--out {args.out}: no such folder, or not yours to write in")
+    folder, ending = os.path.dirname(args.out), os.path.splitext(args.out)[1]
+    args.format = Image.registered_extensions().get(ending.lower())
+    if args.t2i and (args.format not in Image.SAVE or os.path.isdir(args.out) or not os.access(folder or ".", os.W_OK)):
+        fail(f"--out {args.out}: give a picture's name, like out.png, in a folder that you can write to")
     if any("_" not in text for *_, text in args.infill):
         fail("--infill's text has no blank: each underscore stands for one token to fill in")
     return args
@@ -344,7 +343,7 @@ def heard(dd, text, room):
     underscore is one."""
     text = os.fsencode(text).decode(errors="replace")  # as it was typed, whatever the locale takes that for
     pieces = dd.tokenizer.pieces
-    if all(len(piece.strip("▁")) == 1 for piece in pieces.id_to_piece([*range(len(pieces))]) if piece != piece.lower()):
+    if all(len(p.strip("▁")) == 1 for p in map(pieces.id_to_piece, range(len(pieces))) if p != p.lower()):
         text = min(text, text.lower(), key=lambda text: len(pieces.encode(text)))
     if unseen := dd.tokenizer.unseen_words(text):
         warn(f"never seen in training, so expect little: {', '.join(unseen)}")
