@@ -34,10 +34,9 @@ PIXELS = 2 ** 20  # of all images that go through the networks at once: 4 of 512
 
 
 def batches(count, height, width):
-    """Slices of `count` images of that size, each of PIXELS at most. Several show a bar, on a terminal."""
+    """Slices of `count` images of that size, each of PIXELS at most. Several show a bar on a terminal."""
     size = max(1, PIXELS // (height * width))
-    parts = [slice(at, at + size) for at in range(0, count, size)]
-    return tqdm(parts, leave=False, disable=len(parts) < 2 or None)
+    return tqdm([slice(at, at + size) for at in range(0, count, size)], leave=False, disable=count <= size or None)
 
 
 def latent_size(dd, height, width):
@@ -52,7 +51,7 @@ def latent_size(dd, height, width):
 def finite(tensor):
     """The tensor, if all of it is numbers."""
     if not tensor.isfinite().all():
-        raise ValueError("the model computes infinities: its weights are damaged, or too large for this --dtype")
+        raise ValueError("what the model computes is not finite: its weights are damaged, or too large for this --dtype")
     return tensor
 
 
@@ -174,7 +173,8 @@ def caption(dd, images, length=None, steps=None, order="random", temperature=0.0
 
 @torch.no_grad()
 def answer(dd, images, questions, length=None, steps=None, order="random", temperature=0.0, generator=None):
-    """Answer one question an image -> list of str. length: tokens that question and answer have together."""
+    """Answer one question an image -> list of str. length: tokens that question and answer have together. The model's
+    own suffix, if it has one, follows the question."""
     settings = dd.config.settings
     length, steps, suffix = length or settings.length, steps or settings.answer_steps, settings.answer_suffix
     rows = [question_ids(dd.tokenizer, f"{question} {suffix}".rstrip(), "", length) for question in questions]
@@ -322,7 +322,7 @@ def parse_args():
         if any(len(job) < 2 or not job[-1].strip() for job in getattr(args, name)):
             fail(f"--{name} wants an image and then {what}: --{name} img.png \"...\"")
     for path in sum((images for *images, _ in args.vqa + args.infill), args.caption):
-        if not os.path.exists(path):  # told before hours of work on others
+        if not os.path.exists(path):  # before hours of work on others
             fail(f"{path}: no such image")
     if not (args.vqa or args.caption or args.t2i or args.infill):
         fail("nothing to do: give --vqa, --caption, --t2i or --infill (--help shows how)")
