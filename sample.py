@@ -51,7 +51,7 @@ def latent_size(dd, height, width):
 def finite(tensor):
     """The tensor, if all of it is numbers."""
     if not tensor.isfinite().all():
-        raise ValueError("what the model computes is not finite: its weights are damaged, or too large for this --dtype")
+        raise ValueError("the model computes what is not finite: its weights are damaged, or too large for --dtype")
     return tensor
 
 
