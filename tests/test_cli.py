@@ -1,16 +1,20 @@
 """sample.py and train.py as a user types them, mistakes first. Each mistake: one line, exit status 2."""
+import io
 import json
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import sample
 from model import DualDiffusion
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -40,6 +44,7 @@ def files(tmp_path_factory):
     (folder / "broken.jsonl").write_text('{"image": "ok.png", "caption": "c"}\n{"image": "ok.png", \n')
     (folder / "missing.jsonl").write_text(json.dumps({"image": "gone.png", "caption": "c"}) + "\n")
     (folder / "void").mkdir()
+    (folder / "folder.png").mkdir()
     (folder / "many").mkdir()
     for i in range(25):
         Image.new("RGB", (20, 20), (i, i, i)).save(folder / "many" / f"{i}.png")
@@ -78,6 +83,19 @@ MISTAKES = {
         (["--caption", "ok.png", "--seed", "99999999999999999999"], "--seed"),
         (["--t2i", "x", "--size", "wide"], "is not like 512 or 768x512"),
         (["--t2i", "a circle", "--size", "64x256"], "larger than the model's 8x8 positions"),
+        (["--caption", "ok.png", "--size", "65536"], "larger than the model's 8x8 positions"),
+        (["--t2i", "x", "--size", "64x64x7"], "is not like 512 or 768x512"),
+        (["--t2i", "x", "--size", "16x16x16"], "is not like 512 or 768x512"),
+        (["--t2i", "x", "--size", "0"], "multiples of 16"),
+        (["--t2i", "x", "--steps", "1000000000"], "1000000000 is not from 1 to 10000"),
+        (["--t2i", "x", "--steps", "few"], "--steps"),
+        (["--caption", "ok.png", "--length", "7"], "7 is not from 8 to 4096"),
+        (["--t2i", "x", "--num", "0"], "--num"),
+        (["--t2i", "x", "--num", "1000000"], "1000000 images of 64x64 do not fit on a page"),
+        (["--t2i", "x", "--out", "folder.png"], "folder.png"),
+        (["--t2i", "x", "--out", "/dev/full"], "/dev/full"),
+        (["--caption", "ok.png", "--device", "hpu"], "there is no device hpu here"),
+        (["--caption", *["ok.png"] * 300, "none.png"], "none.png: no such image"),
     ],
     "model.py": [
         (["none.safetensors"], "none.safetensors: no such checkpoint"),
@@ -150,6 +168,119 @@ def test_odd_questions_still_get_an_answer_and_a_warning(tmp_path):
     assert "its end is left out" in done.stderr and "zebra" in done.stderr
 
 
+def call(monkeypatch, *args):
+    """sample.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args)])
+    sample.run_program(sample.main)
+
+
+def test_what_comes_first_is_printed_first(files, monkeypatch, capsys):
+    scenes, question = [SCENE] * 3 + [files / "ok.png"], "how many shapes are there?"
+    call(monkeypatch, "--vqa", *scenes, question, "--caption", *scenes, "--steps", 4)
+    once = capsys.readouterr()
+    monkeypatch.setattr(sample, "PIXELS", 2 * 64 * 64)
+    call(monkeypatch, "--vqa", *scenes, question, "--caption", *scenes, "--steps", 4)
+    assert capsys.readouterr() == once and once.err == "" and once.out.count("\n") == 8  # a bar only on a terminal
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, "--vqa", *scenes[:3], files / "text.png", question, "--steps", 4)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "3\n3\n" and "text.png: cannot be read" in err and err.count("\n") == 1
+
+
+def test_length_and_negative(monkeypatch, capsys, tmp_path):
+    seen, unmask, denoise = [], sample.unmask, sample.denoise
+    monkeypatch.setattr(sample, "unmask", lambda dd, z, tokens, *how: seen.append(tokens.shape) or unmask(
+        dd, z, tokens, *how))
+    monkeypatch.setattr(sample, "denoise", lambda dd, x, prompts, negative, length, *how: seen.append(
+        (negative, length)) or denoise(dd, x, prompts, negative, length, *how))
+    args = ["--vqa", SCENE, "what color is the circle?", "--caption", SCENE, "--infill", SCENE, "a _", "--steps", 1,
+            "--t2i", "a circle", "--out", tmp_path / "a.png"]
+    call(monkeypatch, *args, "--length", 20, "--negative", "a Square")
+    assert seen == [(1, 20)] * 3 + [("a square", 20)]
+    seen.clear()
+    call(monkeypatch, *args)
+    assert seen == [(1, 24)] * 3 + [("", 24)] and capsys.readouterr().err == ""
+
+
+def test_a_disk_that_is_full_leaves_the_picture_that_was_there(monkeypatch, capsys, tmp_path):
+    (tmp_path / "out.png").write_text("before")
+
+    def save(image, path, format):
+        open(path, "wb").write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, "--t2i", "a circle", "--steps", 1, "--out", tmp_path / "out.png")
+    out, err = capsys.readouterr()
+    assert (end.value.code, out, err.count("\n")) == (2, "", 1) and "out.png: could not be written" in err
+    assert (tmp_path / "out.png").read_text() == "before" and os.listdir(tmp_path) == ["out.png"]
+
+
+@pytest.mark.parametrize("name, format", [("a.jpg", "JPEG"), ("a.webp", "WEBP"), ("A.PNG", "PNG")])
+def test_pictures_are_of_the_kind_that_their_name_says(monkeypatch, tmp_path, name, format):
+    call(monkeypatch, "--t2i", "a circle", "--steps", 1, "--out", tmp_path / name)
+    assert Image.open(tmp_path / name).format == format and os.listdir(tmp_path) == [name]
+
+
+def broken_pipe():
+    ours, theirs = os.pipe()
+    os.close(ours)
+    return os.fdopen(theirs, "w")
+
+
+@pytest.mark.parametrize("output, status, message", [
+    (lambda: open("/dev/full", "w"), 2, "sample.py: [Errno 28] No space left on device: 'stdout'\n"),
+    (broken_pipe, 141, ""), (lambda: None, 2, "sample.py: stdout is closed\n")])
+@pytest.mark.parametrize("end", [None, SystemExit, ValueError])
+def test_output_that_cannot_be_written(monkeypatch, capsys, output, status, message, end):
+    def main():
+        print("answer")
+        if end:
+            raise end("0")
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    stdout = output()
+    with monkeypatch.context() as m:
+        m.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as ended:
+            sample.run_program(main)
+    if stdout:
+        stdout.close()  # as Python does when it ends: quietly
+    assert ended.value.code == status and capsys.readouterr().err == message
+
+
+def test_answers_in_a_locale_without_their_letters(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    sample.run_program(lambda: print("caf\u00e9", "\udcff"))
+    assert stdout.buffer.getvalue() == b"caf? ?\n"
+
+
+ENDS = [
+    (lambda: signal.raise_signal(signal.SIGINT), 130, "so far"),
+    (lambda: torch.empty(2 ** 60), 2, "out of memory: lower --batch"),
+    (lambda: np.empty(2 ** 58), 2, "out of memory: lower --batch"),
+    (lambda: exec("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\\nMore')",
+                  {"torch": torch}), 2, "out of memory: lower --batch"),
+    (lambda: int("x"), 2, "invalid literal for int() with base 10: 'x'"),
+    (lambda: open("none"), 2, "[Errno 2] No such file or directory: 'none'"),
+]
+
+
+@pytest.mark.parametrize("main, status, message", ENDS)
+def test_ends_of_a_program(monkeypatch, capsys, main, status, message):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as end:
+        sample.run_program(main, stopped="so far", lower="--batch")
+    assert end.value.code == status and capsys.readouterr().err == f"train.py: {message}\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes"):
+        sample.run_program(lambda: torch.zeros(2, 3) @ torch.zeros(2, 3))
+    with pytest.raises(ZeroDivisionError):
+        sample.run_program(lambda: 1 / 0)
+
+
 def test_drawing_captioning_and_filling_in(tmp_path):
     out = tmp_path / "two.png"
     done = run("sample.py", "--caption", SCENE, "--infill", SCENE, "a _ _ circle", "--t2i", "a small red circle",
@@ -175,6 +306,7 @@ def test_the_readme_s_commands(tmp_path, monkeypatch):
         script, *args = shlex.split(command)[1:]
         done = run(script, *args, cwd=tmp_path)
         assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
+    assert done.stdout == "a large green triangle above a small red circle and a small green square\n"
     assert Image.open(tmp_path / "out.png").size == (196, 196)
     code = section[section.index("```python") + len("```python"):section.rindex("```")]
     monkeypatch.chdir(tmp_path)

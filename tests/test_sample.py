@@ -1,12 +1,16 @@
 """The samplers against exact laws on toy networks."""
 import itertools
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import sample
+from data import load_image, prompt_ids, to_pixels
 from losses import alpha
+from model import DualDiffusion
+from t5 import Tokenizer
 
 V, L, MASK = 3, 3, 2  # two real tokens and the mask token
 
@@ -108,3 +112,172 @@ def test_euler_and_guidance_in_closed_form():
         assert torch.allclose(drawn, noise - velocity, atol=1e-5)
     grid = sample.time_grid(4, 3.0)
     assert torch.allclose(grid, torch.tensor([1, 0.9, 0.75, 0.5, 0.0]))  # 3t / (1 + 2t)
+
+
+# ---------------------------------------------------------------- the shipped model
+
+SCENE = os.path.join(os.path.dirname(sample.SHIPPED), "scene.png")
+
+
+@pytest.fixture(scope="module")
+def dd():
+    return DualDiffusion.load(sample.SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return torch.from_numpy(to_pixels([load_image(SCENE, 64)]))
+
+
+@pytest.fixture
+def settings(dd):
+    before = dict(vars(dd.config.settings))
+    yield dd.config.settings
+    vars(dd.config.settings).update(before)
+
+
+def seeded(k=0):
+    return torch.Generator().manual_seed(k)
+
+
+def spy(monkeypatch, module, name="forward"):
+    """The shapes of the first argument of all calls of it."""
+    seen, call = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda x, *rest, **more: seen.append(tuple(x.shape)) or call(x, *rest, **more))
+    return seen
+
+
+@pytest.mark.parametrize("count, height, width", [(1, 64, 64), (3000, 64, 64), (9, 512, 512), (2, 4096, 4096)])
+def test_batches_hold_every_image_once_and_no_more_pixels_than_said(count, height, width):
+    parts = list(sample.batches(count, height, width))
+    sizes = [len(range(count)[part]) for part in parts]
+    assert [i for part in parts for i in range(count)[part]] == list(range(count))
+    assert all(size == 1 or size * height * width <= sample.PIXELS for size in sizes)
+    assert all((size + 1) * height * width > sample.PIXELS for size in sizes[:-1])  # and no fewer
+
+
+def test_pictures_do_not_depend_on_batches(dd, monkeypatch):
+    texts = [f"a small {color} circle" for color in ("red", "green", "blue", "cyan", "red")]
+    once = sample.text_to_image(dd, texts, steps=3, cfg=3, generator=seeded())
+    monkeypatch.setattr(sample, "PIXELS", 2 * 64 * 64)
+    seen = spy(monkeypatch, dd.ddit), spy(monkeypatch, dd.vae, "decode")
+    again = sample.text_to_image(dd, texts, steps=3, cfg=3, generator=seeded())
+    assert (once - again).abs().max() < 1e-4
+    assert {shape[0] for shape in seen[0]} == {4, 2} and [shape[0] for shape in seen[1]] == [2, 2, 1]
+
+
+def test_more_pictures_begin_with_the_same_ones(dd):
+    four, eight = (sample.text_to_image(dd, ["a red circle"] * n, steps=3, cfg=1, generator=seeded(1)) for n in (4, 8))
+    assert (four - eight[:4]).abs().max() < 1e-4 and (eight[0] - eight[4]).abs().max() > 0.1
+
+
+def test_readings_do_not_depend_on_batches(dd, pixels, monkeypatch):
+    images = torch.cat([pixels, pixels.flip(3), pixels.flip(2)])
+    asked = ["what color is the circle?", "how many shapes are there?", "is there a square?"]
+    texts = ["a _ green triangle", "a _ _", "_"]
+
+    def all_three():
+        return [sample.caption(dd, images, steps=4, generator=seeded()), sample.answer(dd, images, asked, steps=4,
+                generator=seeded()), sample.infill(dd, images, texts, generator=seeded())]
+    once = all_three()
+    monkeypatch.setattr(sample, "PIXELS", 1)
+    seen = spy(monkeypatch, dd.vae, "encode")
+    assert all_three() == once and {shape[0] for shape in seen} == {1} and len(seen) == 9
+    assert all(len(texts) == 3 for texts in once)
+
+
+@pytest.mark.parametrize("height, width, message", [
+    (64, 256, "larger than the model's 8x8 positions"), (4096, 64, "larger than"), (8, 64, "multiples of 16, not 64x8"),
+    (40, 64, "multiples of 16, not 64x40")])
+def test_sizes_are_refused_before_any_work(dd, monkeypatch, height, width, message):
+    for part in (dd.vae.encoder, dd.vae.decoder, dd.t5):
+        monkeypatch.setattr(part, "forward", None)
+    with pytest.raises(ValueError, match=message):
+        sample.text_to_image(dd, ["x"], height=height, width=width)
+    with pytest.raises(ValueError, match=message):
+        sample.caption(dd, torch.zeros(1, 3, height, width))
+
+
+def test_probabilities_in_float64_are_few_at_a_time(monkeypatch):
+    logits, seen = torch.randn(1000, 7, generator=seeded()), spy(monkeypatch, torch, "softmax")
+    drawn, sure = sample.draw_tokens(logits, 0.0, None)
+    assert max(shape[0] for shape in seen) <= 256 and sum(shape[0] for shape in seen) == 1000
+    monkeypatch.undo()
+    probs = torch.softmax(logits[:, :-1].double(), 1)
+    assert torch.equal(drawn, probs.argmax(1)) and torch.equal(sure, probs.max(1).values)
+    assert sure.dtype == torch.float64
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(dd, pixels, monkeypatch, broken):
+    weights = dd.ddit.x_embedder.proj.bias
+    monkeypatch.setattr(weights, "data", torch.full_like(weights, broken))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="weights are damaged"):
+            sample.caption(dd, pixels, steps=1, temperature=temperature)
+    with pytest.raises(ValueError, match="weights are damaged"):
+        sample.text_to_image(dd, ["x"], steps=1)
+
+
+def test_captions_by_question_and_answers_with_a_suffix(dd, pixels, settings, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sample, "unmask", lambda dd, latents, tokens, maskable, *how: (
+        seen.append((tokens, maskable, how)) or (tokens, 0)))
+    settings.caption_prompt, settings.answer_suffix = "describe the image", "one word"
+    sample.caption(dd, pixels, steps=7)
+    sample.caption(dd, pixels)
+    sample.answer(dd, pixels, ["what color is the circle?"])
+    texts = ["describe the image", "describe the image", "what color is the circle? one word"]
+    for (tokens, maskable, _), prompt in zip(seen, [prompt_ids(dd.tokenizer, text, 24) for text in texts]):
+        assert tokens[0, :len(prompt)].tolist() == prompt and (tokens[0, len(prompt):] == dd.tokenizer.eos_id).all()
+        assert not maskable[0, :len(prompt)].any() and maskable[0, len(prompt):-1].all()
+    assert [how[0] for _, _, how in seen] == [7, settings.caption_steps, settings.answer_steps]
+    settings.caption_prompt = ""
+    sample.caption(dd, pixels)
+    assert seen[-1][1].sum() == 23  # a text of nothing but blanks, as before
+
+
+def test_empty_answers(dd, pixels, monkeypatch):
+    monkeypatch.setattr(sample, "unmask", lambda dd, z, tokens, maskable, *how: (
+        torch.where(maskable, dd.tokenizer.eos_id, tokens), 0))
+    assert sample.caption(dd, pixels) == sample.answer(dd, pixels, ["what?"]) == [""]
+    assert sample.infill(dd, pixels, ["_"]) == [""]
+
+
+def test_an_image_of_one_token(dd, pixels):
+    assert len(sample.caption(dd, pixels[:, :, :16, :16])) == 1
+    assert sample.text_to_image(dd, [""], height=16, width=16, steps=1).shape == (1, 3, 16, 16)
+
+
+def test_blanks_are_filled_with_what_is_in_the_picture(dd, pixels):
+    """assets/scene.png: a large green triangle, below it a small red circle and a small green square."""
+    text = "a _ green _ above a small _ circle and a small green square"
+    for seed in range(3):
+        assert sample.infill(dd, pixels, [text], generator=seeded(seed)) == [
+            "a large green triangle above a small red circle and a small green square"]
+
+
+def test_only_a_vocabulary_without_capitals_is_read_to_in_lower_case(dd, capsys):
+    assert sample.heard(dd, "What color is the CIRCLE?", 20) == "what color is the circle?"
+    assert sample.heard(dd, "a Square", 20) == "a square" and sample.heard(dd, "A", 20) == "A"
+    lines = ["a sign that says STOP", "The cat and the dog say stop now"] * 50
+    with_capitals = SimpleNamespace(tokenizer=Tokenizer.train(lines, 200))
+    assert with_capitals.tokenizer.unseen_words("say STOP NOW") == ["NOW"]  # in lower case it has seen them all
+    assert with_capitals.tokenizer.unseen_words("say stop now") == []
+    assert sample.heard(with_capitals, "say STOP NOW", 20) == "say STOP NOW"
+    only_small = SimpleNamespace(tokenizer=Tokenizer.train([line.lower() for line in lines], 200))
+    assert sample.heard(only_small, "say STOP NOW", 20) == "say stop now"
+
+
+def test_texts_that_are_not_utf8(dd, capsys):
+    assert sample.heard(dd, os.fsdecode("é".encode()), 20) == "é"
+    assert sample.heard(dd, "a \udcff circle", 20) == "a \ufffd circle"
+
+
+def test_what_is_not_the_papers_is_said():
+    assert "SD3" in sample.text_to_image.__doc__ and "SD3" in sample.time_grid.__doc__
+    assert "at temperature 1" in sample.unmask.__doc__ and "greedy" in sample.unmask.__doc__
+
+
+def test_fp32_is_float32_on_a_gpu():
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
