@@ -66,10 +66,11 @@ class Tokenizer:
         return " ".join(part for part in text if part)
 
     def unseen_words(self, text: str) -> list[str]:
-        """The words that this vocabulary can only spell out nearly letter by letter, or not at all."""
+        """The words that this vocabulary cannot write, or, if it is a small one, only nearly letter by letter. (In T5's
+        own 32,000 pieces many ordinary words are spelt out.)"""
         def spelt(word):
             ids = self.pieces.encode(word)
-            return self.pieces.unk_id() in ids or len(ids) > max(1, len(word) / 2)
+            return self.pieces.unk_id() in ids or len(self.pieces) < 10_000 and len(ids) > max(1, len(word) / 2)
         return [word for word in re.findall(r"\w+", text.replace("_", " ")) if spelt(word)]
 
     @classmethod
@@ -210,6 +211,8 @@ class T5Encoder(nn.Module):
         No attention mask: padding is text too (it is EOS)."""
         x, bias = self.shared(tokens.to(self.shared.weight.device)), None
         if self.config.places:
+            if tokens.shape[1] > self.config.places:
+                raise ValueError(f"a text of {tokens.shape[1]} tokens: this model has places for {self.config.places}")
             x = x + self.places[:tokens.shape[1]]
         for block in self.encoder["block"]:
             if bias is None:

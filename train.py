@@ -65,10 +65,22 @@ from losses import (
     stratified_times,
 )
 from model import DTYPES, PRESETS, DualDiffusion, JointBlock, add_parts, inspect
-from sample import SHIPPED, Parser, answer, caption, default_device, existing_device, fail, seed, text_to_image, warn
+from sample import (
+    PIXELS,
+    SHIPPED,
+    Parser,
+    answer,
+    caption,
+    default_device,
+    existing_device,
+    fail,
+    run_program,
+    seed,
+    text_to_image,
+    warn,
+)
 from t5 import Tokenizer
 
-PIXELS = 2 ** 21
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws
 
 
@@ -1085,14 +1097,14 @@ def parse_args():
     return args, recipe
 
 
-if __name__ == "__main__":
+def program():
     try:
         main()
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:  # before or after the loop, which takes it as a signal
-        sys.exit("stopped; the same command goes on from here")
-    except RuntimeError as error:
+    except Exception as error:
         if "DataLoader worker" not in str(error):
             raise
-        fail(f"a process that reads images died ({first_line(error)}); the same command goes on from the checkpoint")
+        fail(f"a process that makes batches failed ({first_line(error)}); the same command goes on from the checkpoint")
+
+
+if __name__ == "__main__":
+    run_program(program, "stopped; the same command goes on from here", "--batch, or give --accumulate")

@@ -1,7 +1,7 @@
 import os
 import sys
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # also of the programs that tests start: sums in the same order
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # so that all programs that tests start add up in the same order
 
 import torch  # noqa: E402
 

@@ -335,7 +335,7 @@ def test_a_reading_process_that_dies_ends_the_run_in_one_line(pictures, tmp_path
     children = open(f"/proc/{running.pid}/task/{running.pid}/children").read().split()
     os.kill(int(children[0]), signal.SIGKILL)
     err = running.communicate(timeout=60)[1]
-    assert running.returncode == 2 and "a process that reads images died" in err and "Traceback" not in err
+    assert running.returncode == 2 and "a process that makes batches failed" in err and "Traceback" not in err
 
 
 def test_understanding_alone_and_no_t5(tmp_path):
