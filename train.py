@@ -334,9 +334,6 @@ def starting_file(args, noted):
         return before
     if args.preset != "tiny" and not (args.text_encoder == "none" and args.vae):
         fail(f"--preset {args.preset} needs pretrained parts: give --init (or --vae, with --text-encoder none)")
-    if args.data and not args.vae:
-        warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
-             f"python train.py --stage 0 --data {' '.join(args.data)} --out {args.out}")
     return args.vae or SHIPPED
 
 
@@ -786,6 +783,9 @@ def learn(args, recipe, rank, processes, device):
         os.makedirs(folder, exist_ok=True)
         args.lock = claim(os.path.join(folder, ".lock")) if rank == 0 else None  # held as long as the process lives
         dtype = keep_settings(folder, noted, args, recipe, images, texts, device, rank)
+    if args.data and args.start == SHIPPED and not args.init and rank == 0:
+        warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
+             f"python train.py --stage 0 --data {' '.join(args.data)} --out {args.out}")
     dd, modules = starting_point(args, recipe, texts, device, dtype)
     side = recipe.size // dd.config.vae.factor
     shape = (dd.config.vae.latent_channels, side, side)

@@ -124,7 +124,12 @@ MISTAKES = {
         (["--stage", "1", "--init", "text.safetensors"], "text.safetensors: not a readable"),
         (["--stage", "1", "--preset", "sd3-medium"], "the built-in world has 64 pixels a side"),
         (["--stage", "1", "--preset", "sd3-medium", "--data", "many", "--out", "o"], "--init"),
+        (["--stage", "1", "--data", "many", "--size", "40"], "--size 40: sides are multiples of 16"),
+        (["--stage", "1", "--time-mean", "nan"], "--time-mean nan is out of its range"),
+        (["--stage", "1", "--device", "hpu"], "there is no device hpu here"),
         (["--eval", "none.safetensors"], "none.safetensors: no such checkpoint"),
+        (["--eval", "ok.png", "--steps", "5"], "--eval judges and does not train: leave out --steps"),
+        (["--eval", "ok.png", "--stage", "1"], "leave out --stage"),
     ],
 }
 

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -51,7 +52,7 @@ def run(*args, processes=1, status=0):
                               env=threads(processes))
         out, err, ended = done.stdout, done.stderr, done.returncode
     else:
-        streams, ended = (io.StringIO(), io.StringIO()), 0
+        streams, ended = [io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2)], 0
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(streams[0]), \
                 contextlib.redirect_stderr(streams[1]):
             patch.setattr(sys, "argv", command(*args)[1:])
@@ -61,7 +62,7 @@ def run(*args, processes=1, status=0):
                 ended = end.code
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
-        out, err = (stream.getvalue() for stream in streams)
+        out, err = (stream.buffer.getvalue().decode() for stream in streams)
     assert ended == status, err
     return out, err
 
@@ -294,7 +295,7 @@ def test_a_full_disk_costs_no_checkpoint(uninterrupted, tmp_path):
     full = subprocess.run(command(*args), capture_output=True, text=True,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000)))
     assert full.returncode == 2 and "step-00000008: could not be written, with" in full.stderr, full.stderr
-    assert "Traceback" not in full.stderr
+    assert "Traceback" not in full.stderr and re.search(r"(^|[\r\n])train.py: ", full.stderr)  # on a line of its own
     (left,) = (tmp_path / "stage1" / "checkpoints").iterdir()
     assert left.name == "step-00000004"
 
@@ -336,6 +337,18 @@ def test_a_reading_process_that_dies_ends_the_run_in_one_line(pictures, tmp_path
     os.kill(int(children[0]), signal.SIGKILL)
     err = running.communicate(timeout=60)[1]
     assert running.returncode == 2 and "a process that makes batches failed" in err and "Traceback" not in err
+
+
+def test_bad_images_without_end(pictures, tmp_path):
+    """None that can be read among those that are learned; and the error of a process that makes batches."""
+    shutil.copytree(pictures, tmp_path / "here")
+    source = data.Records(str(tmp_path / "here" / "b.jsonl"), 64)
+    for i in source.split(2)[1]:
+        open(source.row(i).image, "wb").close()
+    args = ["--stage", 1, "--init", SHIPPED, "--data", tmp_path / "here" / "b.jsonl", "--steps", 10, "--out", tmp_path]
+    assert "none of the images can be read" in run(*args, *SMALL, status=2)[1]
+    err = run(*args, *SMALL, "--pool", 8, "--workers", 1, status=2)[1]
+    assert "a thousand bad images in a row" in err and "Traceback" not in err
 
 
 def test_understanding_alone_and_no_t5(tmp_path):
