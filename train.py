@@ -832,8 +832,9 @@ def learn(args, recipe, rank, processes, device):
 
     def validate():
         """Both losses on pictures kept apart, with the same noise and masks every time and in every run."""
+        steps = -(-min(256, len(unseen.ids)) // recipe.batch)
         with torch.no_grad():
-            losses = [torch.stack(objective(batch)[1:]) for k in range(-(-256 // recipe.batch)) for batch in judged[k]]
+            losses = [torch.stack(objective(batch)[1:]) for k in range(steps) for batch in judged[k]]
         return mean_over_processes(torch.stack(losses).mean(0))
 
     # Go on from the newest checkpoint, if this command left one.
