@@ -311,6 +311,7 @@ def parse_args():
     parser.add_argument("--temperature", type=float, default=0.0,
                         help="of drawing tokens; 0 (default): the likeliest; 1, in random order: exact samples")
     parser.add_argument("--length", type=number(int, 8, 4096), help="of a text, in tokens; default: the checkpoint's")
+    parser.add_argument("--suffix", metavar="TEXT", help="added to every question; default: the checkpoint's")
     parser.add_argument("--num", type=number(int, 1, 10 ** 6), default=1, help="images a prompt")
     parser.add_argument("--cfg", type=number(float, -1000, 1000), help="guidance; 1 is none; default: the checkpoint's")
     parser.add_argument("--negative", default="", metavar="TEXT", help="what guidance leads away from")
@@ -362,6 +363,8 @@ def main():
     if (args.vqa or args.caption or args.infill) and not dd.ddit.text_head.linear.weight.any():
         warn("this model's text head was never trained: it can draw, but what it reads means nothing")
     settings, generator = dd.config.settings, torch.Generator().manual_seed(args.seed)
+    if args.suffix is not None:
+        settings.answer_suffix = args.suffix
     length, (width, height) = args.length or settings.length, args.size or (settings.size, settings.size)
     latent_size(dd, height, width)  # raises before any work is done in vain
     if args.num * len(args.t2i) * height * width > 2 * Image.MAX_IMAGE_PIXELS:  # Pillow would not open it again

@@ -849,9 +849,10 @@ def learn(args, recipe, rank, processes, device):
         with replacing(metrics) as beside, open(beside, "w") as f:
             f.writelines(lines)
     signals = []  # Ctrl-C, a polite kill and a closed terminal end the run after the step, with a checkpoint
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(name, lambda number, frame: signals.append(number))
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for kind, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # as nohup has it
+            signal.signal(kind, lambda number, frame: signals.append(number))
 
     large = (8192,) * 3 if device.type == "cuda" else (1024,) * 3
     peak = matmul_rate(device, dtype, *large) * processes
@@ -917,9 +918,8 @@ def learn(args, recipe, rank, processes, device):
             bar.close()
             sys.exit(f"stopped after step {done}; the same command goes on from there") if rank == 0 else sys.exit(1)
     bar.close()
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for kind, handler in handlers.items():
+        signal.signal(kind, handler)
 
     for average, p in zip(averages, learned):
         p.data.copy_(average)

@@ -207,6 +207,14 @@ def test_length_and_negative(monkeypatch, capsys, tmp_path):
     assert seen == [(1, 24)] * 3 + [("", 24)] and capsys.readouterr().err == ""
 
 
+def test_a_suffix_follows_every_question(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(sample, "question_ids", lambda tokenizer, question, *rest, made=sample.question_ids: (
+        seen.append(question) or made(tokenizer, question, *rest)))
+    call(monkeypatch, "--vqa", SCENE, "what color is the circle?", "--suffix", "in a word")
+    assert seen == ["what color is the circle? in a word"]
+
+
 def test_a_disk_that_is_full_leaves_the_picture_that_was_there(monkeypatch, capsys, tmp_path):
     (tmp_path / "out.png").write_text("before")
 
