@@ -307,8 +307,8 @@ def read_scene(image):
 
 
 def prompt_ids(tokenizer, question, length):
-    """"Q: {question} A:" as ids, without EOS. A question that leaves no room for an answer loses its end, not the
-    "A:" that asks for one: a third of the text, at most eight tokens, is kept free."""
+    """"Q: {question} A:" as ids, without EOS; the authors' code has these words. A question that leaves no room for an
+    answer loses its end, not the "A:" that asks for one: a third of the text, at most eight tokens, is kept free."""
     room = length - min(8, length // 3)
     asks = tokenizer.encode("A:")[:-1]
     return tokenizer.encode(f"Q: {question}")[:-1][:room - len(asks)] + asks
@@ -317,7 +317,7 @@ def prompt_ids(tokenizer, question, length):
 def caption_ids(tokenizer, text, length):
     """-> ids (length), maskable (length) bool: all but the last token, which is EOS in every text, so that giving it
     away tells nothing. But without it a text would start as nothing but mask tokens, and T5, which knows only relative
-    positions, would see the same at every one of them. From the last EOS they can count."""
+    positions, would see the same at every one of them. From the last EOS they can count. (The authors mask it too.)"""
     return tokenizer.encode(text, length), [True] * (length - 1) + [False]
 
 

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.fsdp import FSDPModule
 
 import data
 import train
@@ -393,6 +394,19 @@ def test_workers_are_given_paths_and_not_arrays(tmp_path):
     assert torch.equal(pickle.loads(copy)[3][0].images, whole.images)
 
 
+def test_how_many_processes_make_batches(monkeypatch, pictures):
+    """A GPU is never starved; cores are those that this process may use, shared out among its neighbours."""
+    world = train.Feed(data.World(), np.arange(9), data.Mapped("x.npy"))
+    streamed = train.Feed(data.Records(str(pictures / "a.jsonl"), 64), np.arange(9))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    for cores, neighbours, wanted in ((16, 1, 4), (2, 1, 2), (1, 1, 1), (16, 8, 2), (4, 8, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(neighbours))
+        assert train.readers(world, cuda) == train.readers(streamed, cpu) == wanted
+        assert train.readers(world, cpu) == 0
+
+
 def in_process(monkeypatch, *args):
     """train.py in this process and from this module, so that its parts can be replaced."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
@@ -444,11 +458,11 @@ def test_a_step_waits_for_nothing():
 
 def test_a_stage_lets_go_of_what_learned_before_it_is_judged(tmp_path, monkeypatch):
     """And makes one mesh, and leaves no gradient lying about between steps."""
-    alive, meshes, finish, make, views = [], [], train.finish, train.init_device_mesh, []
+    alive, meshes, views, reshards, finish, make = [], [], [], [], train.finish, train.init_device_mesh
 
     def look(*args):
         gc.collect()
-        training = torch.optim.Optimizer, torch.distributed.fsdp.FSDPModule
+        training = torch.optim.Optimizer, FSDPModule
         alive.extend(type(x) for x in gc.get_objects() if issubclass(type(x), training))
         finish(*args)
 
@@ -464,8 +478,10 @@ def test_a_stage_lets_go_of_what_learned_before_it_is_judged(tmp_path, monkeypat
     monkeypatch.setattr(train, "make_optimizers", optimizers)
     monkeypatch.setattr(train, "save_checkpoint", save)
     monkeypatch.setattr(train, "init_device_mesh", lambda *args, **named: meshes.append(args) or make(*args, **named))
-    in_process(monkeypatch, "--stage", 1, "--steps", 2, "--out", tmp_path, *SMALL)
+    monkeypatch.setattr(FSDPModule, "set_reshard_after_backward", lambda module, reshard: reshards.append(reshard))
+    in_process(monkeypatch, "--stage", 1, "--steps", 2, "--out", tmp_path, *SMALL, "--accumulate", 2)
     assert not alive and len(meshes) == 1
+    assert reshards == [False, False, True, True] * 2  # of both modules, after the last of two passes, in two steps
 
 
 def test_kept_latents_are_those_of_float32(tmp_path):
