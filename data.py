@@ -619,7 +619,7 @@ def write_index(lines, paths):
                 line = json.dumps(record, ensure_ascii=False)  # half a character ("\ud800") becomes "?"
                 f.write(line.encode(errors="replace") + b"\n")
             if f.tell() == before:
-                raise ValueError(f"{path}: holds no images that have a text")
+                raise ValueError(f'{path}: holds no images with "caption", or "question" and "answer"')
         index.extend((f.tell(), 0))
         f.write(json.dumps([digest.hexdigest()[:12], captioned, questioned]).encode())
     with replacing(f"{lines}.npy") as beside, open(beside, "wb") as f:

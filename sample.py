@@ -322,9 +322,10 @@ def parse_args():
     for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):
         if any(len(job) < 2 or not job[-1].strip() for job in getattr(args, name)):
             fail(f"--{name} wants an image and then {what}: --{name} img.png \"...\"")
-    for path in sum((images for *images, _ in args.vqa + args.infill), args.caption):
-        if not os.path.exists(path):  # before hours of work on others
-            fail(f"{path}: no such image")
+    for images in (args.caption, *(images for *images, _ in args.vqa + args.infill)):
+        for path in images:
+            if not os.path.exists(path):  # before hours of work on others
+                fail(f"{path}: no such image" + (" (a question goes in quotes)" if len(images) > 1 else ""))
     if not (args.vqa or args.caption or args.t2i or args.infill):
         fail("nothing to do: give --vqa, --caption, --t2i or --infill (--help shows how)")
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:

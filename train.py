@@ -154,13 +154,12 @@ class Feed(NamedTuple):
 
 def feeds(paths, args, recipe):
     """-> Feeds of what is learned from and of what is kept for judging: the user's records, or the built-in world."""
-    count = args.judge or 250
     if not paths:
         return (Feed(data.World(args.seed, kinds=args.kinds), np.arange(recipe.pool)),
-                Feed(data.World(UNSEEN + args.seed, kinds=args.kinds), np.arange(count)))
+                Feed(data.World(UNSEEN + args.seed, kinds=args.kinds), np.arange(args.judge or 250)))
     source = data.Records(paths, recipe.size, args.out)
-    unseen, learned = source.split(count)
-    unseen = [i for i in unseen if source.readable(i)]
+    unseen, learned = source.split(250)  # whatever --judge says: what is learned must not depend on it
+    unseen = [i for i in unseen if source.readable(i)][:args.judge]
     if len(source) < 20 or not unseen:
         fail(f"{' '.join(paths)}: holds {len(source)} images; training wants 20 or more that can be read")
     if args.stage in ("1", "2", "2hr") and not source.captioned:
@@ -221,7 +220,7 @@ def not_too_many(bad, at):
     """bad: [(place, message)] so far. More than a hundred within a thousand places: something else is wrong."""
     recent = [message for place, message in bad if place > at - 1000]
     if len(recent) > 100:
-        fail(f"more than 100 bad images among the last thousand, the last: {recent[-1]}")
+        fail(f"more than 100 bad images among the last thousand: mend the data; the last: {recent[-1]}")
 
 
 class Batch(NamedTuple):
@@ -330,8 +329,10 @@ def starting_file(args, noted):
     if args.init or not paths or "start" in noted:
         return args.init or noted.get("start", "")
     before = next(filter(os.path.exists, paths), paths[-1])
-    if args.stage != "1" or os.path.exists(before):
+    if os.path.exists(before):
         return before
+    if args.stage != "1":
+        fail(f"{before}: no such checkpoint; run the stage before with the same --out, or give --init")
     if args.preset != "tiny" and not (args.text_encoder == "none" and args.vae):
         fail(f"--preset {args.preset} needs pretrained parts: give --init (or --vae, with --text-encoder none)")
     return args.vae or SHIPPED
@@ -670,7 +671,8 @@ def judge(dd, source, indices, seed=0, questions=True):
         for i, text in zip(part, caption(dd, pixels, generator=generator)):
             told.append(data.telling_holds(text, source.scene(i)[0]) if world else
                         text.lower() == source.caption(i, rng).strip().lower())
-    scores["captions"] = (sum(told), len(told))
+    if captioned:
+        scores["captions"] = (sum(told), len(told))
 
     if world:
         objects, scenes = [], []
@@ -842,6 +844,8 @@ def learn(args, recipe, rank, processes, device):
     averages = [p.detach().clone() for p in learned] if recipe.ema else []
     start = load_checkpoint(kept, modules, optimizers, averages, rank)
     if start > recipe.steps:
+        if rank == 0:
+            note_settings(folder, noted)
         fail(f"{folder} is already at step {start}, beyond --steps {recipe.steps}")
     if rank == 0 and os.path.exists(metrics):  # forget what was logged after it
         with open(metrics) as f:
@@ -862,7 +866,7 @@ def learn(args, recipe, rank, processes, device):
                         pin_memory=device.type == "cuda")
     bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=f"stage {args.stage}",
                disable=rank > 0, mininterval=1)
-    log, bad, since = [], [], time.perf_counter()
+    log, bad, named, since = [], [], set(), time.perf_counter()
     for step, passes in zip(bar, loader):
         done = step + 1
         for k, batch in enumerate(passes, 1):
@@ -885,9 +889,9 @@ def learn(args, recipe, rank, processes, device):
             average.to_local().lerp_(p.detach().to_local(), 1 - recipe.ema)
 
         if found := passes[0].bad:
-            bad += [(done * share, message) for message in found]
             with open(os.path.join(folder, f"bad-{rank}.txt"), "a", errors="backslashreplace") as f:
-                f.writelines(f"{message}\n" for message in found)
+                f.writelines(f"{message}\n" for message in dict.fromkeys(found) if message not in named)
+            bad, named = bad + [(done * share, message) for message in found], named.union(found)
             not_too_many(bad, done * share)
         ending, = mean_over_processes([torch.tensor(float(len(signals)))])  # on the CPU: no waiting for the GPU
         save_now = done % args.save_every == 0 or done == recipe.steps or ending
@@ -900,7 +904,7 @@ def learn(args, recipe, rank, processes, device):
             speed = len(log) / args.accumulate * recipe.batch / (time.perf_counter() - since)
             line = {"step": done, **dict(zip(names, losses)), "grad_norm": norm,
                     "rate": optimizers[0].param_groups[0]["lr"], "images_per_s": speed,
-                    "utilisation": speed * flops / peak, "memory_gb": memory_used(device) / 1e9, "bad": len(bad)}
+                    "utilisation": speed * flops / peak, "memory_gb": memory_used(device) / 1e9, "bad": len(named)}
             if show_now or done == recipe.steps:
                 line |= {f"val_{name}": loss for name, loss in zip(names, validate())}
             bar.set_postfix({name: f"{loss:.4f}" for name, loss in zip(names, losses)}
@@ -915,8 +919,10 @@ def learn(args, recipe, rank, processes, device):
                 show(shown, unseen.source, unseen.ids, sheet if rank == 0 else None)
             log, since = [], time.perf_counter()
         if ending:
-            bar.close()
-            sys.exit(f"stopped after step {done}; the same command goes on from there") if rank == 0 else sys.exit(1)
+            status = 128 + (signals or [signal.SIGTERM])[0]
+            if rank == 0:
+                fail(f"stopped after step {done}; the same command goes on from there", status)
+            sys.exit(status)
     bar.close()
     for kind, handler in handlers.items():
         signal.signal(kind, handler)
@@ -925,7 +931,7 @@ def learn(args, recipe, rank, processes, device):
         p.data.copy_(average)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = {name: get_model_state_dict(module, options=whole) for name, module in modules.items()}
-    return weights, texts, unseen, folder
+    return weights, texts, unseen, folder, start < recipe.steps
 
 
 def readers(images, device):
@@ -961,9 +967,22 @@ def memory_used(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def finish(args, recipe, device, weights, learned_from, unseen, folder):
-    """The end of a stage: the file for sample.py, the scores of what was written there, a last sheet."""
+def finish(args, recipe, device, weights, learned_from, unseen, folder, news):
+    """The end of a stage: the file for sample.py, the scores of what was written there, a last sheet. Without `news`,
+    where the same command is given again, the file stays, and so stays what has begun from it."""
     path, noted = os.path.join(folder, "model.safetensors"), noted_settings(folder)
+    if news or not os.path.exists(path):
+        write_model(args, recipe, weights, learned_from, noted, path)
+    dd = DualDiffusion.load(path, device=device, dtype=DTYPES[noted["dtype"]])
+    scores = judge(dd, unseen.source, unseen.ids, args.seed, questions=recipe.questions > 0)
+    print(report(scores))
+    with replacing(os.path.join(folder, "scores.json")) as beside, open(beside, "w") as f:
+        json.dump(scores, f)
+    show(dd, unseen.source, unseen.ids, os.path.join(folder, "samples.png"))
+    print(f"wrote {path}")
+
+
+def write_model(args, recipe, weights, learned_from, noted, path):
     if changed_at(args.start) != noted["start changed at"]:
         fail(f"{args.start} has changed since this stage began, so what did not learn is lost: put it back, and the "
              f"same command ends the stage")
@@ -979,13 +998,6 @@ def finish(args, recipe, device, weights, learned_from, unseen, folder):
             z = torch.cat([dd.vae.encode(part)[0] for part in torch.stack(images).split(at_once(recipe.size))])
         dd.config.vae.shift, dd.config.vae.scale = z.mean().item(), 1 / z.std().item()
     dd.save(path, dtype=torch.float16)
-    dd = DualDiffusion.load(path, device=device, dtype=DTYPES[noted["dtype"]])
-    scores = judge(dd, unseen.source, unseen.ids, args.seed, questions=recipe.questions > 0)
-    print(report(scores))
-    with replacing(os.path.join(folder, "scores.json")) as beside, open(beside, "w") as f:
-        json.dump(scores, f)
-    show(dd, unseen.source, unseen.ids, os.path.join(folder, "samples.png"))
-    print(f"wrote {path}")
 
 
 def noted_settings(folder, rank=1):
@@ -1011,14 +1023,19 @@ def keep_settings(folder, noted, args, recipe, images, texts, device, rank):
                                   "data": [images.source.fingerprint, texts.source.fingerprint],
                                   "dtype": args.dtype or noted.get("dtype") or faster_dtype(device, args.stage)}
     free = {"steps": recipe.schedule == "constant", "pool": args.data}
-    changed = [f"{k} {noted.get(k)} is now {v}" for k, v in settings.items() if noted and noted.get(k) != v
-               and not free.get(k)]
+    said = {"start changed at": f"{args.start} has been written since", "data": "the data are not the same"}
+    changed = [said.get(k, f"{k} {noted.get(k)} is now {v}") for k, v in settings.items()
+               if noted and noted.get(k) != v and not free.get(k)]
     if changed:
         fail(f"{folder} holds a run with other settings ({', '.join(changed)}); delete it or give another --out")
     if rank == 0:
-        with replacing(os.path.join(folder, "run.json")) as beside, open(beside, "w") as f:
-            json.dump(settings, f, indent=1)
+        note_settings(folder, settings)
     return DTYPES[settings["dtype"]]
+
+
+def note_settings(folder, settings):
+    with replacing(os.path.join(folder, "run.json")) as beside, open(beside, "w") as f:
+        json.dump(settings, f, indent=1)
 
 
 def at_least_1(text):
@@ -1033,7 +1050,7 @@ def parse_args():
     parser.add_argument("--stage", choices=["0", "1", "2", "2hr", "3"])
     parser.add_argument("--eval", metavar="FILE", help="judge this checkpoint instead of training")
     parser.add_argument("--judge", type=at_least_1, help="images to judge on: 1000 with --eval, 250 at the end "
-                        "of a stage, and then of the user's data at most one in twenty")
+                        "of a stage, and then of the user's data at most the one in twenty that is kept apart")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny")
     what = "images and texts: .json, .jsonl, .tar or folders; default: "
     parser.add_argument("--data", nargs="+", help=what + "the built-in world")
@@ -1108,4 +1125,4 @@ def program():
 
 
 if __name__ == "__main__":
-    run_program(program, "stopped; the same command goes on from here", "--batch, or give --accumulate")
+    run_program(program, "stopped; the same command goes on from the last checkpoint", "--batch, or give --accumulate")

@@ -261,7 +261,7 @@ def test_stage_2_changes_one_row_of_t5(uninterrupted):
             assert torch.equal(before[name], after[name]), name
     assert any((before[n] != after[n]).any() for n in before if n.startswith("model.diffusion_model.joint_blocks"))
     os.utime(uninterrupted / "stage1" / "model.safetensors")  # gone on with, it would be half of another model
-    assert "start changed at" in run(*args, status=2)[1]
+    assert "stage1/model.safetensors has been written since" in run(*args, status=2)[1]
 
 
 def test_a_folder_holds_one_run(uninterrupted, tmp_path):
@@ -529,7 +529,20 @@ def test_changed_data_are_another_run(tmp_path, pictures):
     run(*args, "--data", tmp_path / "there" / "b.jsonl")
     text = (tmp_path / "there" / "b.jsonl").read_text()
     (tmp_path / "there" / "b.jsonl").write_text(text.replace("noise in red", "something red", 1))
-    assert "holds a run with other settings (data" in run(*args, "--data", tmp_path / "there" / "b.jsonl", status=2)[1]
+    assert "(the data are not the same)" in run(*args, "--data", tmp_path / "there" / "b.jsonl", status=2)[1]
+
+
+def test_what_is_judged_changes_nothing_that_is_learned(tmp_path, pictures):
+    """Another --judge learns from the same images; a command given again when all is done leaves the file as it is."""
+    args = ["--stage", 1, "--init", SHIPPED, "--data", pictures / "b.jsonl", "--steps", 2, *SMALL, "--out", tmp_path]
+    err = [run(*args, "--judge", judge)[1] for judge in (1, 30)]
+    assert all("parameters learn from 38 images" in text for text in err)
+    model = tmp_path / "stage1" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    run(*args)
+    assert model.stat().st_mtime_ns == before
+    assert "is already at step 2" in run(*args[:6], "--steps", 1, *args[8:], status=2)[1]
+    assert json.load(open(tmp_path / "stage1" / "run.json"))["steps"] == 2
 
 
 def test_data_that_cannot_teach_what_a_stage_is_for(tmp_path, pictures):
