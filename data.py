@@ -690,7 +690,7 @@ def sheet(path, cells, columns=4, width=192):
     font = ImageFont.load_default(size=12)
     rows = []
     for at in range(0, len(cells), columns):
-        texts = [wrap(text, font, width) for _, text in cells[at:at + columns]]
+        texts = [wrap(text[:400], font, width) for _, text in cells[at:at + columns]]
         row = Image.new("RGB", (columns * (width + 8), width + 24 + 15 * max(t.count("\n") for t in texts)), "white")
         for k, ((image, _), text) in enumerate(zip(cells[at:at + columns], texts)):
             row.paste(Image.fromarray(image).resize((width, width), Image.Resampling.NEAREST), (k * (width + 8) + 4, 4))

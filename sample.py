@@ -208,7 +208,8 @@ def fail(message, status=2):
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    tqdm.write(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)  # not into a bar that is showing
+    if sys.stderr:
+        tqdm.write(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)  # not into a bar that is showing
     sys.exit(status)
 
 

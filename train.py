@@ -21,17 +21,20 @@ import copy
 import fcntl
 import gc
 import hashlib
+import io
 import json
 import logging
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
 import sys
 import time
 import warnings
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -74,6 +77,7 @@ from sample import (
     default_device,
     existing_device,
     fail,
+    number,
     run_program,
     seed,
     text_to_image,
@@ -160,8 +164,10 @@ def feeds(paths, args, recipe):
     source = data.Records(paths, recipe.size, args.out)
     unseen, learned = source.split(250)  # whatever --judge says: what is learned must not depend on it
     unseen = [i for i in unseen if source.readable(i)][:args.judge]
-    if len(source) < 20 or not unseen:
-        fail(f"{' '.join(paths)}: holds {len(source)} images; training wants 20 or more that can be read")
+    if len(source) < 20:
+        fail(f"{' '.join(paths)}: holds {len(source)} images; training wants 20 or more")
+    if not unseen:
+        fail(f"{' '.join(paths)}: of the images that are kept apart for judging none can be read")
     if args.stage in ("1", "2", "2hr") and not source.captioned:
         fail(f"{' '.join(paths)}: no image has a caption, which stage {args.stage} learns from")
     if recipe.questions and not source.questioned:
@@ -180,10 +186,12 @@ def with_latents(feed, dd, folder, shape, most):
     for tensor in dd.vae.state_dict().values():
         key.update(tensor.float().cpu().numpy().tobytes())
     path = os.path.join(folder, f"latents-{key.hexdigest()[:12]}.npy")
-    with claim(os.path.join(folder, ".latents.lock"), wait=True):  # two stages may start at once
-        if not os.path.exists(path):
-            encode_once(source, ids, dd, shape, path)
     latents = data.Mapped(path)
+    with claim(os.path.join(folder, ".latents.lock"), wait=True):  # two stages may start at once
+        try:
+            latents.array
+        except Exception:  # not there yet, or cut off by a power cut
+            encode_once(source, ids, dd, shape, path)
     ids = ids[~np.isnan(latents.array[ids, 0, 0, 0, 0])]
     if not len(ids):
         fail(f"{path}.bad.txt: none of the images can be read")
@@ -489,8 +497,9 @@ def save_checkpoint(folder, state, keep, rank):
 
 
 class TensorsOnly(dcp.FileSystemReader):
-    """Reads a checkpoint, and lets it run no code. Its tensors torch reads safely; what tells where they lie,
-    `.metadata`, is a pickle, and one may name any function. Here it may name what a checkpoint of tensors needs."""
+    """Reads a checkpoint, lets it run no code, and takes no page that the disk has spoilt. Every tensor is a zip file,
+    which torch reads safely but without looking at its checksum; what tells where they lie, `.metadata`, is a pickle,
+    and one may name any function. Here it may name what a checkpoint of tensors needs."""
     ALLOWED = {"torch": {"Size"}, "torch.serialization": {"_get_layout"}, "pathlib": {"PosixPath"},
                "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
                "torch.distributed.checkpoint.metadata": {
@@ -510,13 +519,13 @@ class TensorsOnly(dcp.FileSystemReader):
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
-
-def damaged(state):
-    """Whether a number is none, or larger than any weight can be, as in nearly every page that a disk has spoilt."""
-    if isinstance(state, dict):
-        return any(map(damaged, state.values()))
-    x = state.to_local() if hasattr(state, "to_local") else state
-    return x.numel() > 0 and not x.abs().max() < 1e15
+    def _slice_file(self, file, where):
+        file.seek(where.offset)
+        tensor = io.BytesIO(file.read(where.length))
+        if zipfile.ZipFile(tensor).testzip():
+            raise ValueError(f"{where.relative_path} is damaged")
+        tensor.seek(0)
+        return tensor
 
 
 def load_checkpoint(folder, modules, optimizers, averages, rank):
@@ -537,14 +546,13 @@ def load_checkpoint(folder, modules, optimizers, averages, rank):
     for path in reversed(found):
         try:
             dcp.load(state, storage_reader=TensorsOnly(path), no_dist=dist.get_world_size() == 1)
-            spoilt, = mean_over_processes([torch.tensor(float(damaged(state)))])
-            if spoilt:
-                raise ValueError("it holds numbers that no training leaves")
             for unreadable in aside if rank == 0 else ():
                 remove(f"{unreadable}.unreadable")
                 os.replace(unreadable, f"{unreadable}.unreadable")
             return int(state["step"])
         except (Exception, CheckpointException) as error:
+            if re.search("KeyboardInterrupt|MemoryError", first_line(error)):  # which torch wraps; not the file's fault
+                raise KeyboardInterrupt if "Keyboard" in first_line(error) else MemoryError from None
             warn(f"{path}: cannot be read ({first_line(error)}); the one before it is tried")
             aside.append(path)
     if found:
@@ -848,8 +856,8 @@ def learn(args, recipe, rank, processes, device):
             note_settings(folder, noted)
         fail(f"{folder} is already at step {start}, beyond --steps {recipe.steps}")
     if rank == 0 and os.path.exists(metrics):  # forget what was logged after it
-        with open(metrics) as f:
-            lines = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= start]
+        with open(metrics, errors="replace") as f:
+            lines = [line for line in f if step_of(line) <= start]
         with replacing(metrics) as beside, open(beside, "w") as f:
             f.writelines(lines)
     signals = []  # Ctrl-C, a polite kill and a closed terminal end the run after the step, with a checkpoint
@@ -934,6 +942,14 @@ def learn(args, recipe, rank, processes, device):
     return weights, texts, unseen, folder, start < recipe.steps
 
 
+def step_of(line):
+    """The step that a line of metrics.jsonl tells of; of one that cannot be read, none that is ever reached."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def readers(images, device):
     """How many processes make batches: none on a CPU with latents at hand; a GPU must not wait for one core."""
     if device.type == "cpu" and (images.latents or isinstance(images.source, data.World)):
@@ -1008,8 +1024,11 @@ def noted_settings(folder, rank=1):
         return {}
     try:
         with open(path) as f:
-            return json.load(f)
-    except (OSError, ValueError) as error:
+            noted = json.load(f)
+        if not isinstance(noted, dict) or noted.get("dtype") not in DTYPES:
+            raise ValueError("no settings")
+        return noted
+    except (OSError, ValueError, RecursionError) as error:
         fail(f"{path}: the settings of the run in this folder cannot be read ({first_line(error)}); give another --out")
 
 
@@ -1038,19 +1057,12 @@ def note_settings(folder, settings):
         json.dump(settings, f, indent=1)
 
 
-def at_least_1(text):
-    """An argparse type: how many."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
-    return int(text)
-
-
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["0", "1", "2", "2hr", "3"])
     parser.add_argument("--eval", metavar="FILE", help="judge this checkpoint instead of training")
-    parser.add_argument("--judge", type=at_least_1, help="images to judge on: 1000 with --eval, 250 at the end "
-                        "of a stage, and then of the user's data at most the one in twenty that is kept apart")
+    parser.add_argument("--judge", type=number(int, 1, 10 ** 6), help="images to judge on: 1000 with --eval, 250 at "
+                        "the end of a stage, and then of the user's data at most the one in twenty that is kept apart")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny")
     what = "images and texts: .json, .jsonl, .tar or folders; default: "
     parser.add_argument("--data", nargs="+", help=what + "the built-in world")
@@ -1074,8 +1086,9 @@ def parse_args():
     run.add_argument("--accumulate", type=int, default=1, help="passes that make up a step, to save memory")
     run.add_argument("--checkpointing", action="store_true", help="compute activations twice, to save memory")
     run.add_argument("--compile", action="store_true", help="torch.compile every block")
-    run.add_argument("--workers", type=int, help="processes that make batches, for each that learns; default: 4, or as "
-                     "many as there are cores; on a CPU none, unless images are too many to keep their latents")
+    run.add_argument("--workers", type=number(int, 0, 1024),
+                     help="processes that make batches, for each that learns; default: 4, or as many as there are "
+                     "cores; on a CPU none, unless images are too many to keep their latents")
     run.add_argument("--save-every", type=int, default=200, help="steps")
     run.add_argument("--show-every", type=int, default=500,
                      help="steps from one sheet of samples, and validation, to the next")
@@ -1100,8 +1113,8 @@ def parse_args():
         fail(f"--preset {args.preset} has no stage {args.stage}")
     recipe = replace(RECIPES[args.preset][args.stage], **given)
     given = vars(args) | vars(recipe)
-    positive = ("steps", "batch", "pool", "save_every", "show_every", "keep", "accumulate")
-    for names, low, high in ((positive, 1, math.inf), (("length",), 2, math.inf),
+    positive = ("steps", "pool", "save_every", "show_every", "keep")
+    for names, low, high in ((positive, 1, 1e9), (("batch", "accumulate"), 1, 1e6), (("length",), 2, 16384),
                              (("clip", "time_std"), 1e-9, math.inf), (("time_mean",), -100, 100),
                              (("rate", "muon", "warmup", "weight_decay", "text_weight", "image_weight"), 0, math.inf),
                              (("beta2", "ema"), 0, 1 - 1e-9), (("drop", "questions"), 0, 1), (("vocab",), 100, 32000)):

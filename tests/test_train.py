@@ -23,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.fsdp import FSDPModule
 
@@ -593,6 +594,29 @@ def test_a_checkpoint_runs_no_code(uninterrupted, tmp_path):
     assert f"{newest}: cannot be read" in err and "its .metadata names posix.system" in err and "8/12" in err
 
 
+def test_a_spoilt_page_is_found(uninterrupted, tmp_path):
+    """Overwritten by noise or by zeros, as power cuts leave them, anywhere in a checkpoint's tensors; one bit, too."""
+    rng, (part,) = np.random.default_rng(0), glob.glob(f"{checkpoints(uninterrupted)[-1]}/*.distcp")
+    whole, folder = open(part, "rb").read(), tmp_path / "copy"
+    shutil.copytree(os.path.dirname(part), folder)
+    metadata = train.TensorsOnly(folder).read_metadata()
+    wanted = {name: torch.empty(kept.size, dtype=kept.properties.dtype)
+              for name, kept in metadata.state_dict_metadata.items()}
+
+    def load():
+        torch.distributed.checkpoint.load(wanted, storage_reader=train.TensorsOnly(folder), no_dist=True)
+    load()
+    for kind in ("noise", "zeros", "bit") * 4:
+        name = rng.choice([name for name in wanted if wanted[name].numel() > 4000])
+        place = next(info for index, info in metadata.storage_data.items() if index.fqn == name)
+        at = place.offset + place.length // 2
+        page = {"noise": rng.bytes(512), "zeros": bytes(512), "bit": bytes([whole[at] ^ 1])}[kind]
+        if whole[at:at + len(page)] != page:
+            (folder / os.path.basename(part)).write_bytes(whole[:at] + page + whole[at + len(page):])
+            with pytest.raises(CheckpointException, match="is damaged"):
+                load()
+
+
 def test_what_cannot_be_read_is_moved_aside_and_does_not_count(uninterrupted, tmp_path):
     """A later empty checkpoint, a file of the name of the next, and a page that the disk has spoilt."""
     shutil.copytree(uninterrupted / "stage1", tmp_path / "stage1")
@@ -617,6 +641,13 @@ def test_a_finished_model_is_not_overwritten_and_links_are_not_followed(uninterr
     shutil.rmtree(tmp_path / "stage1" / "checkpoints")
     args = ["--stage", 1, "--out", tmp_path, *SMALL, "--steps", 12]
     assert "rate 0.002 is now 0.1" in run(*args, "--rate", 0.1, status=2)[1]
+    settings = (tmp_path / "stage1" / "run.json").read_text()
+    for spoilt in ("null", "{}", "[" * 100_000):
+        (tmp_path / "stage1" / "run.json").write_text(spoilt)
+        assert "run.json: the settings of the run in this folder cannot be read" in run(*args, status=2)[1]
+    (tmp_path / "stage1" / "run.json").write_text(settings)
+    with open(tmp_path / "stage1" / "metrics.jsonl", "ab") as f:  # as a power cut may leave it
+        f.write(b'{}\n\xff\xfe}\n\0\0\0[{"step": 1}]\n')
     (tmp_path / "precious").write_text("mine")
     for name in (".lock", "run.json.partial"):
         (tmp_path / "stage1" / name).unlink(missing_ok=True)
@@ -638,7 +669,13 @@ def test_two_stages_do_not_encode_the_same_at_once(tmp_path):
         encode.join(timeout=1)
         assert encode.is_alive() and not list(tmp_path.glob("latents-*"))
     encode.join(timeout=30)
-    assert kept[0].latents.array.shape == (4, 2, 16, 8, 8)
+    whole = np.array(kept[0].latents.array)
+    assert whole.shape == (4, 2, 16, 8, 8)
+    for spoilt in (b"", open(kept[0].latents.path, "rb").read()[:1000]):  # made again
+        with open(kept[0].latents.path, "wb") as f:
+            f.write(spoilt)
+        again = train.with_latents(feed, dd, str(tmp_path), (16, 8, 8), most=10)
+        assert (again.latents.array == whole).all()
 
 
 def test_learning_rate_rises_then_holds_or_falls():
