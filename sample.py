@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data import caption_ids, load_image, prompt_ids, question_ids, replacing, to_images, to_pixels
 from model import DTYPES, DualDiffusion, add_parts
 
-PIXELS = 2 ** 20  # of all images that go through the networks at once: 4 of 512x512, 256 of 64x64
+PIXELS = 2 ** 18  # of all images that go through the networks at once: 64 of 64x64, one of 512x512; more gains nothing
 
 
 def batches(count, height, width):

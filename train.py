@@ -334,7 +334,7 @@ def starting_file(args, noted):
     default it is what the stage before left, for stage 1 else the shipped file, for its tokenizer and VAE."""
     stages = {"0": [], "1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}[args.stage]
     paths = [os.path.join(args.out, f"stage{stage}", "model.safetensors") for stage in stages]
-    if args.init or not paths or "start" in noted:
+    if args.init or not paths or os.path.exists(noted.get("start", "")):
         return args.init or noted.get("start", "")
     before = next(filter(os.path.exists, paths), paths[-1])
     if os.path.exists(before):
@@ -1041,7 +1041,7 @@ def keep_settings(folder, noted, args, recipe, images, texts, device, rank):
     settings |= asdict(recipe) | {"start changed at": changed_at(args.start),  # a stage run anew is another start
                                   "data": [images.source.fingerprint, texts.source.fingerprint],
                                   "dtype": args.dtype or noted.get("dtype") or faster_dtype(device, args.stage)}
-    free = {"steps": recipe.schedule == "constant", "pool": args.data}
+    free = {"steps": recipe.schedule == "constant", "pool": args.data, "start": True}  # files may be moved
     said = {"start changed at": f"{args.start} has been written since", "data": "the data are not the same"}
     changed = [said.get(k, f"{k} {noted.get(k)} is now {v}") for k, v in settings.items()
                if noted and noted.get(k) != v and not free.get(k)]
