@@ -1,8 +1,8 @@
 import os
 import sys
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the programs have it: threads that wait leave the cores to others
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # so that all programs that tests start add up in the same order
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # threads that wait sleep: on a busy machine spinning ones take minutes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that all programs that tests start add up in the same order
 
 import torch  # noqa: E402
 
