@@ -781,9 +781,9 @@ def learn(args, recipe, rank, processes, device):
 
     # What is learned from, and the system that learns.
     with rank_0_first(rank):
-        noted = noted_settings(folder, rank)
+        noted = noted_settings(folder) if rank > 0 or has_begun(folder) else {}
         args.start = starting_file(args, noted)
-        if args.stage == "3" and args.size is None:  # after stage 2hr, at its 512 pixels
+        if args.stage == "3" and args.size is None and (args.data or args.image_data):  # after stage 2hr: 512
             recipe.size = inspect(args.start, args.t5, args.vae, args.spiece)[0].settings.size
         images, unseen_images = feeds(args.image_data or args.data, args, recipe)
         texts, unseen = images, unseen_images
@@ -999,6 +999,7 @@ def finish(args, recipe, device, weights, learned_from, unseen, folder, news):
 
 
 def write_model(args, recipe, weights, learned_from, noted, path):
+    """The file for sample.py: what has learned, and beside it the frozen parts of the start."""
     if changed_at(args.start) != noted["start changed at"]:
         fail(f"{args.start} has changed since this stage began, so what did not learn is lost: put it back, and the "
              f"same command ends the stage")
@@ -1016,12 +1017,14 @@ def write_model(args, recipe, weights, learned_from, noted, path):
     dd.save(path, dtype=torch.float16)
 
 
-def noted_settings(folder, rank=1):
-    """What run.json says of the run that has begun in this folder, or ended there; {} where none has."""
+def has_begun(folder):
+    """Whether a run has left something in this folder that must not be lost."""
+    return checkpoints(os.path.join(folder, "checkpoints")) or os.path.exists(os.path.join(folder, "model.safetensors"))
+
+
+def noted_settings(folder):
+    """What run.json says of the run in this folder."""
     path = os.path.join(folder, "run.json")
-    if rank == 0 and not checkpoints(os.path.join(folder, "checkpoints")) \
-            and not os.path.exists(os.path.join(folder, "model.safetensors")):
-        return {}
     try:
         with open(path) as f:
             noted = json.load(f)
