@@ -303,32 +303,6 @@ def read_scene(image):
         things.append(Thing(size, color, shape, int(cy > 32) * 2 + int(cx > 32)))
     return things
 
-# ---------------------------------------------------------------- texts as tokens
-
-
-def prompt_ids(tokenizer, question, length):
-    """"Q: {question} A:" as ids, without EOS; the authors' code has these words. A question that leaves no room for an
-    answer loses its end, not the "A:" that asks for one: a third of the text, at most eight tokens, is kept free."""
-    room = length - min(8, length // 3)
-    asks = tokenizer.encode("A:")[:-1]
-    return tokenizer.encode(f"Q: {question}")[:-1][:room - len(asks)] + asks
-
-
-def caption_ids(tokenizer, text, length):
-    """-> ids (length), maskable (length) bool: all but the last token, which is EOS in every text, so that giving it
-    away tells nothing. But without it a text would start as nothing but mask tokens, and T5, which knows only relative
-    positions, would see the same at every one of them. From the last EOS they can count. (The authors mask it too.)"""
-    return tokenizer.encode(text, length), [True] * (length - 1) + [False]
-
-
-def question_ids(tokenizer, question, answer, length):
-    """-> ids (length), maskable (length) bool: never the question; the answer, and the EOS tokens that follow, by which
-    the model learns to stop."""
-    prompt = prompt_ids(tokenizer, question, length)
-    ids, maskable = caption_ids(tokenizer, answer, length - len(prompt))
-    return prompt + ids, [False] * len(prompt) + maskable
-
-
 # ---------------------------------------------------------------- the user's images and texts
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # what Pillow decodes by itself
@@ -365,7 +339,7 @@ def load_image(path, width, height=None, inside=("", 0, -1)):
         raise FileNotFoundError(f"{path}: no such image") from None
     except Exception as error:  # Pillow's many decoders raise whatever they like
         unknown = isinstance(error, UnidentifiedImageError) and f"none of {', '.join(FORMATS)}"
-        why = "the file is empty" if raw == b"" else unknown or first_line(error)
+        why = "the file is empty" if raw == b"" else unknown or one_line(error)
         raise ValueError(f"{path}: cannot be read as an image ({why})") from None
 
 
@@ -428,7 +402,7 @@ def parse(raw, where, kind):
     try:
         value = str(raw, "utf-8-sig") if kind is str else json.loads(raw)
     except (ValueError, RecursionError) as error:
-        why = first_line(error).replace("line 1 ", "")  # `where` says which
+        why = one_line(error).replace("line 1 ", "")  # `where` says which
         raise ValueError(f"{where}: not valid {'UTF-8' if kind is str else 'JSON'} ({why})") from None
     if not isinstance(value, kind):
         raise ValueError(f'{where}: want {"a list of " * (kind is list)}{{"image": path, "caption": text}}')
@@ -652,7 +626,7 @@ def shuffled(count, *seed):
 # ---------------------------------------------------------------- files that are written
 
 
-def first_line(error):
+def one_line(error):
     """What an error says, in one short line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:120]
 
@@ -679,7 +653,7 @@ def replacing(path):
         other = getattr(error, "filename", None) not in (None, beside)
         if other or isinstance(error, ValueError) or not isinstance(error, Exception):
             raise
-        raise OSError(f"{path}: could not be written ({first_line(error)})") from None
+        raise OSError(f"{path}: could not be written ({one_line(error)})") from None
 
 
 # ---------------------------------------------------------------- pictures for people

@@ -1,120 +1,167 @@
-"""What is learned: the two diffusions, their corruption and their losses. Equation numbers are the D-DiT paper's.
+"""What is learned: two diffusions, one of images and one of text, and the loss that joins them.
 
-Images, continuous: x_t = (1-t) x + t noise, and the network learns the velocity noise - x (flow matching).
-Text, discrete: every token is replaced by the mask token with probability 1 - alpha(t), and the network learns to
-put it back (masked diffusion). Times run from 0 (clean) to 1 (nothing left) in both.
+Diffusion destroys data step by step and teaches a network to undo it; from pure noise the network then makes new data.
+Time t runs from 0 (clean) to 1 (nothing left) for both.
+
+- An image is a point in a continuous space, so it moves on a straight line to noise, x_t = (1-t) x + t noise, and the
+  network learns the direction of that line (flow matching).
+- A text is a row of tokens, and nothing lies between two tokens. So each token turns, at a random time, into one
+  special token, the mask, and the network learns to put the tokens back (masked diffusion).
+
+Equation numbers are the D-DiT paper's.
 
 References:
   Li et al., Dual Diffusion (D-DiT), arXiv 2501.00289
-  Sahoo et al., Masked Diffusion Language Models, arXiv 2406.07524: the weight of Eq. 7 and the SUBS parametrisation
-  Esser et al., SD3, arXiv 2403.03206: logit-normal times
+  Sahoo et al., Masked Diffusion Language Models, arXiv 2406.07524: Eq. 7 and the SUBS parametrisation
+  Kingma et al., Variational Diffusion Models, arXiv 2107.00630: antithetic times
+  Esser et al., Scaling Rectified Flow Transformers (SD3), arXiv 2403.03206: logit-normal times
 """
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-EPS = 1e-3  # what alpha keeps at t = 1, and the smallest text time, where Eq. 7's weight 1/t is largest
+# ---------------------------------------------------------------- text: masked diffusion
+
+EPS = 1e-3  # the share of tokens that is still readable at t = 1, and the smallest time of a text in training
 
 
 def alpha(t):
-    """The share of tokens still readable at time t, log-linear schedule."""
+    """The schedule: the share of tokens that are still readable at time t. All else follows from it: what is masked,
+    the weight of the loss, and at which steps sampling reveals the tokens. The paper calls it log-linear, after the
+    noise level sigma = -log(alpha) that other papers speak of; alpha itself is a straight line."""
     return 1 - (1 - EPS) * t
 
 
+def reveal_rate(t):
+    """The weight of Eq. 7, -alpha'(t) / (1 - alpha(t)): t (B,) -> (B,).
+
+    Run time backwards, from t to t - dt. The share of readable tokens grows by -alpha'(t) dt, and all of those come
+    from the share 1 - alpha(t) that is masked. So this is the rate at which a masked token is revealed. For the
+    straight line above it is (1-EPS) / ((1-EPS) t) = 1/t.
+
+    Autograd finds the slope, so another schedule needs no second formula; in float64, for at small t, 1 - alpha(t) is
+    the difference of two numbers near 1."""
+    with torch.enable_grad():
+        t = t.detach().double().requires_grad_()
+        readable = alpha(t)
+        slope, = torch.autograd.grad(readable.sum(), t)
+    return (-slope / (1 - readable.detach())).float()
+
+
 def stratified_times(n, eps=EPS, generator=None):
-    """(n,) times in [eps, 1], one in each of n equal strata, in random order: the same offset in every stratum
-    (antithetic), so that a batch covers the whole range and the loss varies less."""
+    """(n,) times in [eps, 1] for the texts of a batch, in random order. They are antithetic (variational diffusion
+    models): evenly spaced, with one random offset for all. Each time alone is uniform, but a batch always has early and
+    late times in equal parts, so that its loss varies less."""
     u = torch.rand(1, generator=generator)
     t = (u + torch.randperm(n, generator=generator)) / n
     return eps + (1 - eps) * t
 
 
 def mask_tokens(tokens, t, maskable, mask_id, generator=None):
-    """Forward process of masked diffusion, Eq. 6: each maskable token turns into `mask_id` independently.
+    """The forward process of text: each maskable token turns into the mask token with probability 1 - alpha(t), alone.
 
-    tokens (B,L) long, t (B,), maskable (B,L) bool -> noisy (B,L), masked (B,L) bool: what was hidden."""
+    tokens (B,L) long, t (B,), maskable (B,L) bool -> noisy (B,L); masked (B,L) bool, which tokens are now the mask."""
     masked = (torch.rand(tokens.shape, generator=generator) < 1 - alpha(t)[:, None]) & maskable  # Eq. 6
     return torch.where(masked, mask_id, tokens), masked
 
 
 def flat_positions(mask):
-    """(B,L) bool -> (N,) long: where it is true, counted row by row. The CPU makes them and a GPU indexes by them; from
-    the mask itself a GPU would first have to count, while the program waits for the count."""
+    """(B,L) bool -> (N,) long: the positions that are true, counted row by row. A GPU that indexes with the mask itself
+    must first count it, and the program waits for the count; positions made on the CPU avoid that."""
     return mask.flatten().nonzero()[:, 0]
 
 
 def masked_diffusion_loss(logits, tokens, masked, t):
-    """Eq. 7: cross-entropy at the masked positions, weighted by -alpha'(t) / (1 - alpha(t)), which is 1/t for the
-    log-linear schedule, over batch x length.
+    """Eq. 7, an upper bound on the negative log-likelihood of the text: the cross-entropy of the masked tokens, each
+    weighted by the rate at which it is revealed at that time.
+
+    Integrated over t, the bound is the same for every schedule. The network does not see the time, only which tokens
+    are masked; a schedule decides how often training sees few or many of them, and the weight undoes that.
+
+    The sum is divided by batch x length, also where most of a text is a question, which is never masked. To divide by
+    the number of masked tokens, about t x length, would be to apply the weight 1/t a second time.
+
+    SUBS, two facts that the network need not learn: the mask token is never right, so its logit, the last of the V, is
+    left out; and a token that is not masked is known, so it costs nothing.
 
     logits (B,L,V), or (N,V) at the N masked positions in row order; tokens (B,L); masked (B,L) bool, or (N,) from
-    `flat_positions`; t (B,); all on one device -> scalar.
-    The last of the V outputs is the mask token. SUBS: it has probability zero, and tokens that are not masked are
-    carried over, so they cost nothing."""
-    at = masked if masked.ndim == 1 else flat_positions(masked)
-    logits = logits.flatten(0, 1)[at] if logits.ndim == 3 else logits
-    nats = F.cross_entropy(logits[:, :-1].float(), tokens.flatten()[at], reduction="none")
-    weight = 1 / t[at // tokens.shape[1]]
+    `flat_positions`; t (B,); all on one device -> scalar."""
+    positions = masked if masked.ndim == 1 else flat_positions(masked)
+    logits = logits.flatten(0, 1)[positions] if logits.ndim == 3 else logits
+    nats = F.cross_entropy(logits[:, :-1].float(), tokens.flatten()[positions], reduction="none")
+    weight = reveal_rate(t)[positions // tokens.shape[1]]
     return (weight * nats).sum() / tokens.numel()  # Eq. 7
 
 
+# ---------------------------------------------------------------- images: flow matching
+
+
 def logit_normal_times(n, mean=0.0, std=1.0, generator=None):
-    """(n,) image times in (0,1): the sigmoid of a normal, most of them in the middle, where the task is hardest."""
+    """(n,) image times in (0,1), the sigmoid of a normal: most in the middle, where the task is hardest."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
 
 
 def noise_latents(latents, noise, t):
-    """Forward process of flow matching, Eq. 1 with alpha_t = 1-t and sigma_t = t: a straight line from image to noise.
+    """The forward process of images, with alpha_t = 1-t and sigma_t = t: a straight line from the image to the noise.
     latents, noise (B,C,H,W), t (B,) -> (B,C,H,W)."""
     t = t[:, None, None, None]
     return (1 - t) * latents + t * noise  # Eq. 1
 
 
 def flow_matching_loss(velocity, latents, noise):
-    """Eq. 3: mean squared error against the line's direction, noise - latents; all (B,C,H,W). Every t weighs the same.
+    """The mean squared error against the line's direction, noise - latents; all (B,C,H,W). No image at all costs 0.
     (The authors' script weighs by t^2, the loss of a network that predicts the image; the paper does not.)"""
-    return F.mse_loss(velocity.float(), noise - latents)  # Eq. 3
+    error = velocity.float() - (noise - latents)
+    return error.square().sum() / max(1, error.numel())  # Eq. 3
 
 
-class Corruption(NamedTuple):
-    """What is random about the two losses of a training step."""
-    image_t: torch.Tensor  # (B,)
-    noise: torch.Tensor    # (B,C,H,W)
-    text_t: torch.Tensor   # (B,)
-    noisy: torch.Tensor    # (B,L) tokens, some masked
-    masked: torch.Tensor   # (B,L) bool, or the same as `flat_positions`
+# ---------------------------------------------------------------- both
 
 
-def joint_loss(ddit, t5, latents, captions, tokens, corruption, text_weight=0.2, image_weight=1.0, read=None):
-    """Eq. 9, both losses in one forward pass -> total, image loss, text loss (scalars). With image_weight 0 (Table 10,
-    understanding alone) the image half is not run, and its loss is 0.
+class ImageHalf(NamedTuple):
+    """What the image loss is about: drawing these images from their captions."""
+    latents: torch.Tensor   # (B,C,H,W) clean
+    captions: torch.Tensor  # (B,L) tokens, clean
+    noise: torch.Tensor     # (B,C,H,W)
+    t: torch.Tensor         # (B,)
 
-    latents (B,C,H,W) clean; captions (B,L) what the image half reads; tokens (B,L) what the text half learns to
-    write (captions again, or questions with answers); corruption: a Corruption; read (B,C,H,W): the latents that the
-    text is about, where those are other images (stage 2hr). All on one device; nothing here waits for it.
 
-    Eq. 8 has two halves, each with the other modality clean: the image half is (noisy latents, clean text, t), the text
-    half (clean latents, masked text, 0). They have the same shapes, so they are stacked along the batch: T5 and the
-    transformer run once."""
-    image_t, noise, text_t, noisy, masked = corruption
-    n = len(latents) if image_weight else 0  # rows of the image half
-    read = latents if read is None else read
-    masked = masked if masked.ndim == 1 else flat_positions(masked)
-    stacked = torch.cat([noise_latents(latents, noise, image_t)[:n], read])
-    times = torch.cat([image_t[:n], torch.zeros_like(text_t)])
-    states = t5(torch.cat([captions[:n], noisy]))
-    predict = masked + n * tokens.shape[1]  # in the stacked batch the text half comes after the image half
-    velocity, logits = ddit(stacked, times, states, predict=predict, draw=n)
-    # The sum of nothing is 0, and gives the image head a gradient, which the processes of a parallel run expect.
-    image_loss = flow_matching_loss(velocity, latents, noise) if n else velocity.sum()  # Eq. 8, images
-    text_loss = masked_diffusion_loss(logits, tokens, masked, text_t)                   # Eq. 8, text
-    return image_weight * image_loss + text_weight * text_loss, image_loss, text_loss   # Eq. 9
+class TextHalf(NamedTuple):
+    """What the text loss is about: writing these texts from their images."""
+    latents: torch.Tensor   # (B,C,H,W) clean
+    tokens: torch.Tensor    # (B,L) clean
+    noisy: torch.Tensor     # (B,L) the same, some of them masked
+    masked: torch.Tensor    # (N,) where, as `flat_positions`
+    t: torch.Tensor         # (B,)
+
+
+def joint_loss(ddit, t5, images, texts, text_weight=0.2, image_weight=1.0):
+    """An ImageHalf and a TextHalf -> total, image loss, text loss (scalars).
+
+    Eq. 8 has two losses, each with the other modality clean: the image half is (noisy latents, clean text, t), the text
+    half (clean latents, masked text, 0). They have the same shapes, so they are stacked along the batch, and T5 and the
+    transformer run once:
+
+        rows 0 .. n-1     noisy latents    caption        t      -> velocity, image loss
+        rows n .. n+m-1   clean latents    masked text    0      -> logits at the masked tokens, text loss
+    """
+    n, length = images.captions.shape
+    latents = torch.cat([noise_latents(images.latents, images.noise, images.t), texts.latents])
+    times = torch.cat([images.t, torch.zeros_like(texts.t)])
+    states = t5(torch.cat([images.captions, texts.noisy]))
+    velocity, logits = ddit(latents, times, states, predict=n * length + texts.masked, draw=n)
+    image_loss = flow_matching_loss(velocity, images.latents, images.noise)              # Eq. 8, images
+    text_loss = masked_diffusion_loss(logits, texts.tokens, texts.masked, texts.t)       # Eq. 8, text
+    return image_weight * image_loss + text_weight * text_loss, image_loss, text_loss    # Eq. 9
+
+
+# ------------------------------------------------- the chapter ends here; what follows makes it practical
 
 
 def autoencoding_loss(vae, pixels, noise):
-    """Stage 0: reconstruction + 3e-5 KL, per value. Pixels (B,3,H,W) far from their picture's mean colour count four
-    times, or small objects on a plain ground are learned last. -> total, reconstruction, KL."""
+    """Stage 0: reconstruction + 3e-5 KL, per value -> total, reconstruction, KL. Pixels (B,3,H,W) far from their
+    image's mean colour count four times, or small objects on a plain ground are learned last."""
     decoded, mean, logvar = vae(pixels, noise)
     stands_out = (pixels - pixels.mean((2, 3), keepdim=True)).abs().amax(1, keepdim=True) > 0.3
     reconstruction = ((1 + 3 * stands_out) * (decoded.float() - pixels).square()).mean()

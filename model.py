@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import first_line, replacing
+from data import one_line, replacing
 from t5 import SENTINELS, RMSNorm, T5Config, T5Encoder, Tokenizer
 from vae import VAE, VAEConfig
 
@@ -655,7 +655,7 @@ def read_json(path, text=None):
     try:
         found = json.loads(text if text is not None else read_bytes(path) if os.path.exists(path) else "{}")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({first_line(error)})") from None
+        raise ValueError(f"{path}: not valid JSON ({one_line(error)})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: should be a JSON object, {{...}}")
     return found

@@ -27,8 +27,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import caption_ids, load_image, prompt_ids, question_ids, replacing, to_images, to_pixels
+from data import load_image, replacing, to_images, to_pixels
 from model import DTYPES, DualDiffusion, add_parts
+from t5 import unseen_words
 
 PIXELS = 2 ** 18  # of all images that go through the networks at once: 64 of 64x64, one of 512x512; more gains nothing
 
@@ -167,7 +168,7 @@ def caption(dd, images, length=None, steps=None, order="random", temperature=0.0
     that saw captions only as answers is asked for them."""
     settings = dd.config.settings
     length, steps, asks = length or settings.length, steps or settings.caption_steps, settings.caption_prompt
-    row = question_ids(dd.tokenizer, asks, "", length) if asks else caption_ids(dd.tokenizer, "", length)
+    row = dd.tokenizer.question_ids(asks, "", length) if asks else dd.tokenizer.caption_ids("", length)
     return read(dd, images, [row] * len(images), False, steps, order, temperature, generator)
 
 
@@ -177,23 +178,16 @@ def answer(dd, images, questions, length=None, steps=None, order="random", tempe
     own suffix, if it has one, follows the question."""
     settings = dd.config.settings
     length, steps, suffix = length or settings.length, steps or settings.answer_steps, settings.answer_suffix
-    rows = [question_ids(dd.tokenizer, f"{question} {suffix}".rstrip(), "", length) for question in questions]
+    rows = [dd.tokenizer.question_ids(f"{question} {suffix}".rstrip(), "", length) for question in questions]
     return read(dd, images, rows, False, steps, order, temperature, generator)
 
 
 @torch.no_grad()
 def infill(dd, images, texts, length=None, steps=None, order="random", temperature=0.0, generator=None):
     """Fill in the blanks of one text an image -> list of str. Every underscore stands for one token."""
-    length, mask = length or dd.config.settings.length, dd.tokenizer.mask_id
-    rows = [(ids, [i == mask for i in ids]) for ids in (blank_ids(dd.tokenizer, text, length) for text in texts)]
+    length = length or dd.config.settings.length
+    rows = [dd.tokenizer.blank_ids(text, length) for text in texts]
     return read(dd, images, rows, True, steps or length, order, temperature, generator)
-
-
-def blank_ids(tokenizer, text, length):
-    """Text with underscores -> ids of that length, the mask token for each underscore."""
-    parts = [tokenizer.encode(part)[:-1] for part in text.split("_")]
-    ids = parts[0] + [i for part in parts[1:] for i in (tokenizer.mask_id, *part)]
-    return ids[:length - 1] + [tokenizer.eos_id] * max(1, length - len(ids))
 
 
 # ---------------------------------------------------------------- the command line
@@ -348,7 +342,7 @@ def heard(dd, text, room):
     pieces = dd.tokenizer.pieces
     if all(len(p.strip("▁")) == 1 for p in map(pieces.id_to_piece, range(len(pieces))) if p != p.lower()):
         text = min(text, text.lower(), key=lambda text: len(pieces.encode(text)))
-    if unseen := dd.tokenizer.unseen_words(text):
+    if unseen := unseen_words(dd.tokenizer, text):
         warn(f"never seen in training, so expect little: {', '.join(unseen)}")
     tokens = sum(len(dd.tokenizer.encode(part)) - 1 for part in text.split("_")) + text.count("_")
     if tokens > room:
@@ -383,7 +377,7 @@ def main():
         return zip(*((image, text) for *images, typed in jobs for text in [heard(dd, typed, room)] for image in images))
 
     if args.vqa:
-        longest, suffix = (prompt_ids(dd.tokenizer, s, length) for s in ("a " * length, settings.answer_suffix))
+        longest, suffix = (dd.tokenizer.prompt_ids(s, length) for s in ("a " * length, settings.answer_suffix))
         tell(answer, *pairs(args.vqa, len(longest) - len(suffix)))
     if args.caption:
         tell(caption, args.caption)

@@ -1,7 +1,7 @@
-"""Reading text: T5's SentencePiece tokenizer and the encoder half of T5 v1.1.
+"""Reading text: T5's SentencePiece tokenizer, texts as tokens, and the encoder half of T5 v1.1.
 
-The encoder knows nothing of diffusion. It is handed tokens of which some are the mask token, like any other token,
-and returns one vector a token; the transformer does the rest.
+The encoder knows nothing of diffusion. It takes tokens, the mask token among them (to T5 a token like any other), and
+returns one vector per token. The transformer does the rest.
 
 References:
   Raffel et al., T5, arXiv 1910.10683; v1.1 (gated GELU, no weight sharing) after Shazeer, arXiv 2002.05202
@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 SENTINELS = 100  # <extra_id_0> ... <extra_id_99>, counted down from the top of the vocabulary
 
@@ -28,8 +27,7 @@ class Tokenizer:
     """Text to ids and back. Ids: the SentencePiece model's own pieces (pad 0, end of sequence 1, unknown 2), then
     the 100 sentinels, the last of which, `<extra_id_0>`, serves as the mask token.
 
-    The sentinels live outside the SentencePiece model, so nothing a user types can become one.
-    """
+    The sentinels live outside the SentencePiece model, so nothing a user types can become one."""
     def __init__(self, model: bytes):
         """`model`: the bytes of a `spiece.model` file. Raises ValueError if they are not one."""
         try:
@@ -65,24 +63,35 @@ class Tokenizer:
             text.append(f"<extra_id_{self.mask_id - i}>")
         return " ".join(part for part in text if part)
 
-    def unseen_words(self, text: str) -> list[str]:
-        """The words that this vocabulary cannot write, or, if it is a small one, only nearly letter by letter. (In T5's
-        own 32,000 pieces many ordinary words are spelt out.)"""
-        def spelt(word):
-            ids = self.pieces.encode(word)
-            return self.pieces.unk_id() in ids or len(self.pieces) < 10_000 and len(ids) > max(1, len(word) / 2)
-        return [word for word in re.findall(r"\w+", text.replace("_", " ")) if spelt(word)]
+    # How texts become tokens. There is no attention mask: a shorter text is padded with EOS, and to the model this
+    # padding is text like any other. It is masked, predicted and counted in the loss; so the model learns where to
+    # stop, and `decode` cuts at the first EOS. The functions below give ids and which of them may be masked (maskable).
 
-    @classmethod
-    def train(cls, lines, vocab_size: int) -> "Tokenizer":
-        """A new one of at most `vocab_size` pieces, from an iterator of text lines, numbered as T5's are. By byte-pair
-        merges, unlike T5's own: on a small vocabulary they keep every frequent word whole."""
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-            required_chars=string.ascii_letters + string.digits + ".,?!:;'-", minloglevel=2, num_threads=1)
-        return cls(model.getvalue())
+    def caption_ids(self, text, length):
+        """-> ids, maskable: all but the last token. That one is EOS in every text, so leaving it gives nothing away. If
+        it too were masked, sampling would start from nothing but mask tokens, and T5, which knows only relative
+        positions, would see the same at each of them. From the last EOS they can count. (The authors mask it too.)"""
+        return self.encode(text, length), [True] * (length - 1) + [False]
+
+    def question_ids(self, question, answer, length):
+        """-> ids, maskable: the answer and the EOS tokens after it, never the question."""
+        prompt = self.prompt_ids(question, length)
+        ids, maskable = self.caption_ids(answer, length - len(prompt))
+        return prompt + ids, [False] * len(prompt) + maskable
+
+    def prompt_ids(self, question, length):
+        """"Q: {question} A:" as ids, without EOS, in the words of the authors' code. A question that is too long loses
+        its end, not the "A:" that asks for an answer: a third of the text, at most eight tokens, is for the answer."""
+        room = length - min(8, length // 3)
+        asks = self.encode("A:")[:-1]
+        return self.encode(f"Q: {question}")[:-1][:room - len(asks)] + asks
+
+    def blank_ids(self, text, length):
+        """A text with underscores -> ids, maskable: each underscore is one token to fill in."""
+        first, *others = (self.encode(part)[:-1] for part in text.split("_"))
+        ids = first + [i for part in others for i in (self.mask_id, *part)]
+        ids = ids[:length - 1] + [self.eos_id] * max(1, length - len(ids))
+        return ids, [i == self.mask_id for i in ids]
 
 
 @dataclass
@@ -99,10 +108,9 @@ class T5Config:
     places: int = 0  # above 0, with no layers: not T5 but embeddings of tokens and of so many places (D-DiT, Table 9)
 
 
-class Embedding(nn.Embedding):
-    def reset_parameters(self):
-        if not self.weight.is_meta:  # where nothing can be filled, and torch imports its compiler to find out
-            super().reset_parameters()
+def embedding(count, dim):
+    """A table of `count` vectors, without initial values: `init_weights` or a file gives them."""
+    return nn.Embedding.from_pretrained(torch.empty(count, dim), freeze=False)
 
 
 class RMSNorm(nn.Module):
@@ -115,7 +123,7 @@ class RMSNorm(nn.Module):
 
 
 def relative_position_bucket(distance, buckets, max_distance):
-    """Key position minus query position -> bucket: half the buckets for each direction; in each half, one bucket a
+    """Key position minus query position -> bucket: half the buckets for each direction; in each half, one bucket per
     distance up to a quarter of them all, then ever wider ones (logarithmically) up to `max_distance`."""
     half, exact = buckets // 2, buckets // 4
     near = distance.abs()
@@ -131,7 +139,7 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(cfg.d_model, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, cfg.d_model, bias=False)
         if has_relative_bias:
-            self.relative_attention_bias = Embedding(cfg.buckets, cfg.num_heads)
+            self.relative_attention_bias = embedding(cfg.buckets, cfg.num_heads)
 
     def position_bias(self, length, device):
         at = torch.arange(length, device=device)
@@ -171,40 +179,16 @@ class Block(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    checkpointing = False  # a trainer's choice: less memory, for computing every block's inside a second time
-
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.shared = Embedding(config.vocab_size, config.d_model)
+        self.shared = embedding(config.vocab_size, config.d_model)
         if config.places:
             self.places = nn.Parameter(torch.zeros(config.places, config.d_model))
         self.encoder = nn.ModuleDict({
             "block": nn.ModuleList(Block(config, first=i == 0) for i in range(config.num_layers)),
             "final_layer_norm": RMSNorm(config.d_model)})
-        if not self.shared.weight.is_meta:
-            self.init_weights()
-
-    def init_weights(self):
-        """As T5's authors did: every matrix's deviation is one over the root of its fan-in, q's smaller by the root
-        of d_kv, which is the attention scale left out above. Only the position bias differs. It is all that tells the
-        order of the tokens, and an optimizer takes thousands of small steps to sharpen it, so it starts sharp, as in
-        ALiBi (Press et al., arXiv 2108.12409): even heads look back, odd heads ahead, some near and some far."""
-        c = self.config
-        for name, p in self.named_parameters():
-            std = {"q": (c.d_model * c.d_kv) ** -0.5, "o": (c.num_heads * c.d_kv) ** -0.5, "wo": c.d_ff ** -0.5,
-                   "shared": 1.0}.get(name.split(".")[-2] if "." in name else name, c.d_model ** -0.5)
-            if p.ndim == 2:
-                nn.init.normal_(p, std=std)
-        if not c.num_layers:
-            return
-        away = torch.arange(-c.max_distance, c.max_distance + 1)
-        bucket = relative_position_bucket(away, c.buckets, c.max_distance)
-        table = self.encoder["block"][0].layer[0]["SelfAttention"].relative_attention_bias.weight
-        with torch.no_grad():
-            for head in range(c.num_heads):
-                slope, wrong_way = 2.0 ** -(head // 2 * 8 / c.num_heads), away > 0 if head % 2 == 0 else away < 0
-                table[bucket, head] = -slope * away.abs() - 4.0 * wrong_way
+        init_weights(self)
 
     def forward(self, tokens):
         """Tokens (B,L), long -> states (B,L,d_model), where the tokens are, though T5 itself may be on another device.
@@ -217,8 +201,52 @@ class T5Encoder(nn.Module):
         for block in self.encoder["block"]:
             if bias is None:
                 bias = block.layer[0]["SelfAttention"].position_bias(tokens.shape[1], x.device)
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, bias, use_reentrant=False)
-            else:
-                x = block(x, bias)
+            x = block(x, bias)
         return self.encoder["final_layer_norm"](x).to(tokens.device)
+
+
+# ------------------------------------------------- the chapter ends here; what follows makes it practical
+
+
+def init_weights(encoder):
+    """As T5's authors did: every matrix has a deviation of one over the root of its fan-in, q's smaller by the root of
+    d_kv, which is the attention scale that T5 leaves out. Only the position bias differs. It is all that tells the
+    order of the tokens, and an optimizer takes thousands of small steps to sharpen it; so it starts sharp, as in
+    ALiBi (Press et al., arXiv 2108.12409): even heads look back, odd heads ahead, some near and some far."""
+    c = encoder.config
+    if encoder.shared.weight.is_meta:  # a file will give the values
+        return
+    for name, p in encoder.named_parameters():
+        std = {"q": (c.d_model * c.d_kv) ** -0.5, "o": (c.num_heads * c.d_kv) ** -0.5, "wo": c.d_ff ** -0.5,
+               "shared": 1.0}.get(name.split(".")[-2] if "." in name else name, c.d_model ** -0.5)
+        if p.ndim == 2:
+            nn.init.normal_(p, std=std)
+    if not c.num_layers:
+        return
+    away = torch.arange(-c.max_distance, c.max_distance + 1)
+    bucket = relative_position_bucket(away, c.buckets, c.max_distance)
+    table = encoder.encoder["block"][0].layer[0]["SelfAttention"].relative_attention_bias.weight
+    with torch.no_grad():
+        for head in range(c.num_heads):
+            slope, wrong_way = 2.0 ** -(head // 2 * 8 / c.num_heads), away > 0 if head % 2 == 0 else away < 0
+            table[bucket, head] = -slope * away.abs() - 4.0 * wrong_way
+
+
+def train_tokenizer(lines, vocab_size):
+    """Text lines -> a Tokenizer of at most `vocab_size` pieces, numbered as T5's are. By byte-pair merges, unlike T5's
+    own: on a small vocabulary they keep every frequent word whole."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+        hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        required_chars=string.ascii_letters + string.digits + ".,?!:;'-", minloglevel=2, num_threads=1)
+    return Tokenizer(model.getvalue())
+
+
+def unseen_words(tokenizer, text):
+    """The words that this vocabulary cannot write, or, if it is a small one, only nearly letter by letter. (In T5's own
+    32,000 pieces many ordinary words are spelt out.)"""
+    def spelt(word):
+        ids = tokenizer.pieces.encode(word)
+        return tokenizer.pieces.unk_id() in ids or len(tokenizer.pieces) < 10_000 and len(ids) > max(1, len(word) / 2)
+    return [word for word in re.findall(r"\w+", text.replace("_", " ")) if spelt(word)]

@@ -57,9 +57,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
-from data import first_line, replacing
+from data import one_line, replacing
 from losses import (
-    Corruption,
+    ImageHalf,
+    TextHalf,
     autoencoding_loss,
     flat_positions,
     joint_loss,
@@ -83,7 +84,7 @@ from sample import (
     text_to_image,
     warn,
 )
-from t5 import Tokenizer
+from t5 import train_tokenizer
 
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws
 
@@ -294,7 +295,7 @@ class Stream(Dataset):
             written = self.texts.source.caption(j, rng)
         asked = self.texts.source.question(j, rng) if rng.random() < r.questions or written is None else None
         captions = tok.encode("" if told is None or rng.random() < r.drop else told, r.length)
-        ids, free = data.question_ids(tok, *asked, r.length) if asked else data.caption_ids(tok, written, r.length)
+        ids, free = tok.question_ids(*asked, r.length) if asked else tok.caption_ids(written, r.length)
         return image, read, captions, ids, free
 
 
@@ -362,7 +363,7 @@ def starting_point(args, recipe, feed, device, dtype):
             i = int(data.pick(rng, feed.ids))
             asked = feed.source.question(i, rng) or ("", "")
             texts += [feed.source.caption(i, rng) or "", "Q: {} A: {}".format(*asked)]
-        dd = DualDiffusion.build(preset, Tokenizer.train(texts, recipe.vocab), ["vae"]).to(device)
+        dd = DualDiffusion.build(preset, train_tokenizer(texts, recipe.vocab), ["vae"]).to(device)
         return dd, {"vae": dd.vae}
     known = inspect(args.start, args.t5, args.vae, args.spiece)[0]
     learned_t5 = recipe.learn_t5 == "all" or not known.t5.num_layers
@@ -380,7 +381,7 @@ def starting_point(args, recipe, feed, device, dtype):
         dd = fresh.to(device)
     dd.config.settings.size, dd.config.settings.length = recipe.size, recipe.length  # to be used as it was trained
     dd.requires_grad_(False)
-    dd.ddit.checkpointing = dd.t5.checkpointing = args.checkpointing
+    pass
     modules = {"ddit": dd.ddit.requires_grad_()}
     if recipe.learn_t5 == "all" or not dd.config.t5.num_layers:
         modules["t5"] = dd.t5.requires_grad_()
@@ -488,7 +489,7 @@ def save_checkpoint(folder, state, keep, rank):
             raise
         room = shutil.disk_usage(folder).free / 1e6
         shutil.rmtree(f"{path}.partial", ignore_errors=True)
-        fail(f"{path}: could not be written, with {room:.0f} MB left on the disk ({first_line(error)}); the "
+        fail(f"{path}: could not be written, with {room:.0f} MB left on the disk ({one_line(error)}); the "
              f"checkpoints before it stand")
     if rank == 0:
         os.replace(f"{path}.partial", path)
@@ -551,9 +552,9 @@ def load_checkpoint(folder, modules, optimizers, averages, rank):
                 os.replace(unreadable, f"{unreadable}.unreadable")
             return int(state["step"])
         except (Exception, CheckpointException) as error:
-            if re.search("KeyboardInterrupt|MemoryError", first_line(error)):  # which torch wraps; not the file's fault
-                raise KeyboardInterrupt if "Keyboard" in first_line(error) else MemoryError from None
-            warn(f"{path}: cannot be read ({first_line(error)}); the one before it is tried")
+            if re.search("KeyboardInterrupt|MemoryError", one_line(error)):  # which torch wraps; not the file's fault
+                raise KeyboardInterrupt if "Keyboard" in one_line(error) else MemoryError from None
+            warn(f"{path}: cannot be read ({one_line(error)}); the one before it is tried")
             aside.append(path)
     if found:
         fail(f"{folder}: none of its checkpoints can be read; delete them to start this stage anew")
@@ -832,9 +833,10 @@ def learn(args, recipe, rank, processes, device):
             return autoencoding_loss(dd.vae, batch.images, posterior)
         latents = to_latents(batch.images, posterior)
         read = latents if together else to_latents(batch.read, posterior)
-        corruption = Corruption(batch.image_t, noise, batch.text_t, batch.noisy, batch.masked)
-        return joint_loss(dd.ddit, shown.t5, latents, batch.captions, batch.tokens, corruption, recipe.text_weight,
-                          recipe.image_weight, read)
+        n = len(latents) if recipe.image_weight else 0
+        return joint_loss(dd.ddit, shown.t5, ImageHalf(latents[:n], batch.captions[:n], noise[:n], batch.image_t[:n]),
+                          TextHalf(read, batch.tokens, batch.noisy, batch.masked, batch.text_t), recipe.text_weight,
+                          recipe.image_weight)
 
     names = ("reconstruction", "kl") if args.stage == "0" else ("image_loss", "text_loss")
     stream = Stream(images, texts, dd.tokenizer, recipe, args.seed, mine, args.accumulate)
@@ -1032,7 +1034,7 @@ def noted_settings(folder):
             raise ValueError("no settings")
         return noted
     except (OSError, ValueError, RecursionError) as error:
-        fail(f"{path}: the settings of the run in this folder cannot be read ({first_line(error)}); give another --out")
+        fail(f"{path}: the settings of the run in this folder cannot be read ({one_line(error)}); give another --out")
 
 
 def keep_settings(folder, noted, args, recipe, images, texts, device, rank):
@@ -1137,7 +1139,7 @@ def program():
     except Exception as error:
         if "DataLoader worker" not in str(error):
             raise
-        fail(f"a process that makes batches failed ({first_line(error)}); the same command goes on from the checkpoint")
+        fail(f"a process that makes batches failed ({one_line(error)}); the same command goes on from the checkpoint")
 
 
 if __name__ == "__main__":
