@@ -307,13 +307,7 @@ def read_scene(image):
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # what Pillow decodes by itself
 EXTENSIONS = tuple(end for end, name in Image.registered_extensions().items() if name in FORMATS)
-
-
-def open_file(path):
-    """A user's file, to read bytes from. Not a pipe, which might wait for ever, nor a device, which may never end."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path}: not a regular file")
-    return open(path, "rb")
+FORM = '{"image": path, "caption": text}'
 
 
 def load_image(path, width, height=None, inside=("", 0, -1)):
@@ -323,7 +317,7 @@ def load_image(path, width, height=None, inside=("", 0, -1)):
     shard, start, count = inside
     raw = None
     try:
-        with open_file(shard or path) as f:
+        with open(regular_file(shard or path), "rb") as f:
             f.seek(start)
             raw = f.read(count)
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(raw), formats=FORMATS) as image:
@@ -397,27 +391,15 @@ def expand(pattern):
     return ["".join(map("".join, zip(texts[::3], (*some, "")))) for some in itertools.product(*numbers)]
 
 
-def parse(raw, where, kind):
-    """Bytes -> the text (`kind` str) or JSON (list, dict) that they are. Raises ValueError with one line."""
-    try:
-        value = str(raw, "utf-8-sig") if kind is str else json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        why = one_line(error).replace("line 1 ", "")  # `where` says which
-        raise ValueError(f"{where}: not valid {'UTF-8' if kind is str else 'JSON'} ({why})") from None
-    if not isinstance(value, kind):
-        raise ValueError(f'{where}: want {"a list of " * (kind is list)}{{"image": path, "caption": text}}')
-    return value
-
-
 def read_json(path):
     """The records of a .json list, or of a .jsonl of one object a line. At most one image in ten may be missing."""
     number, missing, unit = 0, [], "item" if path.endswith(".json") else "line"
-    with open_file(path) as f:
-        for number, row in enumerate(parse(f.read(), path, list) if unit == "item" else f, 1):
+    with open(regular_file(path), "rb") as f:
+        for number, row in enumerate(parse(f.read(), path, list, f"a list of {FORM}") if unit == "item" else f, 1):
             where = f"{path}, {unit} {number}"
             if unit == "line" and not (row := row.strip()):
                 continue
-            record = Record.read(parse(row, where, dict) if unit == "line" else row, os.path.dirname(path), where)
+            record = Record.read(parse(row, where, dict, FORM) if unit == "line" else row, os.path.dirname(path), where)
             if record and not os.path.isfile(record.image):
                 missing.append(f"{where}: no such image: {record.image}")
             else:
@@ -425,7 +407,7 @@ def read_json(path):
     if len(missing) * 10 > number:
         raise ValueError(f"{missing[0]} ({len(missing)} of {number} are missing)")
     if missing:
-        print(f"warning: left out {len(missing)} of {number}: {'; '.join(missing[:3])}", file=sys.stderr)
+        warn(f"left out {len(missing)} of {number}: {'; '.join(missing[:3])}")
 
 
 def files_of(path):
@@ -446,7 +428,7 @@ def read_folder(path):
     for image in (file for file in files_of(path) if file.lower().endswith(EXTENSIONS)):
         text = os.path.basename(os.path.dirname(os.path.abspath(image))).replace("_", " ")
         if os.path.exists(told := os.path.splitext(image)[0] + ".txt"):
-            with open_file(told) as f:
+            with open(regular_file(told), "rb") as f:
                 text = parse(f.read(), told, str).strip()
         yield Record.read({"image": image, "caption": text}, "", image)
 
@@ -460,7 +442,7 @@ def read_shard(path):
         return re.match(r"(.*/)?\.*[^.]*", os.path.normpath(member.name))[0]
 
     try:
-        with open_file(path) as f:
+        with open(regular_file(path), "rb") as f:
             if f.peek(2)[:2] == b"\x1f\x8b":
                 raise tarfile.ReadError("compressed; gunzip it first")
             tar = tarfile.open(path, "r:", f)
@@ -471,7 +453,7 @@ def read_shard(path):
                     if name.endswith(".txt"):
                         told["caption"] = parse(tar.extractfile(member).read(), member.name, str).strip()
                     elif name.endswith(".json"):
-                        told |= parse(tar.extractfile(member).read(), member.name, dict)
+                        told |= parse(tar.extractfile(member).read(), member.name, dict, FORM)
                     elif name.endswith(EXTENSIONS) and member.isfile():
                         if image:
                             raise ValueError(f"{member.name}: a second image, in the sample of {image}")
@@ -599,7 +581,7 @@ def write_index(lines, paths):
     with replacing(f"{lines}.npy") as beside, open(beside, "wb") as f:
         np.save(f, np.reshape(index, (-1, 2)))
     if left_out:
-        print(f"warning: records without an image or a text, left out: {left_out}", file=sys.stderr)
+        warn(f"records without an image or a text, left out: {left_out}")
 
 
 def draw_rows(seed, first, count, total, block=10_000):
@@ -623,12 +605,48 @@ def shuffled(count, *seed):
     return np.random.default_rng(seed).permutation(count)
 
 
-# ---------------------------------------------------------------- files that are written
+# ---------------------------------------------------------------- what all files share
+
+PIXELS = 2 ** 18  # of all images that go through the networks at once: 64 of 64x64, one of 512x512; more gains nothing
+
+
+def batches(count, height, width, desc=None):
+    """Slices of `count` images of that size, each slice of at most PIXELS. Several show a bar on a terminal."""
+    size = max(1, PIXELS // (height * width))
+    slices = [slice(at, min(at + size, count)) for at in range(0, count, size)]
+    return tqdm(slices, desc, leave=False, disable=count <= size or None)
+
+
+def warn(message):
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # not into a bar
 
 
 def one_line(error):
-    """What an error says, in one short line."""
+    """An error's message as one short line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:120]
+
+
+def parse(raw, where, kind, form=None):
+    """Bytes or str -> the JSON (`kind` list or dict) that they are, or of bytes the text (`kind` str). `where` is for
+    messages, and so is `form`, what a value of that kind looks like here. Raises ValueError with one line."""
+    try:
+        value = str(raw, "utf-8-sig") if kind is str else json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        why = one_line(error).replace("line 1 ", "")  # of a .jsonl, `where` has the line
+        raise ValueError(f"{where}: not valid {'UTF-8' if kind is str else 'JSON'} ({why})") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{where}: want {form or {list: 'a list', dict: 'an object'}[kind]}")
+    return value
+
+
+def regular_file(path):
+    """The path of a user's file, to be opened: not of a pipe, which might wait for ever, nor of a device, which may
+    never end. Raises FileNotFoundError, or ValueError for what is no regular file."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: not a regular file")
+    return path
 
 
 @contextmanager

@@ -400,7 +400,7 @@ def test_errors_in_the_data_are_not_said_of_the_index(pictures, tmp_path, monkey
     def forbidden(path):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(data, "open_file", forbidden)
+    monkeypatch.setattr(data, "regular_file", forbidden)
     with pytest.raises(PermissionError, match="Permission denied: .*d.jsonl'"):
         data.Records(path, 16, tmp_path / "kept")
     assert os.listdir(tmp_path / "kept") == []
