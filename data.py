@@ -41,7 +41,6 @@ SHAPES = ("circle", "square", "triangle", "cross")
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")  # row by row
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1)}  # axis (0 rows), direction
 HELD = {("yellow", "triangle"), ("purple", "circle"), ("cyan", "square")}  # colour-shape pairs kept for testing
-GRID_Y, GRID_X = np.mgrid[0:SIDE, 0:SIDE] + 0.5  # centres of the pixels
 
 
 class Thing(NamedTuple):
@@ -101,9 +100,10 @@ class World:
         canvas = np.broadcast_to(background, (SIDE, SIDE, 3)).copy()
         for thing, ((cx, cy), r, rgb) in zip(things, looks):
             top, left = thing.quarter // 2 * 32, thing.quarter % 2 * 32
-            part = np.s_[top:top + 32, left:left + 32]
-            inside = np.clip(0.5 - distance(thing.shape, GRID_X[part] - cx, GRID_Y[part] - cy, r), 0, 1)[..., None]
-            canvas[part] += inside * (np.array(rgb) - canvas[part])
+            y, x = np.mgrid[top:top + 32, left:left + 32] + 0.5  # centres of the pixels
+            inside = np.clip(0.5 - distance(thing.shape, x - cx, y - cy, r), 0, 1)[..., None]
+            quarter = canvas[top:top + 32, left:left + 32]
+            quarter += inside * (np.array(rgb) - quarter)
         return (canvas * 255 + 0.5).astype(np.uint8)
 
     def caption(self, i, rng):
@@ -131,20 +131,8 @@ class World:
                 return None
 
 
-def distance(shape, x, y, r):
-    """Signed distance in pixels, negative inside, of points (x right, y down) to a shape of radius r at the origin."""
-    if shape == "circle":
-        return np.hypot(x, y) - r
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) - 0.88 * r
-    if shape == "triangle":  # equilateral, point up, about its centroid
-        return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r
-    x, y = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))  # cross: two bars, folded into one
-    return np.maximum(x - r, y - 0.36 * r)
-
-
 def related(a, relation, b):
-    """Is quarter a in that relation to quarter b? By rows and columns: top left is above bottom right, and left of it."""
+    """Is quarter a in that relation to quarter b? Top left is above bottom right, and left of it, too."""
     axis, direction = RELATIONS[relation]
     return (divmod(a, 2)[axis] - divmod(b, 2)[axis]) * direction > 0
 
@@ -171,9 +159,10 @@ def refer(thing, things, rng, hide=None):
             return " ".join([getattr(thing, f) for f in fields] + ["shape"] * ("shape" not in fields))
 
 
-# Kinds of questions. Each is a function of a thing, of a phrase that fits this thing alone (`the`), of all things of the
+# Each kind of question is a function of a thing, of a phrase that fits this thing alone (`the`), of all things of the
 # scene and of a random generator -> question, its only right answer; None if this try finds no fair question. To add a
-# kind, write such a function and list it in KINDS.
+# kind, write such a function and list it in KINDS. Both that list and the kinds about two things are in the workshop.
+
 
 def ask_color(thing, the, things, rng):
     return pick(rng, [f"what color is the {the}?", f"what is the color of the {the}?"]), thing.color
@@ -194,13 +183,35 @@ def ask_where(thing, the, things, rng):
 
 def ask_count(thing, the, things, rng):
     color, shape = pick(rng, [thing.color, pick(rng, list(COLORS))]), pick(rng, [thing.shape, pick(rng, SHAPES)])
-    return pick(rng, [("how many shapes are there?", str(len(things))),
-                      (f"how many {color} shapes are there?", str(sum(o.color == color for o in things))),
-                      (f"how many {plural(shape)} are there?", str(sum(o.shape == shape for o in things)))])
+    colors, shapes = [o.color for o in things], [o.shape for o in things]
+    name, count = pick(rng, [("shape", len(things)), (f"{color} shape", colors.count(color)),
+                             (shape, shapes.count(shape))])
+    return f"how many {name}{'es' if name == 'cross' else 's'} are there?", str(count)
 
 
-def plural(shape):
-    return shape + ("es" if shape.endswith("s") else "s")
+# ------------------------------------------------- the chapter ends here; what follows makes it practical
+
+
+# ---------------------------------------------------------------- the world's shapes, and questions about two things
+
+
+def distance(shape, x, y, r):
+    """Signed distance in pixels, negative inside, of points (x right, y down) to a shape of radius r at the origin."""
+    if shape == "circle":
+        return np.hypot(x, y) - r
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.88 * r
+    if shape == "triangle":  # equilateral, point up, about its centroid
+        return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r
+    x, y = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))  # cross: two bars, folded into one
+    return np.maximum(x - r, y - 0.36 * r)
+
+
+def ask_relation(thing, the, things, rng):
+    relation = pick(rng, list(RELATIONS))
+    others = [o for o in things if related(o.quarter, relation, thing.quarter)]
+    if len(others) == 1 or not others and rng.random() >= .75:
+        return f"what is {relation} the {the}?", str(others[0]) if others else "nothing"
 
 
 def ask_exists(thing, the, things, rng):
@@ -212,13 +223,6 @@ def ask_exists(thing, the, things, rng):
     exists = any(o.shape == shape and size in ("", o.size) and color in ("", o.color) for o in things)
     name = " ".join(word for word in (size, color, shape) if word)
     return pick(rng, [f"is there a {name}?", f"do you see a {name}?"]), "yes" if exists else "no"
-
-
-def ask_relation(thing, the, things, rng):
-    relation = pick(rng, list(RELATIONS))
-    others = [o for o in things if related(o.quarter, relation, thing.quarter)]
-    if len(others) == 1 or not others and rng.random() >= .75:
-        return f"what is {relation} the {the}?", str(others[0]) if others else "nothing"
 
 
 def ask_compare(thing, the, things, rng):
@@ -251,21 +255,18 @@ KINDS = {"color": ask_color, "shape": ask_shape, "size": ask_size, "count": ask_
          "where": ask_where, "relation": ask_relation, "compare": ask_compare}
 
 
-# ------------------------------------------------- the chapter ends here; what follows makes it practical
-
-
-# ---------------------------------------------------------------- images
+# ---------------------------------------------------------------- the user's images and texts
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # what Pillow decodes by itself
 EXTENSIONS = tuple(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+FORM = '{"image": path, "caption": text}'  # for messages
 
 
 def load_image(path, width, height=None, span=("", 0, -1)):
     """An image file of one of FORMATS -> RGB image of width x height (square if only one is given): turned upright by
     its EXIF note, transparency on white, resized (bicubic) to cover, centre cropped. span: see `Record`. Raises
     ValueError if it is no image, or one of more than 179 million pixels."""
-    shard, start, count = span
-    raw = None
+    (shard, start, count), raw = span, None
     try:
         with open(regular_file(shard or path), "rb") as f:
             f.seek(start)
@@ -296,11 +297,6 @@ def to_images(pixels):
     """(B,3,H,W) tensor in [-1,1] -> (B,H,W,3) uint8 array."""
     pixels = np.asarray(pixels.float().cpu()).clip(-1, 1).transpose(0, 2, 3, 1)
     return ((pixels + 1) * 127.5 + 0.5).astype(np.uint8)
-
-
-# ---------------------------------------------------------------- the user's files
-
-FORM = '{"image": path, "caption": text}'  # for messages
 
 
 class Record(NamedTuple):
@@ -439,12 +435,11 @@ class Mapped:
 
 class Records:
     """The user's data, from one or several of: a .json list or .jsonl of objects (`Record.read` knows the forms), a
-    folder of images, WebDataset shards ({000..999} for many). All is read through once, and every record noted in an
-    index on disk, so that afterwards each is one seek away and none lies in memory.
+    folder of images, WebDataset shards ({000..999} for many). All is read once into an index on disk, which `folder`
+    keeps for the next time; so each record is one seek away and none lies in memory. An image is opened when needed.
 
-    size: side of the images, pixels; folder: where to keep the index for the next time. A bad line ends the reading
-    and is named; an image is first opened when it is needed. captioned, questioned: how many have a caption, a
-    question; fingerprint: of all names and texts, wherever the data lie."""
+    captioned, questioned: how many have a caption, a question; fingerprint: of all names and texts, wherever they
+    lie. Raises ValueError or OSError that names a bad line or file."""
     def __init__(self, paths, size, folder=None):
         self.size, stamp = size, []
         paths = [path for pattern in ([paths] if isinstance(paths, str) else paths) for path in expand(pattern)]
@@ -529,11 +524,11 @@ def write_index(path, sources):
         warn(f"records without an image or a text, left out: {left_out}")
 
 
-# ---------------------------------------------------------------- images and their latents
+# ---------------------------------------------------------------- what training takes: images or latents, in batches
 
 
 def readable(source, i, bad):
-    """Image i; None, and a message in `bad`, if it cannot be read."""
+    """Image i (H,W,3); None if it cannot be read, and then `bad` gets the message."""
     try:
         return source.image(i)
     except (ValueError, OSError) as error:
@@ -541,8 +536,8 @@ def readable(source, i, bad):
 
 
 def check_bad(bad, position):
-    """bad: (position, message) of all bad images so far. More than a hundred of the last thousand: something else is
-    wrong. Raises ValueError."""
+    """Raises ValueError if of the last thousand images more than a hundred were bad: then something else is wrong.
+    bad: [(position, message)] so far."""
     recent = [message for at, message in bad if at > position - 1000]
     if len(recent) > 100:
         raise ValueError(f"more than 100 bad images among the last thousand: mend the data; the last: {recent[-1]}")
@@ -550,13 +545,13 @@ def check_bad(bad, position):
 
 class Subset(NamedTuple):
     """Some records of a source."""
-    source: object              # World or Records
-    ids: np.ndarray             # which records
-    latents: Mapped | None = None  # its array at [i]: moments (2,C,h,w) of image i
+    source: object                 # World or Records
+    ids: np.ndarray                # which records
+    latents: Mapped | None = None  # array[i]: moments of image i
 
     def load(self, k, bad):
-        """-> which record the k-th is, and its image: moments (2,C,h,w), or pixels (3,H,W) in [-1,1]. In place of an
-        image that cannot be read comes the next; `bad` gets the message."""
+        """-> which record the k-th is, and its image: moments (2,C,h,w), or pixels (3,H,W) in [-1,1]. An image that
+        cannot be read is replaced by the next; `bad` gets the message."""
         for i in (int(self.ids[n % len(self.ids)]) for n in range(k, k + 1000)):
             if self.latents is not None:
                 return i, torch.tensor(self.latents.array[i])
@@ -614,9 +609,6 @@ def encode_images(source, ids, vae, shape, path):
             warn(f"{len(bad)} of {len(ids)} images cannot be read and are left out: {path}.bad.txt names them")
 
 
-# ---------------------------------------------------------------- batches
-
-
 @functools.lru_cache(maxsize=4)
 def epoch_order(total, seed, epoch):
     """The order of all records in one epoch, 8 bytes per record. The last two epochs of two subsets are kept."""
@@ -639,29 +631,30 @@ class Batch(NamedTuple):
 
 
 class Batches(torch.utils.data.Dataset):
-    """batches[step] is what one process computes at a step: a list of `passes` Batch, together the `rows` (a slice) of
-    the whole batch. Rows are one endless stream, in which every epoch shows each record once. A row is a function of
+    """batches[step] -> what one process computes at a step: a list of `passes` Batch, together the `rows` (a slice) of
+    the whole batch. All rows are one endless stream, in which each epoch has every record once. A row is a function of
     the seed and of its number in the stream. So what is learned at a step depends neither on the number of processes
     nor on where a run was interrupted.
 
-    images, texts: Subsets for the two losses, or one for both. recipe: has batch (rows per step), length (tokens), drop
-    (share of captions that the image loss sees empty), questions (share of texts that are questions)."""
+    images, texts: Subsets for the two losses, or twice the same. recipe has: batch (rows per step), length (tokens),
+    drop (share of captions that the image loss sees empty), questions (share of texts that are questions)."""
     def __init__(self, images, texts, tokenizer, recipe, seed, rows, passes=1):
         self.images, self.texts, self.tokenizer = images, texts, tokenizer
         self.recipe, self.seed, self.rows, self.passes = recipe, seed, rows, passes
 
     def __getitem__(self, step):
-        bad, first, size = [], self.rows.start, (self.rows.stop - self.rows.start) // self.passes
-        batch = []
-        for start in range(first, self.rows.stop, size):
-            numbers = range(step * self.recipe.batch + start, step * self.recipe.batch + start + size)
-            images, text_images, *texts = zip(*(self.row(n, bad) for n in numbers))
-            text_images = torch.stack(text_images) if self.texts is not self.images else None
-            batch.append(Batch(torch.stack(images), text_images, *map(torch.tensor, texts), slice(start, start + size), bad))
-        return batch
+        bad, batches, first = [], [], step * self.recipe.batch
+        size = (self.rows.stop - self.rows.start) // self.passes
+        for start in range(self.rows.start, self.rows.stop, size):
+            rows = [self.row(first + k, bad) for k in range(start, start + size)]
+            images, text_images, *texts = zip(*rows)
+            text_images = None if self.texts is self.images else torch.stack(text_images)
+            batches.append(Batch(torch.stack(images), text_images, *map(torch.tensor, texts),
+                                 slice(start, start + size), bad))
+        return batches
 
     def row(self, n, bad):
-        """Row n of the stream -> image, image of the text loss, caption's ids, text's ids, which of those are maskable."""
+        """Row n of the stream -> image, image of the text loss, caption's ids, text's ids, and which are maskable."""
         recipe, tokenizer, rng = self.recipe, self.tokenizer, np.random.default_rng([self.seed, 1, n])
         i, image = self.load(self.images, n, bad)
         caption = text = self.images.source.caption(i, rng)
@@ -716,8 +709,7 @@ def parse(raw, where, kind, form=None):
 
 
 def regular_file(path):
-    """The path of a user's file, to be opened: not of a pipe, which might wait for ever, nor of a device, which may
-    never end. Raises FileNotFoundError, or ValueError for what is no regular file."""
+    """The path, if a file is there; a pipe might wait for ever, a device never end (ValueError)."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file")
     if not os.path.isfile(path):
@@ -751,11 +743,12 @@ def replacing(path):
 
 
 def claim(path, wait=False):
-    """-> a lock, held until it is closed, so that no two runs write the same: kill -9 on torchrun leaves its workers
-    running. Raises OSError if another holds it, or waits."""
+    """-> a lock, held until it is closed. So no two runs write the same; kill -9 on torchrun leaves its workers running.
+    Where another run holds it: waits, or raises OSError."""
     lock = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        raise OSError(f"{os.path.dirname(path)}: another run is at work here; let it end, or stop its processes") from None
+        folder = os.path.dirname(path)
+        raise OSError(f"{folder}: another run is at work here; let it end, or stop its processes") from None
     return lock
