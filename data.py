@@ -72,7 +72,7 @@ class World:
 
     @functools.lru_cache(maxsize=100_000)  # training comes back to the same scenes
     def scene(self, i):
-        """-> the things; how each looks, as (centre, radius, RGB); the background's RGB."""
+        """-> things; how each of them looks, as (centre, radius, RGB); the background's RGB."""
         rng = np.random.default_rng([self.seed, self.pairs == "held", i])
         things, looks = [], []
         quarters = rng.permutation(4)
@@ -124,8 +124,8 @@ class World:
             ask = ask_same if name == "same" else KINDS[name]
             for _ in range(10):
                 thing = pick(rng, things)
-                the = refer(thing, things, rng, hide=name)
-                if the and (pair := ask(thing, the, things, rng)):
+                phrase = refer(thing, things, rng, hide=name)
+                if phrase and (pair := ask(thing, phrase, things, rng)):
                     return pair
             if kind:
                 return None
@@ -159,33 +159,33 @@ def refer(thing, things, rng, hide=None):
             return " ".join([getattr(thing, f) for f in fields] + ["shape"] * ("shape" not in fields))
 
 
-# Each kind of question is a function of a thing, of a phrase that fits this thing alone (`the`), of all things of the
+# Each kind of question is a function of a thing, of a phrase that fits this thing alone (`phrase`), of all things of the
 # scene and of a random generator -> question, its only right answer; None if this try finds no fair question. To add a
-# kind, write such a function and list it in KINDS. Both that list and the kinds about two things are in the workshop.
+# kind, write such a function and list it in KINDS, in the workshop, where the kinds about two things are.
 
 
-def ask_color(thing, the, things, rng):
-    return pick(rng, [f"what color is the {the}?", f"what is the color of the {the}?"]), thing.color
+def ask_color(thing, phrase, things, rng):
+    return pick(rng, [f"what color is the {phrase}?", f"what is the color of the {phrase}?"]), thing.color
 
 
-def ask_shape(thing, the, things, rng):
-    the = the.replace("shape", "thing")
-    return pick(rng, [f"what shape is the {the}?", f"what is the {the}?"]), thing.shape
+def ask_shape(thing, phrase, things, rng):
+    phrase = phrase.replace("shape", "thing")
+    return pick(rng, [f"what shape is the {phrase}?", f"what is the {phrase}?"]), thing.shape
 
 
-def ask_size(thing, the, things, rng):
-    return pick(rng, [f"what size is the {the}?", f"how big is the {the}?"]), thing.size
+def ask_size(thing, phrase, things, rng):
+    return pick(rng, [f"what size is the {phrase}?", f"how big is the {phrase}?"]), thing.size
 
 
-def ask_where(thing, the, things, rng):
-    return f"where is the {the}?", QUARTERS[thing.quarter]
+def ask_where(thing, phrase, things, rng):
+    return f"where is the {phrase}?", QUARTERS[thing.quarter]
 
 
-def ask_count(thing, the, things, rng):
+def ask_count(thing, phrase, things, rng):
     color, shape = pick(rng, [thing.color, pick(rng, list(COLORS))]), pick(rng, [thing.shape, pick(rng, SHAPES)])
     colors, shapes = [o.color for o in things], [o.shape for o in things]
-    name, count = pick(rng, [("shape", len(things)), (f"{color} shape", colors.count(color)),
-                             (shape, shapes.count(shape))])
+    counts = [("shape", len(things)), (f"{color} shape", colors.count(color)), (shape, shapes.count(shape))]
+    name, count = pick(rng, counts)
     return f"how many {name}{'es' if name == 'cross' else 's'} are there?", str(count)
 
 
@@ -207,14 +207,14 @@ def distance(shape, x, y, r):
     return np.maximum(x - r, y - 0.36 * r)
 
 
-def ask_relation(thing, the, things, rng):
+def ask_relation(thing, phrase, things, rng):
     relation = pick(rng, list(RELATIONS))
     others = [o for o in things if related(o.quarter, relation, thing.quarter)]
     if len(others) == 1 or not others and rng.random() >= .75:
-        return f"what is {relation} the {the}?", str(others[0]) if others else "nothing"
+        return f"what is {relation} the {phrase}?", str(others[0]) if others else "nothing"
 
 
-def ask_exists(thing, the, things, rng):
+def ask_exists(thing, phrase, things, rng):
     size, color, shape = ((thing.size, thing.color, thing.shape) if rng.random() < .5 else
                           (pick(rng, list(SIZES)), pick(rng, list(COLORS)), pick(rng, SHAPES)))
     if rng.random() < .5 and len(things) > 1:  # the tempting mistake: two things' features mixed
@@ -225,30 +225,30 @@ def ask_exists(thing, the, things, rng):
     return pick(rng, [f"is there a {name}?", f"do you see a {name}?"]), "yes" if exists else "no"
 
 
-def ask_compare(thing, the, things, rng):
+def ask_compare(thing, phrase, things, rng):
     other = pick(rng, things)
-    that = refer(other, things, rng)
-    if other is thing or that is None:
+    other_phrase = refer(other, things, rng)
+    if other is thing or other_phrase is None:
         return None
-    want, relation, bigger = rng.random() < .5, pick(rng, list(RELATIONS)), pick(rng, ["bigger", "smaller"])
+    yes, relation, bigger = rng.random() < .5, pick(rng, list(RELATIONS)), pick(rng, ["bigger", "smaller"])
     sizes = ("large", "small") if bigger == "bigger" else ("small", "large")
-    claims = [(f"is the {the} {relation} the {that}?", related(thing.quarter, relation, other.quarter)),
-              (f"is the {the} {bigger} than the {that}?", (thing.size, other.size) == sizes)]
-    question, truth = pick(rng, [claim for claim in claims if claim[1] == want] or claims)  # half of them yes
+    claims = [(f"is the {phrase} {relation} the {other_phrase}?", related(thing.quarter, relation, other.quarter)),
+              (f"is the {phrase} {bigger} than the {other_phrase}?", (thing.size, other.size) == sizes)]
+    question, truth = pick(rng, [claim for claim in claims if claim[1] == yes] or claims)  # half of the answers are yes
     return question, "yes" if truth else "no"
 
 
-def ask_same(thing, the, things, rng):
+def ask_same(thing, phrase, things, rng):
     """Takes the place of a third of "compare"."""
     other = pick(rng, things)
-    that = refer(other, things, rng)
-    if other is thing or that is None:
+    other_phrase = refer(other, things, rng)
+    if other is thing or other_phrase is None:
         return None
     feature = pick(rng, ["color", "shape", "size"])
     truth = getattr(thing, feature) == getattr(other, feature)
-    often = {"color": (.15, 1), "shape": (.25, 1), "size": (.45, .45)}[feature][truth]
-    if rng.random() <= often:  # two things of a color are rare: without this, "no" would nearly always be right
-        return f"are the {the} and the {that} the same {feature}?", "yes" if truth else "no"
+    share = {"color": (.15, 1), "shape": (.25, 1), "size": (.45, .45)}[feature][truth]
+    if rng.random() <= share:  # two things of a color are rare: without this, "no" would nearly always be right
+        return f"are the {phrase} and the {other_phrase} the same {feature}?", "yes" if truth else "no"
 
 
 KINDS = {"color": ask_color, "shape": ask_shape, "size": ask_size, "count": ask_count, "exists": ask_exists,
@@ -359,9 +359,9 @@ def read_folder(path):
         return
     for image in (file for file in files_of(path) if file.lower().endswith(EXTENSIONS)):
         caption = os.path.basename(os.path.dirname(os.path.abspath(image))).replace("_", " ")
-        if os.path.exists(beside := os.path.splitext(image)[0] + ".txt"):
-            with open(regular_file(beside), "rb") as f:
-                caption = parse(f.read(), beside, str).strip()
+        if os.path.exists(text := os.path.splitext(image)[0] + ".txt"):
+            with open(regular_file(text), "rb") as f:
+                caption = parse(f.read(), text, str).strip()
         yield Record.read({"image": image, "caption": caption}, "", image)
 
 
@@ -447,9 +447,8 @@ class Records:
             if not os.path.exists(path):
                 raise FileNotFoundError(f"{path}: no such file or folder to train on")
             stamp += [(file, os.path.exists(file) and os.stat(file).st_mtime_ns) for file in files_of(path)]
-        if folder is None:
-            self.temporary = tempfile.TemporaryDirectory()
-            folder = self.temporary.name
+        self.temporary = None if folder else tempfile.TemporaryDirectory()
+        folder = folder or self.temporary.name
         index = os.path.join(folder, f"records-{hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]}.jsonl")
         try:
             self.open(index)
@@ -499,14 +498,14 @@ class Records:
 
 def write_index(path, sources):
     """Read the user's files, and write what `Records.open` opens."""
-    index, digest, left_out, captioned, questioned = array("q"), hashlib.sha256(), 0, 0, 0
+    index, digest, incomplete, captioned, questioned = array("q"), hashlib.sha256(), 0, 0, 0
     with replacing(path) as beside, open(beside, "wb") as f:
         for source in tqdm(sources, desc="reading", unit="file", disable=len(sources) == 1):
             folder, before = os.path.isdir(source), f.tell()
             read = read_folder if folder else read_shard if source.endswith((".tar", ".gz")) else read_list
             for record in read(source):
                 if record is None:
-                    left_out += 1
+                    incomplete += 1
                     continue
                 name = os.path.relpath(record.image, source if folder else os.path.dirname(source))
                 digest.update(repr((name, record[1:3], record.span[1:])).encode())
@@ -520,8 +519,8 @@ def write_index(path, sources):
         f.write(json.dumps([digest.hexdigest()[:12], captioned, questioned]).encode())
     with replacing(f"{path}.npy") as beside, open(beside, "wb") as f:
         np.save(f, np.reshape(index, (-1, 2)))
-    if left_out:
-        warn(f"records without an image or a text, left out: {left_out}")
+    if incomplete:
+        warn(f"records without an image or a text, left out: {incomplete}")
 
 
 # ---------------------------------------------------------------- what training takes: images or latents, in batches
@@ -588,8 +587,8 @@ def with_latents(subset, vae, folder, limit):
 @torch.no_grad()
 def encode_images(source, ids, vae, shape, path):
     bad, device = [], next(vae.parameters()).device
-    if (size := 2 * math.prod(shape)) > shutil.disk_usage(os.path.dirname(path) or ".").free:
-        raise OSError(f"{path} would take {size / 1e9:.1f} GB, and the disk has less: free some, or give a smaller "
+    if (total := 2 * math.prod(shape)) > shutil.disk_usage(os.path.dirname(path) or ".").free:
+        raise OSError(f"{path} would take {total / 1e9:.1f} GB, and the disk has less: free some, or give a smaller "
                       "--latents")
     with replacing(path) as beside:
         latents = np.lib.format.open_memmap(beside, "w+", np.float16, shape)
@@ -662,8 +661,8 @@ class Batches(torch.utils.data.Dataset):
         if self.texts is not self.images:
             j, text_image = self.load(self.texts, n, bad)
             text = self.texts.source.caption(j, rng)
-        asks = rng.random() < recipe.questions or text is None
-        question = self.texts.source.question(j, rng) if asks else None
+        ask = rng.random() < recipe.questions or text is None
+        question = self.texts.source.question(j, rng) if ask else None
         caption = "" if caption is None or rng.random() < recipe.drop else caption
         ids, maskable = (tokenizer.question_ids(*question, recipe.length) if question else
                          tokenizer.caption_ids(text, recipe.length))
@@ -743,8 +742,8 @@ def replacing(path):
 
 
 def claim(path, wait=False):
-    """-> a lock, held until it is closed. So no two runs write the same; kill -9 on torchrun leaves its workers running.
-    Where another run holds it: waits, or raises OSError."""
+    """-> a lock, held until it is closed, so that no two runs write the same (kill -9 on torchrun leaves its workers
+    running). Where another run holds it: waits, or raises OSError."""
     lock = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
