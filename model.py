@@ -2,9 +2,8 @@
 
 It is Stable Diffusion 3's MM-DiT with a second head (Figure 1). Two streams of tokens, image and text, each with
 weights of its own, meet in every block in one joint attention; at the top one head predicts the image's velocity, one
-the masked tokens. `DualDiffusion` is the whole system: transformer, T5, VAE and tokenizer.
-
-Modules carry the names of SD3's single-file checkpoint, so that its weights need no translation.
+the masked tokens. `DualDiffusion` is the whole system: transformer, T5, VAE and tokenizer. Modules carry the names of
+SD3's single-file checkpoint, so that its weights need no translation.
 
 References:
   Li et al., Dual Diffusion for Unified Image Generation and Understanding (D-DiT), arXiv 2501.00289
@@ -17,8 +16,10 @@ import math
 import os
 import re
 import shutil
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,25 +53,6 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def sincos_table(size, dim):
-    """(1, size*size, dim): fixed 2-D sine-cosine positions, half of the channels for x and half for y. Coordinates
-    span 64 units whatever the size, which for 192 gives SD3-medium's table."""
-    at = torch.arange(size, dtype=torch.float64) * 64 / size
-    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    one = torch.cat([torch.sin(at[:, None] * omega), torch.cos(at[:, None] * omega)], dim=1)  # (size, dim/2)
-    x, y = one[None].expand(size, -1, -1), one[:, None].expand(-1, size, -1)
-    return torch.cat([x, y], dim=2).reshape(1, size * size, dim).float()
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.proj = nn.Conv2d(cfg.channels, cfg.width, cfg.patch, stride=cfg.patch)
-
-    def forward(self, x):
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
-
-
 class TimestepEmbedder(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -98,15 +80,6 @@ class Attention(nn.Module):
         return self.ln_q(q), self.ln_k(k), v
 
 
-class MLP(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class StreamBlock(nn.Module):
     """A DiT block of one stream, open in the middle: what goes into the joint attention, and what follows it."""
     def __init__(self, cfg):
@@ -114,7 +87,8 @@ class StreamBlock(nn.Module):
         self.norm1 = nn.LayerNorm(cfg.width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(cfg)
         self.norm2 = nn.LayerNorm(cfg.width, elementwise_affine=False, eps=1e-6)
-        self.mlp = MLP(cfg.width)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(cfg.width, 4 * cfg.width), gelu=nn.GELU("tanh"), fc2=nn.Linear(4 * cfg.width, cfg.width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 6 * cfg.width))
 
     def before(self, x, vec):
@@ -139,9 +113,8 @@ class JointBlock(nn.Module):
         from_image, image_rest = self.x_block.before(x, vec)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(from_text, from_image))
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-        length = text.shape[1]
-        return (self.x_block.after(x, attended[:, length:], image_rest),
-                self.context_block.after(text, attended[:, :length], text_rest))
+        to_text, to_image = attended.split([text.shape[1], x.shape[1]], dim=1)
+        return self.x_block.after(x, to_image, image_rest), self.context_block.after(text, to_text, text_rest)
 
 
 class FinalLayer(nn.Module):
@@ -173,7 +146,7 @@ class DDiT(nn.Module):
     def __init__(self, config: DDiTConfig):
         super().__init__()
         self.config = config
-        self.x_embedder = PatchEmbed(config)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(config.channels, config.width, config.patch, config.patch)})
         self.t_embedder = TimestepEmbedder(config.width)
         self.context_embedder = nn.Linear(config.text_dim, config.width)
         self.register_buffer("pos_embed", torch.empty(1, config.pos_size ** 2, config.width))
@@ -198,7 +171,7 @@ class DDiT(nn.Module):
         logits only there, (N,V); with `draw`, an int, velocity only of that many first rows (0: none)."""
         p, h, w = self.config.patch, latents.shape[2] // self.config.patch, latents.shape[3] // self.config.patch
         vec = self.t_embedder(t)
-        x = self.x_embedder(latents.to(vec.dtype))
+        x = rearrange(self.x_embedder["proj"](latents.to(vec.dtype)), "b d h w -> b (h w) d")
         x = x + self.positions(h, w).to(x.dtype)
         text = self.context_embedder(text.to(vec.dtype))
         for block in self.joint_blocks:
@@ -256,8 +229,7 @@ class DualDiffusion(nn.Module):
 
     @classmethod
     def build(cls, config, tokenizer, parts=tuple(MODULES)):
-        """Fresh random weights. Both vocabularies follow the tokenizer; T5's table is rounded up to a multiple of
-        128 rows (32,100 -> 32,128), as T5's authors did."""
+        """Fresh random weights. Both vocabularies follow the tokenizer, T5's rounded up to a multiple of 128."""
         config.ddit.vocab = tokenizer.vocab_size
         config.t5.vocab_size = -(-tokenizer.vocab_size // 128) * 128
         return cls(config, tokenizer, **{part: MODULES[part](getattr(config, part)) for part in parts})
@@ -266,8 +238,8 @@ class DualDiffusion(nn.Module):
         """Pixels (B,3,H,W) in [-1,1] -> the latents the transformer sees. With a generator a sample of the posterior
         (training), without one its mean."""
         mean, logvar = self.vae.encode(pixels.to(self.device))
-        noise = 0 if generator is None else torch.randn(mean.shape, generator=generator, device=generator.device)
-        return self.vae.normalize(self.vae.sample(mean, logvar, torch.as_tensor(noise).to(mean)))
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device) if generator else torch.zeros(1)
+        return self.vae.normalize(self.vae.sample(mean, logvar, noise.to(mean)))
 
     def decode_image(self, latents):
         """Latents as the transformer sees them -> pixels (B,3,8h,8w), clamped to [-1,1]."""
@@ -301,6 +273,16 @@ class DualDiffusion(nn.Module):
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to compute in; fp16 is too narrow for T5-XXL
+
+
+def sincos_table(size, dim):
+    """(1, size*size, dim): fixed 2-D sine-cosine positions, half of the channels for x and half for y. Coordinates
+    span 64 units whatever the size, which for 192 gives SD3-medium's table."""
+    at = torch.arange(size, dtype=torch.float64) * 64 / size
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    one = torch.cat([torch.sin(at[:, None] * omega), torch.cos(at[:, None] * omega)], dim=1)  # (size, dim/2)
+    x, y = one[None].expand(size, -1, -1), one[:, None].expand(-1, size, -1)
+    return torch.cat([x, y], dim=2).reshape(1, size * size, dim).float()
 
 
 def init_weights(ddit):
@@ -339,29 +321,12 @@ REFUSED = {
 }
 
 
-@dataclass
-class Stored:
+class Stored(NamedTuple):
     """A tensor that lies in a file, not read yet."""
-    pieces: list        # [(file, its name there)], to be joined along the first axis
-    shape: tuple        # as we want it
-    dtype: str          # as safetensors spells it
-    swap: bool = False  # exchange the two halves
-
-    def read(self, device="cpu", dtype=torch.float32, opened=opened):
-        """dtype None is the file's, but bf16 for fp8, in which nothing computes. A tensor that needs no conversion is
-        the file itself, mapped. Raises ValueError naming a tensor with NaN or infinity, which would give empty answers.
-        Its least and largest number tell, at 20 GB a second; isfinite makes copies and is forty times slower."""
-        dtype, pieces = dtype or (torch.bfloat16 if self.dtype == "F8_E4M3" else TYPES[self.dtype]), []
-        for file, name in self.pieces:
-            pieces.append(opened(file).get_tensor(name).to(device, dtype))
-            if dtype.is_floating_point and not torch.stack(pieces[-1].aminmax()).isfinite().all():
-                raise ValueError(f"{file}: the tensor {name} holds NaN or infinity; the file is damaged, get it again")
-        tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0].reshape(self.shape)
-        return swap_halves(tensor) if self.swap else tensor
-
-
-def swap_halves(tensor):
-    return torch.cat(tensor.chunk(2)[::-1])
+    file: str
+    name: str     # there
+    shape: tuple
+    dtype: str    # as safetensors spells it
 
 
 def read_bytes(path):
@@ -375,23 +340,23 @@ def read_json(path):
 
 
 def safetensors_files(folder):
-    """The .safetensors files of a part's folder: one, or those that an index names. Of several variants the shortest
-    name, which is the plain one."""
-    names = sorted(os.listdir(folder), key=len)
-    for name in names:
-        if name.endswith(".safetensors") and "-of-" not in name:
-            return [os.path.join(folder, name)]
-    index = next((os.path.join(folder, name) for name in names if ".safetensors.index" in name), None)
+    """The .safetensors files of a part's folder: one, or the shards that an index names. Of several variants the
+    shortest name, which is the plain one."""
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder), key=len)]
+    for path in paths:
+        if path.endswith(".safetensors") and "-of-" not in os.path.basename(path):
+            return [path]
+    index = next((path for path in paths if ".safetensors.index" in os.path.basename(path)), None)
     if index is None:
         raise ValueError(f"{folder}: holds no .safetensors file")
-    file_of = read_json(index).get("weight_map")
-    names = file_of.values() if isinstance(file_of, dict) else [None]
-    for name in names:
+    shards = read_json(index).get("weight_map")
+    shards = list(shards.values()) if isinstance(shards, dict) else [None]
+    for name in shards:
         if not isinstance(name, str) or os.path.basename(name) != name:
             raise ValueError(f'{index}: its "weight_map" should name files of this folder, not {name!r:.60}')
         if not os.path.exists(os.path.join(folder, name)):
             raise FileNotFoundError(f"{os.path.join(folder, name)}: this shard is missing ({index} names it)")
-    return [os.path.join(folder, name) for name in sorted(set(names))]
+    return [os.path.join(folder, name) for name in sorted(set(shards))]
 
 
 def open_stored(path):
@@ -406,7 +371,7 @@ def open_stored(path):
             with opened(regular_file(file)) as f:
                 for name in f.keys():
                     tensor = f.get_slice(name)
-                    stored[name] = Stored([(file, name)], tuple(tensor.get_shape()), tensor.get_dtype())
+                    stored[name] = Stored(file, name, tuple(tensor.get_shape()), tensor.get_dtype())
                 metadata |= f.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"{file}: not a readable .safetensors file, or not all of one ({error})") from error
@@ -489,39 +454,50 @@ class Tensors:
         matches = (re.match(rf"(?:{PREFIXES[part]})?(?:{BLOCKS[part]})\.(\d+)\.", name) for name in stored)
         self.blocks = len({match[1] for match in matches if match})  # or levels
 
-    def names(self, name):
-        """Our name -> the file's names, [] where it has none."""
+    def pieces(self, name):
+        """-> the Stored that it consists of, to be joined along the first axis: one, three or, where it lacks, none."""
         theirs = diffusers_names(self.part, name, self.blocks)
         ways = [PREFIXES[self.part] + name], [name], theirs, [their.removeprefix("image_") for their in theirs]
-        return next((names for names in ways if all(n in self.stored for n in names)), [])
+        return next(([self.stored[n] for n in names] for names in ways if all(n in self.stored for n in names)), [])
 
     def __contains__(self, name):
-        return bool(self.names(name))
+        return bool(self.pieces(name))
 
-    def __getitem__(self, name):
-        """-> Stored, in our form. Raises ValueError where it is missing."""
-        names = self.names(name)
-        if not names:
-            raise ValueError(f"{self.path}: the tensor {name} is missing; the file is incomplete")
-        first, *others = (self.stored[n] for n in names)
-        if any(other.shape != first.shape for other in others):
-            raise ValueError(f"{self.path}: the tensor {names[0]} and those beside it should have one shape")
-        shape = (*(len(names) * n for n in first.shape[:1]), *first.shape[1:])
+    def shape(self, name, *wanted):
+        """Raises ValueError where it lacks, or is not as wanted (None: any size)."""
+        pieces, where = self.pieces(name), f"{self.path}: the tensor {name}"
+        if not pieces:
+            raise ValueError(f"{where} is missing; the file is incomplete")
+        first, *rest = pieces[0].shape or (0,)
+        shape = (first * len(pieces), *rest) if pieces[0].shape else ()
         if ".attn_1." in name and len(shape) == 2:  # a matrix in diffusers, a 1x1 convolution here
-            shape = (*shape, 1, 1)
+            shape += (1, 1)
+        if len(shape) != len(wanted) or any(n not in (None, m) for n, m in zip(wanted, shape)):
+            raise ValueError(f"{where} is {shape}, it should be {wanted}".replace("None", "any"))
+        if any(piece.shape != pieces[0].shape for piece in pieces):
+            raise ValueError(f"{where} and those beside it should have one shape")
+        return shape
+
+    def read(self, name, shape, device="cpu", dtype=torch.float32, opened=opened):
+        """-> the tensor, in our form. It must be there, in that shape, of a type that we can read, and all numbers: NaN
+        or infinity would give empty answers. dtype None is the file's, but bf16 for fp8, in which nothing computes. A
+        tensor that needs no conversion is the file itself, mapped."""
+        pieces, shape = self.pieces(name), self.shape(name, *shape)
+        stored, tensors = pieces[0].dtype, []
+        if stored not in TYPES:
+            raise ValueError(f"{self.path}: the tensor {name} is of type {stored}; this program reads {', '.join(TYPES)}")
+        dtype = dtype or (torch.bfloat16 if stored == "F8_E4M3" else TYPES[stored])
+        for piece in pieces:
+            tensors.append(opened(piece.file).get_tensor(piece.name).to(device, dtype))
+            if not torch.stack(tensors[-1].aminmax()).isfinite().all():  # isfinite of all is forty times slower
+                raise ValueError(f"{piece.file}: the tensor {piece.name} holds NaN or infinity; the file is damaged, get "
+                                 f"it again")
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0].reshape(shape)
         # Where no MLP follows, diffusers stores (scale, shift), SD3 (shift, scale): in the image head, and in SD3's
         # last block, which ends its text stream early.
-        swap = "adaLN" in name and "adaLN" not in names[0] and re.sub("adaLN.*", "mlp.fc2.weight", name) not in self
-        return Stored([piece for n in names for piece in self.stored[n].pieces], shape, first.dtype, swap)
-
-    def wanted(self, name, *shape):
-        """-> Stored. It must be there, in that shape (None: any size) and a type that we can read."""
-        stored, where = self[name], f"{self.path}: the tensor {name}"
-        if len(stored.shape) != len(shape) or any(n not in (None, m) for n, m in zip(shape, stored.shape)):
-            raise ValueError(f"{where} is {stored.shape}, it should be {shape}".replace("None", "any"))
-        if stored.dtype not in TYPES:
-            raise ValueError(f"{where} is of type {stored.dtype}; this program reads {', '.join(TYPES)}")
-        return stored
+        if "adaLN" in name and "adaLN" not in pieces[0].name and re.sub("adaLN.*", "mlp.fc2.weight", name) not in self:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        return tensor
 
 
 # ---------------------------------------------------------------- configure: what the shapes and the file say
@@ -536,36 +512,32 @@ THEIRS = {"ddit": {"num_attention_heads": "heads", "num_layers": "depth"},
           "vae": {"norm_num_groups": "groups", "shift_factor": "shift", "scaling_factor": "scale"}}
 
 
-def ddit_shapes(x, header):
-    width, channels, patch, _ = x.wanted("x_embedder.proj.weight", *[None] * 4).shape
-    head = {"vocab": x.wanted(HEAD, None, width).shape[0]} if HEAD in x else {}
-    return head | {"depth": x.blocks, "width": width, "heads": header.get("heads", width // 64),
-                   "patch": patch, "channels": channels,
-                   "text_dim": x.wanted("context_embedder.weight", width, None).shape[1],
-                   "pos_size": math.isqrt(x.wanted("pos_embed", 1, None, width).shape[1]),
-                   "qk_norm": "joint_blocks.0.x_block.attn.ln_q.weight" in x}
+def from_shapes(part, tensors, header):
+    """What the shapes of a part's tensors say -> {name: value}."""
+    def size(name, axis, axes=2):
+        return tensors.shape(name, *[None] * axes)[axis]
+
+    if part == "ddit":
+        patches, width = "x_embedder.proj.weight", size("x_embedder.proj.weight", 0, 4)
+        head = {"vocab": size(HEAD, 0)} if HEAD in tensors else {}
+        return head | {"depth": tensors.blocks, "width": width, "heads": header.get("heads", width // 64),
+                       "patch": size(patches, 2, 4), "channels": size(patches, 1, 4),
+                       "text_dim": size("context_embedder.weight", 1), "pos_size": math.isqrt(size("pos_embed", 1, 3)),
+                       "qk_norm": "joint_blocks.0.x_block.attn.ln_q.weight" in tensors}
+    if part == "vae":
+        convs = ["conv_in", *(f"down.{i}.block.0.conv1" for i in range(tensors.blocks)), "conv_out"]
+        base, *widths, moments = (size(f"encoder.{conv}.weight", 0, 4) for conv in convs)
+        return {"channels": base, "multipliers": [width // max(base, 1) for width in widths],
+                "latent_channels": moments // 2}
+    table = {"vocab_size": size("shared.weight", 0), "d_model": size("shared.weight", 1), "num_layers": tensors.blocks}
+    if "places" in tensors:
+        return table | {"places": size("places", 0)}
+    attend, dense = "encoder.block.0.layer.0.SelfAttention.", "encoder.block.0.layer.1.DenseReluDense."
+    heads = size(attend + "relative_attention_bias.weight", 1)
+    return table | {"num_heads": heads, "d_kv": size(attend + "q.weight", 0) // max(heads, 1), "places": 0,
+                    "buckets": size(attend + "relative_attention_bias.weight", 0), "d_ff": size(dense + "wi_0.weight", 0)}
 
 
-def t5_shapes(x, header):
-    vocab, width = x.wanted("shared.weight", None, None).shape
-    sizes = {"d_model": width, "vocab_size": vocab, "num_layers": x.blocks}
-    if "places" in x:
-        return sizes | {"places": x.wanted("places", None, width).shape[0]}
-    first = "encoder.block.0.layer."
-    buckets, heads = x.wanted(first + "0.SelfAttention.relative_attention_bias.weight", None, None).shape
-    return sizes | {"num_heads": heads, "buckets": buckets, "places": 0,
-                    "d_kv": x.wanted(first + "0.SelfAttention.q.weight", None, width).shape[0] // max(heads, 1),
-                    "d_ff": x.wanted(first + "1.DenseReluDense.wi_0.weight", None, width).shape[0]}
-
-
-def vae_shapes(x, header):
-    base, *widths = (x.wanted(f"encoder.{name}.weight", None, None, 3, 3).shape[0] for name in (
-        "conv_in", *(f"down.{i}.block.0.conv1" for i in range(x.blocks))))
-    return {"channels": base, "multipliers": [width // max(base, 1) for width in widths],
-            "latent_channels": x.wanted("encoder.conv_out.weight", None, None, 3, 3).shape[0] // 2}
-
-
-SHAPES = {"ddit": ddit_shapes, "t5": t5_shapes, "vae": vae_shapes}
 RULES = {
     "ddit": (lambda c: c.width % c.heads == 0 and c.width % 4 == 0, "width should be a multiple of heads and of 4"),
     "t5": (lambda c: 0 < c.buckets // 4 < c.max_distance, "max_distance should be above a quarter of buckets"),
@@ -632,13 +604,13 @@ def inspect(path, t5=None, vae=None, tokenizer=None):
             raise ValueError(f"{where}: the configuration in its header should hold an object for each part")
         settings |= ours.get("settings", {})
         if SPIECE in stored:
-            spiece = stored[SPIECE].read(dtype=torch.uint8).numpy().tobytes()
+            spiece = opened(where).get_tensor(SPIECE).to(torch.uint8).numpy().tobytes()
         for part in MODULES:
             tensors = Tensors(part, where, stored)
             if part not in parts and KEY_TENSORS[part] in tensors:
                 header = ours.get(part) or {THEIRS[part][n]: v for n, v in theirs.items() if n in THEIRS[part]}
                 parts[part] = tensors
-                setattr(config, part, configure(part, header, where, SHAPES[part](tensors, header)))
+                setattr(config, part, configure(part, header, where, from_shapes(part, tensors, header)))
     if not parts:
         raise ValueError(f"{path}: holds no part of SD3, T5 or D-DiT")
 
@@ -695,7 +667,7 @@ def read_part(part, tensors, config, device, dtype):
     state, mapped, files = {}, 0, functools.cache(opened)
     for name, tensor in module.state_dict().items():
         if name not in new:
-            state[name] = tensors.wanted(name, *tensor.shape).read(device, dtype, files)
+            state[name] = tensors.read(name, tensor.shape, device, dtype, files)
             mapped += state[name].nbytes
             if mapped > 1 << 26:  # the pages read of an open file count as our memory: let go now and then
                 mapped = files.cache_clear() or 0
@@ -714,19 +686,19 @@ def from_sd3(tensors, config):
     block ends its text stream after the attention: what follows starts behind zero gates. The text head is new."""
     new = {}
     if "y_embedder.mlp.0.bias" in tensors:
-        b0, w2, b2, bias = (tensors.wanted(name, *[config.width] * axes).read() for name, axes in (
+        b0, w2, b2, bias = (tensors.read(name, [config.width] * axes) for name, axes in (
             ("y_embedder.mlp.0.bias", 1), ("y_embedder.mlp.2.weight", 2), ("y_embedder.mlp.2.bias", 1),
             ("t_embedder.mlp.2.bias", 1)))
         new["t_embedder.mlp.2.bias"] = bias + w2 @ F.silu(b0) + b2
     last = f"joint_blocks.{config.depth - 1}.context_block."
     modulation, early = last + "adaLN_modulation.1.", 2 * config.width  # shift and scale before the attention
-    if tensors[modulation + "bias"].shape == (early,):
+    if tensors.shape(modulation + "bias", None) == (early,):
         for name, tensor in DDiT(replace(config, depth=1, pos_size=1)).state_dict().items():  # heads and gates are zero
             name = name.replace("joint_blocks.0.context_block.", last)
             if name.startswith(("text_head.", last + "attn.proj.", last + "mlp.")):
                 new[name] = tensor
             elif name.startswith(modulation):
-                new[name] = torch.cat([tensors.wanted(name, early, *tensor.shape[1:]).read(), tensor[early:]])
+                new[name] = torch.cat([tensors.read(name, (early, *tensor.shape[1:])), tensor[early:]])
     return new
 
 
@@ -762,39 +734,35 @@ def write_folder(dd, folder):
     beside = os.path.abspath(folder) + ".partial"
     shutil.rmtree(beside, ignore_errors=True)  # left by a kill
     try:
-        for part in MODULES:
-            stem = "model" if part == "t5" else "diffusion_pytorch_model"
-            write(os.path.join(beside, FOLDERS[part][-1], f"{stem}.safetensors"), to_diffusers(dd, part))
-        for name, content in diffusers_configs(dd.config).items():
-            write(os.path.join(beside, name), json.dumps(content, indent=2).encode())
-        write(os.path.join(beside, "tokenizer", "spiece.model"), dd.tokenizer.model)
+        for name, content in diffusers_files(dd):
+            path = os.path.join(beside, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with replacing(path) as file:
+                if isinstance(content, bytes):
+                    Path(file).write_bytes(content)
+                else:
+                    save_file(content, file, {"format": "pt"})
         os.replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def write(path, content):
-    """Tensors or bytes."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with replacing(path) as beside:
-        if isinstance(content, dict):
-            save_file(content, beside, {"format": "pt"})
-        else:
-            Path(beside).write_bytes(content)
-
-
-def to_diffusers(dd, part):
-    """-> {diffusers' name: tensor}. `null_image_embd`, what the authors feed in place of an image where there is none,
-    we neither use nor keep; it is written as zeros."""
-    state = {"null_image_embd": dd.ddit.pos_embed.new_zeros(1, 8, dd.config.ddit.width)} if part == "ddit" else {}
-    for name, tensor in getattr(dd, part).state_dict().items():
-        if name.startswith("final_layer.adaLN"):
-            tensor = swap_halves(tensor)
-        if ".attn_1." in name and tensor.ndim == 4:
-            tensor = tensor.flatten(1)
-        names = diffusers_names(part, name, len(dd.config.vae.multipliers))
-        state |= {n: piece.cpu().contiguous() for n, piece in zip(names, tensor.chunk(len(names)))}
-    return state
+def diffusers_files(dd):
+    """-> pairs of a file's name and its content, tensors or bytes. `null_image_embd`, what the authors feed in place of
+    an image where there is none, we neither use nor keep; it is written as zeros."""
+    for part in MODULES:
+        state = {"null_image_embd": dd.ddit.pos_embed.new_zeros(1, 8, dd.config.ddit.width)} if part == "ddit" else {}
+        for name, tensor in getattr(dd, part).state_dict().items():
+            if name.startswith("final_layer.adaLN"):
+                tensor = torch.cat(tensor.chunk(2)[::-1])
+            if ".attn_1." in name and tensor.ndim == 4:
+                tensor = tensor.flatten(1)
+            names = diffusers_names(part, name, len(dd.config.vae.multipliers))
+            state |= {n: piece.cpu().contiguous() for n, piece in zip(names, tensor.chunk(len(names)))}
+        yield f"{FOLDERS[part][-1]}/{'model' if part == 't5' else 'diffusion_pytorch_model'}.safetensors", state
+    for name, content in diffusers_configs(dd.config).items():
+        yield name, json.dumps(content, indent=2).encode()
+    yield "tokenizer/spiece.model", dd.tokenizer.model
 
 
 def diffusers_configs(config):
