@@ -16,10 +16,9 @@ import math
 import os
 import re
 import shutil
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -272,9 +271,6 @@ class DualDiffusion(nn.Module):
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to compute in; fp16 is too narrow for T5-XXL
-
-
 def sincos_table(size, dim):
     """(1, size*size, dim): fixed 2-D sine-cosine positions, half of the channels for x and half for y. Coordinates
     span 64 units whatever the size, which for 192 gives SD3-medium's table."""
@@ -300,12 +296,14 @@ def init_weights(ddit):
         nn.init.normal_(ddit.t_embedder.mlp[i].weight, std=0.02)
 
 
-# ---------------------------------------------------------------- open: what lies in the files
-# Loading has two steps. `inspect` finds out from names and shapes what a file or folder holds, and reads no tensor.
-# `read_parts` then builds the modules and reads what they need, nothing else. `write_folder` is the way back.
+# ---------------------------------------------------------------- open
+# `inspect` finds out from names and shapes what a file or folder holds, and reads no tensor. `read_parts` builds the
+# modules and reads what they need, nothing else. `write_folder` is the way back.
 
 PART_NAMES = {"ddit": "transformer", "t5": "T5", "vae": "VAE"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to compute in; fp16 is too narrow for T5-XXL
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+Stored = namedtuple("Stored", "file name shape dtype")  # a tensor in a file, not read yet; dtype: a key of TYPES
 opened = functools.partial(safe_open, framework="pt")
 
 # What else people have in .safetensors files, by pieces of the names of its tensors: where all occur, it is that.
@@ -321,14 +319,6 @@ REFUSED = {
 }
 
 
-class Stored(NamedTuple):
-    """A tensor that lies in a file, not read yet."""
-    file: str
-    name: str     # there
-    shape: tuple
-    dtype: str    # as safetensors spells it
-
-
 def read_bytes(path):
     with open(regular_file(path), "rb") as f:
         return f.read(1 << 26)  # a tokenizer or JSON file that has more is none
@@ -342,36 +332,33 @@ def read_json(path):
 def safetensors_files(folder):
     """The .safetensors files of a part's folder: one, or the shards that an index names. Of several variants the
     shortest name, which is the plain one."""
-    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder), key=len)]
-    for path in paths:
-        if path.endswith(".safetensors") and "-of-" not in os.path.basename(path):
-            return [path]
-    index = next((path for path in paths if ".safetensors.index" in os.path.basename(path)), None)
-    if index is None:
+    names = sorted(os.listdir(folder), key=len)
+    files = [name for name in names if name.endswith(".safetensors") and "-of-" not in name][:1]
+    index = next((os.path.join(folder, name) for name in names if ".safetensors.index" in name), None)
+    if not files and not index:
         raise ValueError(f"{folder}: holds no .safetensors file")
-    shards = read_json(index).get("weight_map")
-    shards = list(shards.values()) if isinstance(shards, dict) else [None]
-    for name in shards:
+    if not files:
+        shards = read_json(index).get("weight_map")
+        files = list(shards.values()) if isinstance(shards, dict) else [None]
+    for name in files:
         if not isinstance(name, str) or os.path.basename(name) != name:
             raise ValueError(f'{index}: its "weight_map" should name files of this folder, not {name!r:.60}')
         if not os.path.exists(os.path.join(folder, name)):
             raise FileNotFoundError(f"{os.path.join(folder, name)}: this shard is missing ({index} names it)")
-    return [os.path.join(folder, name) for name in sorted(set(shards))]
+    return [os.path.join(folder, name) for name in sorted(set(files))]
 
 
 def open_stored(path):
-    """A .safetensors file, or a folder of one or of shards -> {its own names: Stored}, metadata. Refuses other models."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+    """A .safetensors file, or a folder of one or of shards -> {its own names: Stored}, and what it says of its parts'
+    configurations, {part: {name: value}}. Refuses other models."""
     stored, metadata = {}, {}
     for file in safetensors_files(path) if os.path.isdir(path) else [path]:
         if file.endswith((".ckpt", ".pth", ".pt", ".bin")):
             raise ValueError(f"{file}: a pickle, which could run any code when opened; take the model's .safetensors")
         try:
             with opened(regular_file(file)) as f:
-                for name in f.keys():
-                    tensor = f.get_slice(name)
-                    stored[name] = Stored(file, name, tuple(tensor.get_shape()), tensor.get_dtype())
+                slices = {name: f.get_slice(name) for name in f.keys()}
+                stored |= {k: Stored(file, k, tuple(x.get_shape()), x.get_dtype()) for k, x in slices.items()}
                 metadata |= f.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"{file}: not a readable .safetensors file, or not all of one ({error})") from error
@@ -379,14 +366,18 @@ def open_stored(path):
         names = [next((name for name in stored if piece in name), None) for piece in pieces.split()]
         if all(names):
             raise ValueError(f"{path}: this is {model} (it has a tensor {names[-1]})")
-    for name in [name for name in stored if name.endswith("encoder.embed_tokens.weight")]:
-        stored.setdefault(name.replace("encoder.embed_tokens", "shared"), stored[name])  # some T5 files have one of them
-    return stored, metadata
+    for name in [name for name in stored if name.endswith("encoder.embed_tokens.weight")]:  # some files of T5 have one
+        stored.setdefault(name.replace("encoder.embed_tokens", "shared"), stored[name])     # of these two, some both
+    header = parse(metadata.get("config", "{}"), f"{path}, header", dict)
+    if not all(isinstance(values, dict) for values in header.values()):
+        raise ValueError(f"{path}: the configuration in its header should hold an object for each part")
+    theirs = read_json(os.path.join(path, "config.json"))
+    return stored, {part: {ours: theirs[n] for n, ours in THEIRS[part].items() if n in theirs} for part in THEIRS} | header
 
 
 # ---------------------------------------------------------------- name: a tensor of ours in other people's files
 
-# Stability's single files: a prefix per part. Ours are written so too.
+# Stability's single files have a prefix per part. Ours are written so too.
 PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}
 # A tensor that every file with that part has.
 KEY_TENSORS = {"ddit": "joint_blocks.0.x_block.attn.qkv.weight", "vae": "encoder.down.0.block.0.conv1.weight",
@@ -438,6 +429,7 @@ DIFFUSERS = {"t5": "", "ddit": """
 """}
 
 
+@functools.cache
 def diffusers_names(part, name, blocks):
     """Our name of a tensor -> its one or three in diffusers, which counts the VAE's levels going up from the other end.
     blocks: how many blocks or levels the part has."""
@@ -450,15 +442,15 @@ def diffusers_names(part, name, blocks):
 class Tensors:
     """The tensors of one part in a file or folder by our names, whatever the file calls them."""
     def __init__(self, part, path, stored):
-        self.part, self.path, self.stored = part, path, stored
-        matches = (re.match(rf"(?:{PREFIXES[part]})?(?:{BLOCKS[part]})\.(\d+)\.", name) for name in stored)
-        self.blocks = len({match[1] for match in matches if match})  # or levels
+        self.part, self.path = part, path
+        self.stored = {re.sub(f"^({PREFIXES[part]}|image_)", "", name): tensor for name, tensor in stored.items()}
+        matches = (re.match(rf"({BLOCKS[part]})\.(\d+)\.", name) for name in self.stored)
+        self.blocks = len({match[2] for match in matches if match})  # or levels
 
     def pieces(self, name):
         """-> the Stored that it consists of, to be joined along the first axis: one, three or, where it lacks, none."""
-        theirs = diffusers_names(self.part, name, self.blocks)
-        ways = [PREFIXES[self.part] + name], [name], theirs, [their.removeprefix("image_") for their in theirs]
-        return next(([self.stored[n] for n in names] for names in ways if all(n in self.stored for n in names)), [])
+        theirs = [their.removeprefix("image_") for their in diffusers_names(self.part, name, self.blocks)]
+        return next(([self.stored[n] for n in names] for names in ([name], theirs) if self.stored.keys() >= {*names}), [])
 
     def __contains__(self, name):
         return bool(self.pieces(name))
@@ -468,8 +460,7 @@ class Tensors:
         pieces, where = self.pieces(name), f"{self.path}: the tensor {name}"
         if not pieces:
             raise ValueError(f"{where} is missing; the file is incomplete")
-        first, *rest = pieces[0].shape or (0,)
-        shape = (first * len(pieces), *rest) if pieces[0].shape else ()
+        shape = tuple(n * len(pieces) if axis == 0 else n for axis, n in enumerate(pieces[0].shape))
         if ".attn_1." in name and len(shape) == 2:  # a matrix in diffusers, a 1x1 convolution here
             shape += (1, 1)
         if len(shape) != len(wanted) or any(n not in (None, m) for n, m in zip(wanted, shape)):
@@ -550,16 +541,14 @@ def configure(part, header, where, shapes=None):
     """What a file says of a part or of the settings, and what its tensors' shapes say, each {name: value} -> the part's
     dataclass. Here alone a configuration is checked: an impossible value would fail far from where it comes from."""
     kind = type(getattr(Config(), part))
-    values, usual, most = header | (shapes or {}), asdict(kind()), 2 ** (14 if part == "settings" else 20)
+    values, usual = header | (shapes or {}), asdict(kind())
     for name, value in values.items():
-        here = f"{where}: {part}.{name} is {value!r:.60}"
-        if name not in usual:
-            raise ValueError(f"{here}, which this program does not know; a newer one may")
-        if header.get(name, value) != value:
-            raise ValueError(f"{here} by its tensors, {header[name]!r:.60} by its configuration")
-        least = 0 if name in ("places", "num_layers") else 2 if name == "length" else 1
-        if not possible(value, usual[name], least, most):
-            raise ValueError(f"{here}, which cannot be; {usual[name]!r} is usual")
+        least, most = 0 if name in ("places", "num_layers") else 2 if name == "length" else 1, 2 ** 20
+        why = ("which this program does not know; a newer one may" if name not in usual else
+               f"by its configuration {header[name]!r:.60}" if header.get(name, value) != value else
+               "" if possible(value, usual[name], least, most) else f"which cannot be; {usual[name]!r} is usual")
+        if why:
+            raise ValueError(f"{where}: {part}.{name} is {value!r:.60}, {why}")
     config, (holds, rule) = kind(**{name: type(usual[name])(value) for name, value in values.items()}), RULES[part]
     if not holds(config):
         raise ValueError(f"{where}: {rule}; here it is {config}")
@@ -597,23 +586,17 @@ def inspect(path, t5=None, vae=None, tokenizer=None):
     config, parts, spiece, settings = Config(), {}, None, {}
     folders = [os.path.join(path, name) for names in FOLDERS.values() for name in names]
     for where in [folder for folder in folders if os.path.isdir(folder)] or [path]:
-        stored, metadata = open_stored(where)
-        ours, theirs = (parse(metadata.get("config", "{}"), f"{where}, header", dict),
-                        read_json(os.path.join(where, "config.json")))
-        if not all(isinstance(values, dict) for values in ours.values()):
-            raise ValueError(f"{where}: the configuration in its header should hold an object for each part")
-        settings |= ours.get("settings", {})
+        stored, header = open_stored(where)
+        settings |= header.get("settings", {})
         if SPIECE in stored:
-            spiece = opened(where).get_tensor(SPIECE).to(torch.uint8).numpy().tobytes()
+            spiece = opened(stored[SPIECE].file).get_tensor(SPIECE).to(torch.uint8).numpy().tobytes()
         for part in MODULES:
-            tensors = Tensors(part, where, stored)
+            tensors, values = Tensors(part, where, stored), header.get(part, {})
             if part not in parts and KEY_TENSORS[part] in tensors:
-                header = ours.get(part) or {THEIRS[part][n]: v for n, v in theirs.items() if n in THEIRS[part]}
                 parts[part] = tensors
-                setattr(config, part, configure(part, header, where, from_shapes(part, tensors, header)))
+                setattr(config, part, configure(part, values, where, from_shapes(part, tensors, values)))
     if not parts:
         raise ValueError(f"{path}: holds no part of SD3, T5 or D-DiT")
-
     settings |= read_json(os.path.join(path, "d_dit.json"))
     if "ddit" in parts and "null_image_embd" in parts["ddit"] and not settings:
         settings = dict(AUTHORS)
@@ -622,11 +605,11 @@ def inspect(path, t5=None, vae=None, tokenizer=None):
 
     for part, other in (("t5", t5), ("vae", vae)):
         if other is not None:
-            its_config, its_parts, _ = inspect(other)
-            if part not in its_parts:
+            other_config, other_parts, _ = inspect(other)
+            if part not in other_parts:
                 raise ValueError(f"{other}: holds no {PART_NAMES[part]}")
-            parts[part] = its_parts[part]
-            setattr(config, part, getattr(its_config, part))
+            parts[part] = other_parts[part]
+            setattr(config, part, getattr(other_config, part))
 
     beside = [os.path.join(path, name, "spiece.model") for name in ("tokenizer_3", "tokenizer")]
     file = tokenizer or next(filter(os.path.exists, beside), None)
