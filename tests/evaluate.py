@@ -49,7 +49,7 @@ def world(dd, args):
     true one is right. Drawings: of one caption per scene, and what they show is found by `read_scene`, which is first
     tried on true images. The definitions are ours. A model of stage 0 is judged by its reconstructions."""
     source = data.World(UNSEEN + args.seed, kinds=args.kinds)
-    held = data.World(source.seed, "held", source.kinds)
+    held_out = data.World(source.seed, "held", source.kinds)
     ids, kinds = range(args.num), dict.fromkeys(source.kinds)
     rng, generator = np.random.default_rng([args.seed, 2]), torch.Generator().manual_seed(args.seed)
 
@@ -62,8 +62,8 @@ def world(dd, args):
     scores["answers"] = right
     for kind in kinds:
         scores[f"  {kind}"] = [score for score, question in zip(right, questions) if question[0] == kind]
-    questions = [(i, *held.question(i, rng)) for i in ids]
-    scores["answers, held-out pairs"] = judge_answers(dd, held, questions, generator)
+    questions = [(i, *held_out.question(i, rng)) for i in ids]
+    scores["answers, held-out pairs"] = judge_answers(dd, held_out, questions, generator)
     captions = write_captions(dd, source, ids, generator)
     scores["captions"] = [caption_holds(text, source.scene(i)[0]) for i, text in zip(ids, captions)]
     scores["objects drawn"], scores["scenes drawn"] = judge_drawings(dd, source, ids, rng, generator)
@@ -91,7 +91,7 @@ def own_data(dd, args):
     scores = {"answers": judge_answers(dd, source, questions, generator)}
     captions = write_captions(dd, source, captioned, generator)
     scores["captions"] = [same_text(text, source.caption(i, rng)) for i, text in zip(captioned, captions)]
-    return {name: each for name, each in scores.items() if each}
+    return {name: values for name, values in scores.items() if values}
 
 
 BENCHMARKS = {"world": world, "data": own_data}
@@ -111,16 +111,20 @@ def same_text(text, truth):
     return text.strip().lower() == truth.strip().lower()
 
 
+def write_answers(dd, source, ids, questions, generator):
+    """One question about each image -> list of str, the model's answers."""
+    return [text for part, pixels in image_batches(dd, source, ids, "answering")
+            for text in answer(dd, pixels, questions[part], generator=generator)]
+
+
 def judge_answers(dd, source, questions, generator):
     """questions: [(i, question, its right answer)] about images i of the source -> list of bool."""
     ids, texts, truths = zip(*questions) if questions else ((), (), ())
-    answers = [text for part, pixels in image_batches(dd, source, ids, "answering")
-               for text in answer(dd, pixels, texts[part], generator=generator)]
-    return list(map(same_text, answers, truths))
+    return list(map(same_text, write_answers(dd, source, ids, texts, generator), truths))
 
 
 def write_captions(dd, source, ids, generator):
-    """-> list of str, the model's own caption of each image."""
+    """-> list of str, the model's caption of each image."""
     return [text for _, pixels in image_batches(dd, source, ids, "captioning")
             for text in caption(dd, pixels, generator=generator)]
 
@@ -217,8 +221,8 @@ def patches(foreground):
         if (spread == label).all():
             break
         label = spread
-    each = (label == one for one in np.unique(label[foreground]))
-    return [patch for patch in each if patch.sum() >= 16]
+    candidates = (label == number for number in np.unique(label[foreground]))
+    return [patch for patch in candidates if patch.sum() >= 16]
 
 
 def fit_outline(patch, y, x):
@@ -250,8 +254,8 @@ def interval(scores):
 def report(scores):
     """{name: scores} -> one line per name: the mean in per cent, its interval, the sum of how many."""
     return "\n".join("{:26s}{:6.1f}%  [{:.1f}, {:.1f}]  {:.10g}/{}".format(
-        name, 100 * sum(each) / max(len(each), 1), *interval(each), sum(each), len(each))
-        for name, each in scores.items())
+        name, 100 * sum(values) / max(len(values), 1), *interval(values), sum(values), len(values))
+        for name, values in scores.items())
 
 
 def parse_args():
