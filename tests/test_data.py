@@ -1,21 +1,24 @@
-"""The built-in world, its judge, and the user's files."""
+"""The built-in world, the user's files, and batches of both."""
 import io
 import json
 import os
 import pickle
 import resource
 import shutil
-import sys
 import tarfile
+import threading
 import warnings
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
-from data import Thing, World
+from data import World
+from vae import VAE, VAEConfig
 
 N = 300
 
@@ -31,52 +34,8 @@ def test_scenes_are_seeded_and_respect_the_held_pairs(pairs):
         counts[len(things)] += 1
         held = [(t.color, t.shape) in data.HELD for t in things]
         assert any(held) if pairs == "held" else not any(held)
-        assert len({t.cell for t in things}) == len(things) == len({(t.color, t.shape) for t in things})
+        assert len({t.quarter for t in things}) == len(things) == len({(t.color, t.shape) for t in things})
     assert set(counts) == {1, 2, 3} and min(counts.values()) > N / 5
-
-
-@pytest.mark.parametrize("pairs", ["train", "held"])
-def test_the_reader_recovers_true_renders(pairs):
-    world = World(11, pairs)
-    right = sum(sorted(data.read_scene(world.image(i))) == sorted(world.scene(i)[0]) for i in range(N))
-    assert right >= 0.99 * N
-
-
-def test_the_reader_sees_what_is_wrong_in_a_drawing():
-    world = World(5)
-    i = next(i for i in range(100) if len(world.scene(i)[0]) == 1)
-    image, things = world.image(i).copy(), world.scene(i)[0]
-    free = (things[0].cell + 1) % 4
-    y, x = free // 2 * 32 + 8, free % 2 * 32 + 8
-    image[y:y + 12, x:x + 12] = (220, 40, 40)  # an extra object
-    assert sorted(data.read_scene(image)) == sorted([*things, Thing("small", "red", "square", free)])
-    image[y:y + 4, x:x + 30] = (220, 40, 40)  # of no known shape
-    assert "unknown" in {t.shape for t in data.read_scene(image)}
-    assert data.read_scene(np.full((64, 64, 3), 240, np.uint8)) == []
-
-
-def test_captions_hold_and_fit_and_false_ones_do_not():
-    rng, world = np.random.default_rng(0), World(0)
-    said = set()
-    for i in range(N):
-        things, text = world.scene(i)[0], world.caption(i, rng)
-        assert data.telling_holds(text, things), text
-        assert Counter(data.understand(text)[0]) == Counter(map(str, things))
-        assert not data.telling_holds(text, things[1:]) and not data.telling_holds(text, [*things, things[0]])
-        moved = [t._replace(cell=3 - t.cell) for t in things]  # every relation and place turns round
-        assert data.telling_holds(text, moved) == (not data.understand(text)[1])
-        said.add(text.split("a ")[0])
-    assert said == {"", "there is "}
-    two = [Thing("small", "red", "circle", 0), Thing("large", "blue", "square", 3)]
-    for text, truth in {
-            "a small red circle above a large blue square": True,
-            "a large blue square right of a small red circle": True,
-            "a small red circle below a large blue square": False, "a small red circle": False,
-            "a large red circle above a large blue square": False, "a small red circle above": False,
-            "a small red circle in the top left and a large blue square": True, "": False, "a dog": False,
-            "a small red circle in the top right and a large blue square": False,
-            "a small red circle, a small red circle and a large blue square": False}.items():
-        assert data.telling_holds(text, two) == truth, text
 
 
 def check_by_hand(things, question, answer):
@@ -97,7 +56,7 @@ def check_by_hand(things, question, answer):
         assert answer == thing.color
     elif question.startswith("where"):
         (thing,) = fits(words[3:])
-        assert answer == data.PLACES[thing.cell]
+        assert answer == data.QUARTERS[thing.quarter]
     else:
         return False
     return True
@@ -165,7 +124,7 @@ RNG = np.random.default_rng(0)
 def said(records):
     """All that a data set says: (the image's grey value, captions, questions with answers) of each record."""
     rows = map(records.row, range(len(records)))
-    return [(int(records.image(i)[0, 0, 0]), row.captions, row.asked) for i, row in enumerate(rows)]
+    return [(int(records.image(i)[0, 0, 0]), row.captions, row.questions) for i, row in enumerate(rows)]
 
 
 @pytest.fixture
@@ -445,35 +404,6 @@ def test_records_are_pickled_small_and_opened_again(tmp_path):
     assert (pickle.loads(pickle.dumps(data.Mapped(str(tmp_path / "x.npy")))).array[1] == [3, 4, 5]).all()
 
 
-def test_the_sheet(pictures, monkeypatch, capsys):
-    monkeypatch.chdir(pictures)
-    (pictures / "bad.png").write_bytes(b"bad")
-    write_jsonl(pictures / "d.jsonl", [*(row for row, _ in ROWS), {"image": "bad.png", "caption": "bad"}])
-    monkeypatch.setattr(sys, "argv", ["data.py", "d.jsonl", "--size", "32"])
-    data.main()
-    out, err = capsys.readouterr()
-    assert "data.png: 5 of 6 samples" in out and "bad.png: cannot be read" in err
-    assert Image.open("data.png").size == (800, np.asarray(Image.open("data.png")).shape[0])
-    for wrong in (["--num", "0"], ["--num", "-1"], ["--size", "0"], ["--size", "40"], ["none.jsonl"], ["bad.png"]):
-        monkeypatch.setattr(sys, "argv", ["data.py", *wrong])
-        with pytest.raises((ValueError, OSError)) as raised:
-            data.main()
-        assert "\n" not in str(raised.value)
-
-
-def test_a_full_disk_leaves_the_sheet_that_was_there(tmp_path):
-    path = tmp_path / "x.png"
-    path.write_bytes(b"before")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
-    try:
-        with pytest.raises(OSError, match="x.png: could not be written"):
-            data.sheet(str(path), [(World().image(0), "text")])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["x.png"]
-
-
 @pytest.mark.parametrize("line, message", [
     ('{"image": "x.png", "caption"', "line 2: not valid JSON"), ("7", "line 2: want"), ("null", "line 2: want"),
     ('{"image": "none.png", "caption": "c"}', "line 2: no such image: .*none.png"),
@@ -513,7 +443,7 @@ def test_records_without_an_image_or_a_text_are_left_out(pictures, capsys):
 def test_half_a_character_is_replaced(pictures):
     rows = ['{"image": "1.png", "caption": "a \\ud800 cat", "question": "\\udc00?", "answer": "\\ud83d\\ude00 \u00e9"}']
     row = data.Records(write_jsonl(pictures / "d.jsonl", rows), 16).row(0)
-    assert row.captions == ("a ? cat",) and row.asked == (("??", "\U0001f600 \u00e9"),)
+    assert row.captions == ("a ? cat",) and row.questions == (("??", "\U0001f600 \u00e9"),)
 
 
 def test_images_that_vanish(pictures, tmp_path, capsys):
@@ -526,23 +456,144 @@ def test_images_that_vanish(pictures, tmp_path, capsys):
     before = records.version(range(19))
     os.remove(pictures / "3.png")
     records = data.Records(path, 16, tmp_path / "kept")
-    assert records.version(range(19)) != before and not records.readable(3) and records.readable(2)
+    assert records.version(range(19)) != before and data.readable(records, 3, []) is None and data.readable(records, 2, []) is not None
     with pytest.raises(FileNotFoundError, match="3.png: no such image"):
         records.image(3)
     with pytest.raises(ValueError, match="line 1: no such image: .*gone.png .5 of 20 are missing"):
         data.Records(path, 16)
     os.symlink("nowhere", pictures / "link.png")  # in a folder
     folder = data.Records(str(pictures), 16)
-    assert [folder.readable(i) for i in range(len(folder))] == [True, True, True, True, True, False]
+    assert [data.readable(folder, i, []) is not None for i in range(len(folder))] == [True, True, True, True, True, False]
 
 
-def test_rows_are_drawn_once_an_epoch_whatever_the_batch():
-    for total, block in ((10, 100), (103, 10)):
-        stream = data.draw_rows(0, 0, 3 * total, total, block)
-        assert all(sorted(stream[k * total:(k + 1) * total]) == list(range(total)) for k in range(3))
-        assert stream == data.draw_rows(0, 0, 7, total, block) + data.draw_rows(0, 7, 3 * total - 7, total, block)
-        assert stream[:total] != stream[total:2 * total]
-    assert len({row // 10 for row in stream[:10]}) <= 2  # of many shards, few are open at a time
+class Numbers:
+    """A source whose records are their own numbers, and a tokenizer whose texts are numbers."""
+    size = 8
+
+    def image(self, i):
+        return np.full((8, 8, 3), i, np.uint8)
+
+    def caption(self, i, rng):
+        return str(i)
+
+    def question(self, i, rng):
+        return str(i), str(rng.integers(100))
+
+    def encode(self, text, length):
+        return [int(text or -1)] * length
+
+    def caption_ids(self, text, length):
+        return self.encode(text, length), [True] * (length - 1) + [False]
+
+    def question_ids(self, question, answer, length):
+        return [int(question)] + [int(answer)] * (length - 1), [False] + [True] * (length - 1)
+
+
+def batches_of(count, batch, rows=None, passes=1, texts=None, drop=0.0, questions=0.0):
+    recipe, numbers = SimpleNamespace(batch=batch, length=3, drop=drop, questions=questions), Numbers()
+    images = data.Subset(numbers, np.arange(count))
+    return data.Batches(images, texts or images, numbers, recipe, 5, rows or slice(0, batch), passes)
+
+
+def test_every_epoch_has_every_record_once_whatever_the_batch():
+    for total in (10, 103):
+        def stream(batch):
+            batches = batches_of(total, batch)
+            return [int(i) for step in range(3 * total // batch) for i in batches[step][0].tokens[:, 0]]
+        numbers = stream(1)
+        assert all(sorted(numbers[k * total:(k + 1) * total]) == list(range(total)) for k in range(3))
+        assert numbers[:total] != numbers[total:2 * total]
+        assert stream(7) == numbers[:3 * total // 7 * 7]
+
+
+def test_batches_are_the_same_on_any_number_of_processes():
+    other = data.Subset(Numbers(), np.arange(50, 80))
+    for texts in (None, other):
+        def step(*args):
+            return batches_of(50, 64, *args, texts, 0.1, 0.5)[5]
+        (whole,), (one,), (two,), four = step(None, 1), step(slice(0, 16), 1), step(slice(16, 64), 1), step(None, 4)
+        assert [part.rows for part in four] == [slice(k, k + 16) for k in (0, 16, 32, 48)]
+        assert (whole.rows, one.rows, two.rows) == (slice(0, 64), slice(0, 16), slice(16, 64))
+        for parts in ((one, two), four):
+            for name in ("images", "text_images", "captions", "tokens", "maskable")[::1 if texts else 2]:
+                assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+        about = whole.images if texts is None else whole.text_images
+        assert (((about[:, 0, 0, 0] + 1) * 127.5).round() == whole.tokens[:, 0]).all()
+        assert (whole.text_images is None) == (texts is None)
+        assert 10 < (~whole.maskable[:, 0]).sum() < 54 and 0 < (whole.captions[:, 0] < 0).sum() < 20
+
+
+def test_the_next_image_takes_a_bad_ones_place():
+    class Bad(Numbers):
+        def image(self, i):
+            if i % 5 == 2 or i > 90:
+                raise ValueError(f"{i} is bad")
+            return super().image(i)
+    bad, subset = [], data.Subset(Bad(), np.arange(90))
+    assert [subset.load(k, bad)[0] for k in (1, 2, 87, 91, 92)] == [1, 3, 88, 1, 3]
+    assert bad == ["2 is bad", "87 is bad", "2 is bad"]
+    with pytest.raises(ValueError, match="a thousand bad images in a row, the last: 91 is bad"):
+        data.Subset(Bad(), np.arange(91, 92)).load(0, [])
+    data.check_bad([(k, "bad") for k in range(100)] * 2, 1100)
+    with pytest.raises(ValueError, match="more than 100 bad images among the last thousand: .*the last: bad"):
+        data.check_bad([(k, "bad") for k in range(101)], 101)
+
+
+def test_latents_are_encoded_once(pictures, tmp_path):
+    """A second run waits for the first's latents; a torn file is made again; bad images are left out and named."""
+    vae, numbers = VAE(VAEConfig(channels=32, multipliers=(1, 1), latent_channels=4)), np.arange(6)
+    (pictures / "3.png").write_bytes(b"")
+    path = write_jsonl(pictures / "d.jsonl", [{"image": f"{k}.png", "caption": str(k)} for k in range(6)])
+    subset, encoded = data.Subset(data.Records(path, 16, tmp_path), numbers), []
+    assert data.with_latents(subset, vae, str(tmp_path), 5) is subset
+    thread = threading.Thread(target=lambda: encoded.append(data.with_latents(subset, vae, str(tmp_path), 6)))
+    with data.claim(str(tmp_path / ".latents.lock")):
+        with pytest.raises(OSError, match="another run is at work here"):
+            data.claim(str(tmp_path / ".latents.lock"))
+        thread.start()
+        thread.join(timeout=0.5)
+        assert thread.is_alive() and not list(tmp_path.glob("latents-*"))
+    thread.join(timeout=30)
+    latents, whole = encoded[0].latents, np.array(encoded[0].latents.array)
+    assert whole.shape == (6, 2, 4, 8, 8) and whole.dtype == np.float16 and np.isnan(whole).all((1, 2, 3, 4))[3]
+    assert encoded[0].ids.tolist() == [0, 1, 2, 4, 5]
+    with open(f"{latents.path}.bad.txt") as f:
+        assert f.read() == f"{pictures / '3.png'}: cannot be read as an image (the file is empty)\n"
+    mean, logvar = vae.encode(torch.from_numpy(data.to_pixels([subset.source.image(5)])))
+    i, moments = encoded[0].load(4, [])
+    assert i == 5 and torch.allclose(moments.float(), torch.stack([mean, logvar], 1)[0], atol=5e-3)
+    with open(latents.path, "rb") as f:
+        beginning = f.read(1000)
+    for spoilt in (b"", beginning):
+        with open(latents.path, "wb") as f:
+            f.write(spoilt)
+        again = data.with_latents(subset, vae, str(tmp_path), 6)
+        assert np.array_equal(again.latents.array, whole, equal_nan=True)
+    recipe = SimpleNamespace(batch=8, length=3, drop=0, questions=0)
+    batches = data.Batches(again, again, Numbers(), recipe, 0, slice(0, 8))
+    batches[0]
+    copy = pickle.dumps(batches)
+    assert len(copy) < 2000  # paths, not arrays
+    assert torch.equal(pickle.loads(copy)[3][0].images, batches[3][0].images)
+    vae.encoder.conv_in.bias.data += 1
+    assert data.with_latents(subset, vae, str(tmp_path), 6).latents.path != latents.path
+    for k in (0, 1, 2, 4, 5):
+        (pictures / f"{k}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="bad.txt: none of the images can be read"):
+        data.with_latents(subset, vae, str(tmp_path), 6)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(b"before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(OSError, match="x.png: could not be written"), data.replacing(str(path)) as beside:
+            Image.effect_noise((99, 99), 50).save(beside, format="PNG")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["x.png"]
 
 
 def test_records_kept_apart_go_by_the_picture(tmp_path):
@@ -562,7 +613,7 @@ def test_the_index_is_kept_and_made_anew_when_the_data_change(tmp_path, monkeypa
     path = write_jsonl(tmp_path / "d.jsonl", [{"image": "x.png", "caption": "one"}])
     assert data.Records(path, 16, tmp_path / "kept").row(0).captions == ("one",)
     read = []
-    monkeypatch.setattr(data, "read_json", lambda path, read_json=data.read_json: read.append(path) or read_json(path))
+    monkeypatch.setattr(data, "read_list", lambda path, read_list=data.read_list: read.append(path) or read_list(path))
     assert data.Records(path, 16, tmp_path / "kept").row(0).captions == ("one",) and not read
     write_jsonl(tmp_path / "d.jsonl", [{"image": "x.png", "caption": "two"}])
     os.utime(path, (1, 1))
