@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import data
 import sample
 from model import DualDiffusion
+from t5 import Tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCENE = os.path.join(ROOT, "assets", "scene.png")
@@ -96,11 +98,11 @@ MISTAKES = {
         (["--t2i", "x", "--out", "/dev/full"], "/dev/full"),
         (["--caption", "ok.png", "--device", "hpu"], "there is no device hpu here"),
         (["--caption", *["ok.png"] * 300, "none.png"], "none.png: no such image"),
-    ],
-    "model.py": [
-        (["none.safetensors"], "none.safetensors: no such checkpoint"),
-        (["cut.safetensors"], "cut.safetensors: not a readable"),
-        (["other.safetensors"], "other.safetensors: holds no part"),
+        (["--describe", "--ckpt", "none.safetensors"], "none.safetensors: no such checkpoint"),
+        (["--describe", "--ckpt", "cut.safetensors"], "cut.safetensors: not a readable"),
+        (["--describe", "--ckpt", "other.safetensors"], "other.safetensors: holds no part"),
+        (["--export", "out"], "--export wants --ckpt FILE"),
+        (["--export", "void/../many", "--ckpt", "cut.safetensors"], "--export void/../many: give the name of a new"),
     ],
     "train.py": [
         (["--stage", "7"], "--stage: invalid choice"),
@@ -183,7 +185,7 @@ def test_what_comes_first_is_printed_first(files, monkeypatch, capsys):
     scenes, question = [SCENE] * 3 + [files / "ok.png"], "how many shapes are there?"
     call(monkeypatch, "--vqa", *scenes, question, "--caption", *scenes, "--steps", 4)
     once = capsys.readouterr()
-    monkeypatch.setattr(sample, "PIXELS", 2 * 64 * 64)
+    monkeypatch.setattr(data, "PIXELS", 2 * 64 * 64)
     call(monkeypatch, "--vqa", *scenes, question, "--caption", *scenes, "--steps", 4)
     assert capsys.readouterr() == once and once.err == "" and once.out.count("\n") == 8  # a bar only on a terminal
     with pytest.raises(SystemExit) as end:
@@ -209,8 +211,8 @@ def test_length_and_negative(monkeypatch, capsys, tmp_path):
 
 def test_a_suffix_follows_every_question(monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(sample, "question_ids", lambda tokenizer, question, *rest, made=sample.question_ids: (
-        seen.append(question) or made(tokenizer, question, *rest)))
+    monkeypatch.setattr(Tokenizer, "question_ids", lambda tokenizer, question, *rest, ids=Tokenizer.question_ids: (
+        seen.append(question) or ids(tokenizer, question, *rest)))
     call(monkeypatch, "--vqa", SCENE, "what color is the circle?", "--suffix", "in a word")
     assert seen == ["what color is the circle? in a word"]
 

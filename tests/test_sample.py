@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import data
+import losses
 import sample
-from data import load_image, prompt_ids, to_pixels
-from losses import alpha
+from data import load_image, to_pixels
 from model import DualDiffusion
-from t5 import Tokenizer
+from t5 import train_tokenizer, unseen_words
 
 V, L, MASK = 3, 3, 2  # two real tokens and the mask token
 
@@ -31,7 +32,7 @@ def ancestral_law(dd, steps):
     law = {(MASK,) * L: 1.0}
     for k in range(steps, 0, -1):
         t, s = torch.tensor([k / steps, (k - 1) / steps], dtype=torch.float64)
-        reveal = ((alpha(s) - alpha(t)) / (1 - alpha(t))).item()
+        reveal = ((losses.alpha(s) - losses.alpha(t)) / (losses.alpha(0 * t) - losses.alpha(t))).item()
         after = {}
         for state, p in law.items():
             probs = torch.softmax(dd.table[torch.tensor(state) @ torch.tensor([V * V, V, 1])][:, :-1].double(), 1)
@@ -48,8 +49,16 @@ def ancestral_law(dd, steps):
     return law
 
 
+def cosine(t):
+    """Another schedule, MaskGIT's: slow at first, then fast."""
+    return losses.EPS + (1 - losses.EPS) * torch.cos(torch.pi / 2 * t)
+
+
+@pytest.mark.parametrize("schedule", [losses.alpha, cosine])
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_unmask_has_the_law_of_ancestral_sampling(steps):
+def test_unmask_has_the_law_of_ancestral_sampling(monkeypatch, steps, schedule):
+    """Of any schedule: losses.alpha is the one place that knows it, for training and for sampling."""
+    monkeypatch.setattr(losses, "alpha", schedule)
     dd, n = toy_system(), 20_000
     law = ancestral_law(dd, steps)
     assert abs(sum(law.values()) - 1) < 1e-9 and all(MASK not in out for out in law)
@@ -62,6 +71,33 @@ def test_unmask_has_the_law_of_ancestral_sampling(steps):
         counts[tuple(row)] = counts.get(tuple(row), 0) + 1
     chi2 = sum((counts.get(out, 0) - n * p) ** 2 / (n * p) for out, p in law.items())
     assert len(law) == 8 and chi2 < 24.3, chi2  # 99.9% point, 7 degrees of freedom
+
+
+@pytest.mark.parametrize("schedule", [losses.alpha, cosine])
+def test_masking_and_unmasking_follow_one_schedule(monkeypatch, schedule):
+    """At every time of the grid, training masks the share of tokens that sampling has not revealed yet."""
+    monkeypatch.setattr(losses, "alpha", schedule)
+    n, steps, generator = 200_000, 5, torch.Generator().manual_seed(0)
+    tokens = torch.zeros(1, n, dtype=torch.long)
+    states, reveals = tokens.clone(), []
+    for _ in sample.in_random_order(lambda reveal: (reveals.append(reveal.sum()) or torch.ones(reveals[-1]).long(), 0),
+                                    states, tokens == 0, steps, generator):
+        t = 1 - len(reveals) / steps
+        _, masked = losses.mask_tokens(tokens, torch.tensor([t]), tokens == 0, MASK, generator)
+        assert abs(masked.sum() - (states == 0).sum()) < 4 * n ** 0.5
+    assert len(reveals) == steps and (states == 1).all()
+    if schedule is not cosine:
+        expected = torch.arange(steps + 1, dtype=torch.float64) / steps
+        assert torch.allclose(sample.revealed_share(steps), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 24, 256, 999])
+def test_confidence_order_rounds_up(steps):
+    """As whole numbers would, not as the rounding errors of fractions."""
+    total = torch.arange(300)
+    share = sample.revealed_share(steps)
+    for step in range(steps + 1):
+        assert torch.equal((share[step] * total - 1e-9).ceil().long(), -(-total * step // steps))
 
 
 def test_unmask_runs_only_at_occupied_steps_and_only_those_rows():
@@ -149,17 +185,17 @@ def spy(monkeypatch, module, name="forward"):
 
 @pytest.mark.parametrize("count, height, width", [(1, 64, 64), (3000, 64, 64), (9, 512, 512), (2, 4096, 4096)])
 def test_batches_hold_every_image_once_and_no_more_pixels_than_said(count, height, width):
-    parts = list(sample.batches(count, height, width))
+    parts = list(data.batches(count, height, width))
     sizes = [len(range(count)[part]) for part in parts]
     assert [i for part in parts for i in range(count)[part]] == list(range(count))
-    assert all(size == 1 or size * height * width <= sample.PIXELS for size in sizes)
-    assert all((size + 1) * height * width > sample.PIXELS for size in sizes[:-1])  # and no fewer
+    assert all(size == 1 or size * height * width <= data.PIXELS for size in sizes)
+    assert all((size + 1) * height * width > data.PIXELS for size in sizes[:-1])  # and no fewer
 
 
 def test_pictures_do_not_depend_on_batches(dd, monkeypatch):
     texts = [f"a small {color} circle" for color in ("red", "green", "blue", "cyan", "red")]
     once = sample.text_to_image(dd, texts, steps=3, cfg=3, generator=seeded())
-    monkeypatch.setattr(sample, "PIXELS", 2 * 64 * 64)
+    monkeypatch.setattr(data, "PIXELS", 2 * 64 * 64)
     seen = spy(monkeypatch, dd.ddit), spy(monkeypatch, dd.vae, "decode")
     again = sample.text_to_image(dd, texts, steps=3, cfg=3, generator=seeded())
     assert (once - again).abs().max() < 1e-4
@@ -180,7 +216,7 @@ def test_readings_do_not_depend_on_batches(dd, pixels, monkeypatch):
         return [sample.caption(dd, images, steps=4, generator=seeded()), sample.answer(dd, images, asked, steps=4,
                 generator=seeded()), sample.infill(dd, images, texts, generator=seeded())]
     once = all_three()
-    monkeypatch.setattr(sample, "PIXELS", 1)
+    monkeypatch.setattr(data, "PIXELS", 1)
     seen = spy(monkeypatch, dd.vae, "encode")
     assert all_three() == once and {shape[0] for shape in seen} == {1} and len(seen) == 9
     assert all(len(texts) == 3 for texts in once)
@@ -228,7 +264,7 @@ def test_captions_by_question_and_answers_with_a_suffix(dd, pixels, settings, mo
     sample.caption(dd, pixels)
     sample.answer(dd, pixels, ["what color is the circle?"])
     texts = ["describe the image", "describe the image", "what color is the circle? one word"]
-    for (tokens, maskable, _), prompt in zip(seen, [prompt_ids(dd.tokenizer, text, 24) for text in texts]):
+    for (tokens, maskable, _), prompt in zip(seen, [dd.tokenizer.prompt_ids(text, 24) for text in texts]):
         assert tokens[0, :len(prompt)].tolist() == prompt and (tokens[0, len(prompt):] == dd.tokenizer.eos_id).all()
         assert not maskable[0, :len(prompt)].any() and maskable[0, len(prompt):-1].all()
     assert [how[0] for _, _, how in seen] == [7, settings.caption_steps, settings.answer_steps]
@@ -258,20 +294,20 @@ def test_blanks_are_filled_with_what_is_in_the_picture(dd, pixels):
 
 
 def test_only_a_vocabulary_without_capitals_is_read_to_in_lower_case(dd, capsys):
-    assert sample.heard(dd, "What color is the CIRCLE?", 20) == "what color is the circle?"
-    assert sample.heard(dd, "a Square", 20) == "a square" and sample.heard(dd, "A", 20) == "A"
+    assert sample.prepare_text(dd, "What color is the CIRCLE?", 20) == "what color is the circle?"
+    assert sample.prepare_text(dd, "a Square", 20) == "a square" and sample.prepare_text(dd, "A", 20) == "A"
     lines = ["a sign that says STOP", "The cat and the dog say stop now"] * 50
-    with_capitals = SimpleNamespace(tokenizer=Tokenizer.train(lines, 200))
-    assert with_capitals.tokenizer.unseen_words("say STOP NOW") == ["NOW"]  # in lower case it has seen them all
-    assert with_capitals.tokenizer.unseen_words("say stop now") == []
-    assert sample.heard(with_capitals, "say STOP NOW", 20) == "say STOP NOW"
-    only_small = SimpleNamespace(tokenizer=Tokenizer.train([line.lower() for line in lines], 200))
-    assert sample.heard(only_small, "say STOP NOW", 20) == "say stop now"
+    with_capitals = SimpleNamespace(tokenizer=train_tokenizer(lines, 200))
+    assert unseen_words(with_capitals.tokenizer, "say STOP NOW") == ["NOW"]  # in lower case it has seen them all
+    assert unseen_words(with_capitals.tokenizer, "say stop now") == []
+    assert sample.prepare_text(with_capitals, "say STOP NOW", 20) == "say STOP NOW"
+    only_small = SimpleNamespace(tokenizer=train_tokenizer([line.lower() for line in lines], 200))
+    assert sample.prepare_text(only_small, "say STOP NOW", 20) == "say stop now"
 
 
 def test_texts_that_are_not_utf8(dd, capsys):
-    assert sample.heard(dd, os.fsdecode("é".encode()), 20) == "é"
-    assert sample.heard(dd, "a \udcff circle", 20) == "a \ufffd circle"
+    assert sample.prepare_text(dd, os.fsdecode("é".encode()), 20) == "é"
+    assert sample.prepare_text(dd, "a \udcff circle", 20) == "a \ufffd circle"
 
 
 def test_what_is_not_the_papers_is_said():
