@@ -18,7 +18,7 @@ from sample import SHIPPED, answer, caption, infill, text_to_image
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FEW = ["--steps", "20", "--save-every", "10", "--judge", "8", "--pool", "256"]
+FEW = ["--steps", "20", "--save-every", "10", "--pool", "256"]
 
 
 def run(*args, launch=()):
@@ -102,13 +102,13 @@ def test_kept_latents_are_the_cpu_s(tmp_path):
 
 def test_a_step_waits_for_nothing(tmp_path, monkeypatch):
     """Steps 6 to 15 of a run, with every wait of the program for the GPU an error."""
-    calls, draw = [], train.step_noise
+    calls, losses = [], train.training_losses
 
     def watch(*args):
         calls.append(1)
         torch.cuda.set_sync_debug_mode("error" if 6 <= len(calls) <= 15 else "default")
-        return draw(*args)
-    monkeypatch.setattr(train, "step_noise", watch)
+        return losses(*args)
+    monkeypatch.setattr(train, "training_losses", watch)
     monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "1", "--out", str(tmp_path), *FEW, "--save-every", "20"])
     try:
         train.main()

@@ -101,24 +101,23 @@ def test_the_stacked_pass_has_the_gradients_of_two_passes():
     latents, captions, tokens = torch.randn(8, 2, 4, 4), torch.randint(4, (8, 6)), torch.randint(4, (8, 6))
     generator = torch.Generator().manual_seed(1)
     t = losses.stratified_times(8, generator=generator)
-    c = losses.Corruption(losses.logit_normal_times(8, generator=generator), torch.randn(latents.shape), t,
-                          *losses.mask_tokens(tokens, t, torch.ones(8, 6, dtype=torch.bool), 4, generator))
-    total, image, text = losses.joint_loss(ddit, table, latents, captions, tokens, c, text_weight=0.2)
+    noisy, masked = losses.mask_tokens(tokens, t, torch.ones(8, 6, dtype=torch.bool), 4, generator)
+    images = losses.ImageHalf(latents, captions, torch.randn(latents.shape), losses.logit_normal_times(8))
+    texts = losses.TextHalf(latents, tokens, noisy, losses.flat_positions(masked), t)
+    total, image, text = losses.joint_loss(ddit, table, images, texts, text_weight=0.2)
     stacked = torch.autograd.grad(total, [table.weight, *mix.parameters()])
 
-    at = losses.flat_positions(c.masked)
-    velocity, _ = ddit(losses.noise_latents(latents, c.noise, c.image_t), c.image_t, table(captions), at[:0])
-    _, logits = ddit(latents, torch.zeros(8), table(c.noisy), at, 0)
-    two = losses.flow_matching_loss(velocity, latents, c.noise) \
-        + 0.2 * losses.masked_diffusion_loss(logits, tokens, c.masked, c.text_t)
+    velocity, _ = ddit(losses.noise_latents(latents, images.noise, images.t), images.t, table(captions),
+                       texts.masked[:0])
+    _, logits = ddit(latents, torch.zeros(8), table(noisy), texts.masked, 0)
+    two = losses.flow_matching_loss(velocity, latents, images.noise) \
+        + 0.2 * losses.masked_diffusion_loss(logits, tokens, masked, t)
     for a, b in zip(stacked, torch.autograd.grad(two, [table.weight, *mix.parameters()])):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
     other = torch.randn(8, 2, 4, 4)
-    again = losses.joint_loss(ddit, table, latents, captions, tokens, c._replace(masked=at), text_weight=0.2)
-    assert torch.equal(again[0], total)
-    _, image_apart, text_apart = losses.joint_loss(ddit, table, latents, captions, tokens, c, read=other)
-    _, _, text_other = losses.joint_loss(ddit, table, other, captions, tokens, c)
+    _, image_apart, text_apart = losses.joint_loss(ddit, table, images, texts._replace(latents=other))
+    _, _, text_other = losses.joint_loss(ddit, table, images._replace(latents=other), texts._replace(latents=other))
     assert torch.equal(image_apart, image) and torch.equal(text_apart, text_other)  # text about other images
 
     rows = []
@@ -126,8 +125,21 @@ def test_the_stacked_pass_has_the_gradients_of_two_passes():
     def counting(x, *rest, **named):
         rows.append(len(x))
         return ddit(x, *rest, **named)
-    alone = losses.joint_loss(counting, table, latents, captions, tokens, c, text_weight=0.2, image_weight=0)
+    nothing = losses.ImageHalf(*(x[:0] for x in images))
+    alone = losses.joint_loss(counting, table, nothing, texts, text_weight=0.2, image_weight=0)
     assert rows == [8] and alone[1] == 0 and torch.isclose(alone[2], text) and torch.isclose(alone[0], 0.2 * text)
+    alone[0].backward()
+    assert all(p.grad.isfinite().all() for p in mix.parameters())
+
+
+def test_the_weight_follows_the_schedule(monkeypatch):
+    """From alpha alone, by autograd: 1/t for the straight line; and a cosine's, against its closed form."""
+    t = torch.linspace(losses.EPS, 0.999, 1000)
+    assert torch.allclose(losses.reveal_rate(t), 1 / t, rtol=1e-6)
+    monkeypatch.setattr(losses, "alpha", lambda t: torch.cos(math.pi / 2 * t))
+    x = math.pi / 2 * t.double()
+    exact = math.pi / 2 * x.sin() / (2 * (x / 2).sin() ** 2)  # 1 - cos x = 2 sin^2(x/2)
+    assert torch.allclose(losses.reveal_rate(t).double(), exact, rtol=1e-5)
 
 
 def test_the_equations_of_the_code_are_those_of_the_readme_s_table():
