@@ -20,10 +20,11 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
-from model import DTYPES, DualDiffusion, add_parts
+from model import DTYPES, DualDiffusion
 from sample import (
     SHIPPED,
     Parser,
+    add_parts,
     answer,
     caption,
     default_device,
@@ -79,9 +80,10 @@ def own_data(dd, args):
     rng, generator = np.random.default_rng([args.seed, 2]), torch.Generator().manual_seed(args.seed)
     ids = source.split(250)[0] if args.unseen else np.arange(len(source))
     chosen = np.random.default_rng(args.seed).permutation(ids)[:args.num]
-    ids = [int(i) for i in chosen if source.readable(i)]
-    if bad := len(chosen) - len(ids):
-        data.warn(f"{bad} images cannot be read and are left out")
+    bad = []
+    ids = [int(i) for i in chosen if data.readable(source, int(i), bad) is not None]
+    if bad:
+        data.warn(f"{len(bad)} images cannot be read and are left out")
     if dd.ddit is None:
         reconstruct(dd, source, ids)
         return {}
@@ -100,10 +102,9 @@ BENCHMARKS = {"world": world, "data": own_data}
 # ---------------------------------------------------------------- one judge per thing judged
 
 
-def image_batches(dd, source, ids, desc):
+def image_batches(source, ids, desc):
     """The images of `ids`, as many at once as go through the networks -> pairs of (slice of ids, pixels (B,3,H,W))."""
-    side = dd.config.settings.size
-    for part in data.batches(len(ids), side, side, desc):
+    for part in data.batches(len(ids), source.size, source.size, desc):
         yield part, torch.from_numpy(data.to_pixels([source.image(i) for i in ids[part]]))
 
 
@@ -113,7 +114,7 @@ def same_text(text, truth):
 
 def write_answers(dd, source, ids, questions, generator):
     """One question about each image -> list of str, the model's answers."""
-    return [text for part, pixels in image_batches(dd, source, ids, "answering")
+    return [text for part, pixels in image_batches(source, ids, "answering")
             for text in answer(dd, pixels, questions[part], generator=generator)]
 
 
@@ -125,7 +126,7 @@ def judge_answers(dd, source, questions, generator):
 
 def write_captions(dd, source, ids, generator):
     """-> list of str, the model's caption of each image."""
-    return [text for _, pixels in image_batches(dd, source, ids, "captioning")
+    return [text for _, pixels in image_batches(source, ids, "captioning")
             for text in caption(dd, pixels, generator=generator)]
 
 
@@ -134,7 +135,7 @@ def judge_drawings(dd, source, ids, rng, generator):
     for every scene, whether its caption is true of the image."""
     captions, objects, scenes = [source.caption(i, rng) for i in ids], [], []
     settings = dd.config.settings
-    for part in data.batches(len(ids), data.SIDE, data.SIDE, "drawing"):
+    for part in data.batches(len(ids), source.size, source.size, "drawing"):
         pixels = text_to_image(dd, captions[part], cfg=settings.cfg, shift=settings.shift, generator=generator)
         for i, text, image in zip(ids[part], captions[part], data.to_images(pixels)):
             things = read_scene(image)
@@ -152,7 +153,7 @@ def reconstruct(dd, source, ids):
     """The images after the autoencoder's round trip (N,H,W,3) uint8. Prints how near they are (PSNR)."""
     with torch.no_grad():
         decoded = [data.to_images(dd.decode_image(dd.encode_image(pixels)))
-                   for _, pixels in image_batches(dd, source, ids, "reconstructing")]
+                   for _, pixels in image_batches(source, ids, "reconstructing")]
     decoded = np.concatenate(decoded)
     error = np.mean([np.square(source.image(i) / 255.0 - image / 255.0).mean() for i, image in zip(ids, decoded)])
     print(f"reconstruction of {len(ids)} unseen images: {-10 * np.log10(error):.1f} dB")
@@ -171,24 +172,11 @@ def caption_holds(text, things):
         return False
     for order in itertools.permutations(things):
         first, second = order[0], order[:2][-1]  # of one thing no relation is true
-        relations = [relation for relation in data.RELATIONS if data.related(first.cell, relation, second.cell)]
-        if any(text in phrasings(order, relation) for relation in relations or [None]):
+        relations = [relation for relation in data.RELATIONS if data.related(first.quarter, relation, second.quarter)]
+        if any(text in data.phrasings(order, relation) for relation in relations or [None]):
             return True
     return False
 
-
-def phrasings(order, relation):
-    a = [f"a {thing}" for thing in order]
-    at = [f"{noun} in the {data.PLACES[thing.cell]}" for noun, thing in zip(a, order)]
-    if len(order) == 1:
-        return [a[0], at[0]]
-    pair = f"{a[0]} {relation} {a[1]}"
-    if len(order) == 2:
-        return [pair, pair, f"{a[0]} and {a[1]}", f"{at[0]} and {at[1]}"]
-    return [f"{pair} and {a[2]}", f"{pair} and {at[2]}", f"{at[0]}, {a[1]} and {a[2]}", f"{a[0]}, {a[1]} and {a[2]}"]
-
-
-Y, X = np.mgrid[0:data.SIDE, 0:data.SIDE] + 0.5  # the middles of the pixels
 
 
 def read_scene(image):
@@ -202,7 +190,7 @@ def read_scene(image):
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     things = []
     for patch in patches(abs(image - np.median(border, axis=0)).max(axis=2) > 80):
-        y, x = Y[patch].mean(), X[patch].mean()
+        y, x = data.GRID_Y[patch].mean(), data.GRID_X[patch].mean()
         shape, radius = fit_outline(patch, y, x)
         hue = 360 * colorsys.rgb_to_hsv(*np.median(image[patch], axis=0) / 255)[0]
         color = min(data.COLORS, key=lambda name: abs((hue - data.COLORS[name] + 180) % 360 - 180))
@@ -227,12 +215,14 @@ def patches(foreground):
 
 def fit_outline(patch, y, x):
     """The shape whose outline of equal area, about the patch's middle, covers it best -> its name, its radius."""
+    def covers(shape, y, x, radius):
+        return data.distance(shape, data.GRID_X - x, data.GRID_Y - y, radius) < 0
+
     area = patch.sum()
     best, shape, radius = 0.7, "unknown", (area / 3.0) ** 0.5
     for candidate in data.SHAPES:
-        unit = (data.distance(candidate, X - 32, Y - 32, 16.0) < 0).sum() / 256  # its area at radius 1
-        r = (area / unit) ** 0.5
-        outline = data.distance(candidate, X - x, Y - y, r) < 0
+        r = 16.0 * (area / covers(candidate, 32, 32, 16.0).sum()) ** 0.5  # the radius that gives this area
+        outline = covers(candidate, y, x, r)
         overlap = (outline & patch).sum() / (outline | patch).sum()
         if overlap > best:
             best, shape, radius = overlap, candidate, r

@@ -9,18 +9,16 @@ weight, its gradient, Adam's two and the running average), 2 on every GPU (the w
 bf16, the activations of as many rows at once as fit. Where the whole share does not fit, with --checkpointing, which
 takes a third more time; where it still does not, in several passes, for which every GPU keeps 4 more bytes per
 parameter (the sum of the gradients so far)."""
-import functools
 import os
 import sys
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from model import PRESETS, DDiT, JointBlock
-from t5 import Block, T5Encoder
-from train import RECIPES
+from model import PRESETS, DDiT
+from t5 import T5Encoder
+from train import RECIPES, checkpoint_activations
 from vae import VAE
 
 PEAK, MEMORY, REACHED = 989e12, 80e9, 0.5
@@ -59,13 +57,6 @@ def activation_bytes(run):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         run()
     return sum(base.nbytes for base in saved.values() if not isinstance(base, torch.nn.Parameter))
-
-
-def checkpoint_activations(module):
-    """Save only what enters a block; its inside is computed again in the backward pass."""
-    for block in module.modules():
-        if isinstance(block, (JointBlock, Block)):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def one_row(config, recipe):

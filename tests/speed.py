@@ -20,7 +20,7 @@ from PIL import Image
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from on_paper import activation_bytes, model_flops
 
-from data import Mapped, Records, World
+from data import Batches, Mapped, Records, Subset, World
 from losses import (
     ImageHalf,
     TextHalf,
@@ -36,7 +36,7 @@ from losses import (
 from model import PRESETS, Config, DDiT, DDiTConfig, DualDiffusion
 from sample import SHIPPED
 from t5 import T5Config, T5Encoder
-from train import RECIPES, Feed, Stream, make_mesh, parallelize
+from train import RECIPES, make_mesh, parallelize
 
 MIDDLE = Config(DDiTConfig(depth=8, width=512, heads=8, text_dim=512, pos_size=64),
                 T5Config(d_model=512, num_layers=6, num_heads=8, d_kv=64, d_ff=1024))
@@ -152,12 +152,12 @@ def row_rate():
     with tempfile.TemporaryDirectory() as folder:
         np.save(os.path.join(folder, "latents.npy"), np.zeros((25_000, 2, 16, 8, 8), np.float16))
         recipe = RECIPES["tiny"]["3"]
-        feed = Feed(World(), np.arange(25_000), Mapped(os.path.join(folder, "latents.npy")))
-        stream = Stream(feed, feed, DualDiffusion.load(SHIPPED).tokenizer, recipe, 0, slice(0, recipe.batch))
+        subset = Subset(World(), np.arange(25_000), Mapped(os.path.join(folder, "latents.npy")))
+        batches = Batches(subset, subset, DualDiffusion.load(SHIPPED).tokenizer, recipe, 0, slice(0, recipe.batch))
         times = []
         for step in range(100):
             start = time.perf_counter()
-            stream[step]
+            batches[step]
             times.append(time.perf_counter() - start)
         print(f"one process makes {recipe.batch / statistics.median(times):.0f} tiny rows a second", flush=True)
 

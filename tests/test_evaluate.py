@@ -29,7 +29,7 @@ def test_the_reader_sees_what_is_wrong_in_a_drawing():
     world = World(5)
     i = next(i for i in range(100) if len(world.scene(i)[0]) == 1)
     image, things = world.image(i).copy(), world.scene(i)[0]
-    empty = (things[0].cell + 1) % 4
+    empty = (things[0].quarter + 1) % 4
     y, x = empty // 2 * 32 + 8, empty % 2 * 32 + 8
     image[y:y + 12, x:x + 12] = (220, 40, 40)  # an extra object
     assert sorted(evaluate.read_scene(image)) == sorted([*things, Thing("small", "red", "square", empty)])
@@ -46,7 +46,7 @@ def test_captions_of_a_scene_hold_and_others_do_not():
         assert evaluate.caption_holds(f"  {text.upper().replace(' ', '  ')}. ", things), text
         assert not evaluate.caption_holds(text, things[1:])
         assert not evaluate.caption_holds(text, [*things, things[0]])
-        moved = [t._replace(cell=3 - t.cell) for t in things]  # every relation and place turns round
+        moved = [t._replace(quarter=3 - t.quarter) for t in things]  # every relation and place turns round
         claims = re.search(" in the |" + "|".join(data.RELATIONS), text)
         assert evaluate.caption_holds(text, moved) == (not claims)
 
@@ -67,7 +67,7 @@ def test_the_truth_of_captions(text, truth):
 
 
 def test_nothing_is_true_of_what_no_scene_is():
-    four = [Thing("small", "red", shape, cell) for cell, shape in enumerate(data.SHAPES)]
+    four = [Thing("small", "red", shape, quarter) for quarter, shape in enumerate(data.SHAPES)]
     for text in ("", "a small red circle above a small red triangle", "a small red circle and a small red square"):
         assert not evaluate.caption_holds(text, []) and not evaluate.caption_holds(text, four)
 
