@@ -83,7 +83,9 @@ def own_data(dd, args):
     bad = []
     ids = [int(i) for i in chosen if data.readable(source, int(i), bad) is not None]
     if bad:
-        data.warn(f"{len(bad)} images cannot be read and are left out")
+        data.warn(f"{len(bad)} images cannot be read and are left out, the first: {bad[0]}")
+    if not ids:
+        fail(f"{' '.join(args.data)}: no image can be read")
     if dd.ddit is None:
         reconstruct(dd, source, ids)
         return {}
@@ -253,13 +255,14 @@ def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="benchmarks:\n" + "\n".join(first_lines))
     parser.add_argument("benchmark", choices=list(BENCHMARKS))
-    parser.add_argument("--ckpt", default=SHIPPED, help="the model's file; default: the small model that ships")
+    parser.add_argument("--ckpt", default=SHIPPED, metavar="FILE", help="the model's file; default: the small model that ships")
     add_parts(parser)
     parser.add_argument("--data", nargs="+", help="images and texts, as train.py takes them: .json, .jsonl, .tar or "
                         "folders")
     parser.add_argument("--unseen", action="store_true", help="of --data only the images that train.py keeps apart and "
                         "never learns from: one in twenty, at most 250")
-    parser.add_argument("--num", type=number(int, 1, 10 ** 6), default=1000, help="images to judge on; default: 1000")
+    parser.add_argument("--num", type=number(int, 1, 10 ** 6), default=1000, help="images to judge on, at most; default: "
+                        "1000")
     parser.add_argument("--kinds", nargs="+", choices=[*data.KINDS, "same"], default=list(data.KINDS), metavar="KIND",
                         help="of questions in the built-in world, as train.py's; default: all but same")
     parser.add_argument("--seed", type=seed, default=0, help="of scenes, of what is drawn from --data, and of sampling")
@@ -281,7 +284,8 @@ def main():
     if dd.missing and not autoencoder_alone:
         fail(f"{args.ckpt}: holds no {' and no '.join(dd.missing)}; `python sample.py --ckpt {args.ckpt} --describe` "
              f"tells what it holds")
-    print(report(BENCHMARKS[args.benchmark](dd, args)))
+    if scores := BENCHMARKS[args.benchmark](dd, args):
+        print(report(scores))
 
 
 if __name__ == "__main__":

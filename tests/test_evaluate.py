@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import data
+import train
 from data import Thing, World
 from model import DualDiffusion
 from sample import SHIPPED
@@ -79,6 +80,10 @@ def test_wilson_interval():
     assert evaluate.interval([]) == (0, pytest.approx(79.3, abs=0.1))
 
 
+def test_scenes_are_those_that_training_never_draws():
+    assert evaluate.UNSEEN == train.UNSEEN
+
+
 def test_every_benchmark_says_what_it_measures():
     for benchmark in evaluate.BENCHMARKS.values():
         first, empty, *rest = benchmark.__doc__.splitlines()
@@ -130,12 +135,19 @@ def world_on_disk(tmp_path):
 
 def test_images_of_the_user(world_on_disk, monkeypatch, capsys):
     out, err = run(monkeypatch, capsys, "data", "--data", world_on_disk)
-    assert "1 images cannot be read and are left out" in err
+    assert "1 images cannot be read and are left out, the first: " in err and "7.png: cannot be read as an image" in err
     scores = figures(out)
     assert scores["answers"] == (19, 19) and scores["captions"][1] == 29
     assert figures(run(monkeypatch, capsys, "data", "--data", world_on_disk, "--num", 5)[0])["captions"][1] in (4, 5)
     unseen = len(data.Records([str(world_on_disk)], 64).split(250)[0])
     assert figures(run(monkeypatch, capsys, "data", "--data", world_on_disk, "--unseen")[0])["captions"][1] == unseen
+
+
+def test_no_image_at_all(world_on_disk, monkeypatch, capsys):
+    for path in world_on_disk.parent.glob("*.png"):
+        path.write_bytes(b"")
+    err = run(monkeypatch, capsys, "data", "--data", world_on_disk, status=2)[1]
+    assert err.splitlines()[-1].endswith("data.jsonl: no image can be read")
 
 
 def test_a_model_of_stage_0_is_judged_by_its_reconstructions(world_on_disk, tmp_path, monkeypatch, capsys):
@@ -145,7 +157,7 @@ def test_a_model_of_stage_0_is_judged_by_its_reconstructions(world_on_disk, tmp_
     assert float(re.fullmatch(r"reconstruction of 80 unseen images: ([\d.]+) dB", first)[1]) > 30
     assert figures("\n".join(rest)).keys() == {"reader, true scenes", "scenes read back"}
     out, _ = run(monkeypatch, capsys, "data", "--data", world_on_disk, "--ckpt", path)
-    assert re.fullmatch(r"reconstruction of 29 unseen images: [\d.]+ dB\s*", out)
+    assert re.fullmatch(r"reconstruction of 29 unseen images: [\d.]+ dB\n", out)
 
 
 @pytest.mark.parametrize("args, message", [
