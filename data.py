@@ -100,8 +100,8 @@ class World:
         canvas = np.broadcast_to(background, (SIDE, SIDE, 3)).copy()
         for thing, ((cx, cy), r, rgb) in zip(things, looks):
             top, left = thing.quarter // 2 * 32, thing.quarter % 2 * 32
-            y, x = np.mgrid[top:top + 32, left:left + 32] + 0.5  # centres of the pixels
-            inside = np.clip(0.5 - distance(thing.shape, x - cx, y - cy, r), 0, 1)[..., None]
+            x, y = np.arange(left, left + 32) + 0.5 - cx, np.arange(top, top + 32)[:, None] + 0.5 - cy
+            inside = np.clip(0.5 - distance(thing.shape, x, y, r), 0, 1)[..., None]
             quarter = canvas[top:top + 32, left:left + 32]
             quarter += inside * (np.array(rgb) - quarter)
         return (canvas * 255 + 0.5).astype(np.uint8)
@@ -159,9 +159,9 @@ def refer(thing, things, rng, hide=None):
             return " ".join([getattr(thing, f) for f in fields] + ["shape"] * ("shape" not in fields))
 
 
-# Each kind of question is a function of a thing, of a phrase that fits this thing alone (`phrase`), of all things of the
-# scene and of a random generator -> question, its only right answer; None if this try finds no fair question. To add a
-# kind, write such a function and list it in KINDS, in the workshop, where the kinds about two things are.
+# Each kind of question is a function of a thing, a phrase that fits it alone, all things of the scene and a random
+# generator -> question, its only right answer; None if this try finds no fair question. To add a kind, write such a
+# function and list it in KINDS (in the workshop, after the kinds that are about two things).
 
 
 def ask_color(thing, phrase, things, rng):
@@ -199,12 +199,10 @@ def distance(shape, x, y, r):
     """Signed distance in pixels, negative inside, of points (x right, y down) to a shape of radius r at the origin."""
     if shape == "circle":
         return np.hypot(x, y) - r
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) - 0.88 * r
     if shape == "triangle":  # equilateral, point up, about its centroid
         return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r
-    x, y = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))  # cross: two bars, folded into one
-    return np.maximum(x - r, y - 0.36 * r)
+    x, y = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))  # eight equal parts, folded into one
+    return x - 0.88 * r if shape == "square" else np.maximum(x - r, y - 0.36 * r)  # or the cross: two bars
 
 
 def ask_relation(thing, phrase, things, rng):
@@ -333,22 +331,24 @@ class Record(NamedTuple):
 
 def read_list(path):
     """The records of a .json list, or of a .jsonl of one object per line. At most one image in ten may be missing."""
-    number, missing, unit = 0, [], "item" if path.endswith(".json") else "line"
+    total, missing = 0, []
     with open(regular_file(path), "rb") as f:
-        for number, row in enumerate(parse(f.read(), path, list, f"a list of {FORM}") if unit == "item" else f, 1):
-            where = f"{path}, {unit} {number}"
-            if unit == "line" and not row.strip():
-                continue
-            row = parse(row.strip(), where, dict, FORM) if unit == "line" else row
+        if path.endswith(".json"):
+            rows = enumerate(parse(f.read(), path, list, f"a list of {FORM}"), 1)
+            rows = ((f"{path}, item {k}", row) for k, row in rows)
+        else:
+            rows = ((f"{path}, line {k}", line.strip()) for k, line in enumerate(f, 1) if line.strip())
+            rows = ((where, parse(line, where, dict, FORM)) for where, line in rows)
+        for total, (where, row) in enumerate(rows, 1):
             record = Record.read(row, os.path.dirname(path), where)
             if record and not os.path.isfile(record.image):
                 missing.append(f"{where}: no such image: {record.image}")
             else:
                 yield record
-    if len(missing) * 10 > number:
-        raise ValueError(f"{missing[0]} ({len(missing)} of {number} are missing)")
+    if len(missing) * 10 > total:
+        raise ValueError(f"{missing[0]} ({len(missing)} of {total} are missing)")
     if missing:
-        warn(f"left out {len(missing)} of {number}: {'; '.join(missing[:3])}")
+        warn(f"left out {len(missing)} of {total}: {'; '.join(missing[:3])}")
 
 
 def read_folder(path):
