@@ -6,8 +6,7 @@ A source of data has a `size`, the side of its images in pixels, a `fingerprint`
     caption(i, rng)     one of its captions; None if it has none
     question(i, rng)    one of its questions, with the answer; None if it has none
 
-There are two. `World` draws scenes without end, so that everything runs, learns and is judged with nothing to download.
-`Records`, in the workshop, reads the user's files.
+`World` draws scenes without end, with nothing to download; `Records`, in the workshop, reads the user's files.
 """
 import colorsys
 import fcntl
@@ -41,6 +40,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")  # row by row
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1)}  # axis (0 rows), direction
 HELD = {("yellow", "triangle"), ("purple", "circle"), ("cyan", "square")}  # colour-shape pairs kept for testing
+CENTERS = np.arange(SIDE) + 0.5  # of the pixels of a row or a column
 
 
 class Thing(NamedTuple):
@@ -91,8 +91,7 @@ class World:
             hue, saturation, value = COLORS[color] + rng.uniform(-6, 6), rng.uniform(.75, .92), rng.uniform(.8, .95)
             things.append(Thing(size, color, shape, quarter))
             looks.append((center, r, colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value)))
-        background = rng.uniform(0.86, 0.97) + rng.uniform(-0.02, 0.02, 3)
-        return things, looks, background
+        return things, looks, rng.uniform(0.86, 0.97) + rng.uniform(-0.02, 0.02, 3)
 
     def image(self, i):
         """-> (64,64,3) uint8. Edges are smooth: a pixel that an outline crosses is part thing, part background."""
@@ -100,7 +99,7 @@ class World:
         canvas = np.broadcast_to(background, (SIDE, SIDE, 3)).copy()
         for thing, ((cx, cy), r, rgb) in zip(things, looks):
             top, left = thing.quarter // 2 * 32, thing.quarter % 2 * 32
-            x, y = np.arange(left, left + 32) + 0.5 - cx, np.arange(top, top + 32)[:, None] + 0.5 - cy
+            x, y = CENTERS[left:left + 32] - cx, CENTERS[top:top + 32, None] - cy
             inside = np.clip(0.5 - distance(thing.shape, x, y, r), 0, 1)[..., None]
             quarter = canvas[top:top + 32, left:left + 32]
             quarter += inside * (np.array(rgb) - quarter)
