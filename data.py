@@ -429,7 +429,7 @@ class Mapped:
     @functools.cached_property
     def array(self):
         array = np.load(self.path, mmap_mode="r") if self.path.endswith(".npy") else np.memmap(self.path, mode="r")
-        return np.asarray(array)  # whose rows are found sooner
+        return np.asarray(array)  # plain arrays are indexed faster than memmaps
 
 
 class Records:
@@ -685,7 +685,7 @@ def batches(count, height, width, desc=None):
 
 
 def warn(message):
-    tqdm.write(f"warning: {message}", file=sys.stderr)  # not into a bar
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # tqdm's, or it would run into a bar
 
 
 def one_line(error):
