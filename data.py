@@ -6,8 +6,7 @@ A source of data has a `size`, the side of its images in pixels, a `fingerprint`
     caption(i, rng)     one of its captions; None if it has none
     question(i, rng)    one of its questions, with the answer; None if it has none
 
-There are two. `World` draws scenes without end, so that everything runs, learns and is judged with nothing to download.
-`Records`, in the workshop, reads the user's files.
+`World` draws scenes without end, with nothing to download; `Records`, in the workshop, reads the user's files.
 """
 import colorsys
 import fcntl
@@ -41,6 +40,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")  # row by row
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1)}  # axis (0 rows), direction
 HELD = {("yellow", "triangle"), ("purple", "circle"), ("cyan", "square")}  # colour-shape pairs kept for testing
+CENTERS = np.arange(SIDE) + 0.5  # of the pixels of a row or a column
 
 
 class Thing(NamedTuple):
@@ -91,8 +91,7 @@ class World:
             hue, saturation, value = COLORS[color] + rng.uniform(-6, 6), rng.uniform(.75, .92), rng.uniform(.8, .95)
             things.append(Thing(size, color, shape, quarter))
             looks.append((center, r, colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value)))
-        background = rng.uniform(0.86, 0.97) + rng.uniform(-0.02, 0.02, 3)
-        return things, looks, background
+        return things, looks, rng.uniform(0.86, 0.97) + rng.uniform(-0.02, 0.02, 3)
 
     def image(self, i):
         """-> (64,64,3) uint8. Edges are smooth: a pixel that an outline crosses is part thing, part background."""
@@ -100,8 +99,8 @@ class World:
         canvas = np.broadcast_to(background, (SIDE, SIDE, 3)).copy()
         for thing, ((cx, cy), r, rgb) in zip(things, looks):
             top, left = thing.quarter // 2 * 32, thing.quarter % 2 * 32
-            y, x = np.mgrid[top:top + 32, left:left + 32] + 0.5  # centres of the pixels
-            inside = np.clip(0.5 - distance(thing.shape, x - cx, y - cy, r), 0, 1)[..., None]
+            x, y = CENTERS[left:left + 32] - cx, CENTERS[top:top + 32, None] - cy
+            inside = np.clip(0.5 - distance(thing.shape, x, y, r), 0, 1)[..., None]
             quarter = canvas[top:top + 32, left:left + 32]
             quarter += inside * (np.array(rgb) - quarter)
         return (canvas * 255 + 0.5).astype(np.uint8)
@@ -159,9 +158,9 @@ def refer(thing, things, rng, hide=None):
             return " ".join([getattr(thing, f) for f in fields] + ["shape"] * ("shape" not in fields))
 
 
-# Each kind of question is a function of a thing, of a phrase that fits this thing alone (`phrase`), of all things of the
-# scene and of a random generator -> question, its only right answer; None if this try finds no fair question. To add a
-# kind, write such a function and list it in KINDS, in the workshop, where the kinds about two things are.
+# Each kind of question is a function of a thing, a phrase that fits it alone, all things of the scene and a random
+# generator -> question, its only right answer; None if this try finds no fair question. To add a kind, write such a
+# function and list it in KINDS (in the workshop, after the kinds that are about two things).
 
 
 def ask_color(thing, phrase, things, rng):
@@ -199,12 +198,10 @@ def distance(shape, x, y, r):
     """Signed distance in pixels, negative inside, of points (x right, y down) to a shape of radius r at the origin."""
     if shape == "circle":
         return np.hypot(x, y) - r
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) - 0.88 * r
     if shape == "triangle":  # equilateral, point up, about its centroid
         return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r
-    x, y = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))  # cross: two bars, folded into one
-    return np.maximum(x - r, y - 0.36 * r)
+    x, y = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))  # eight equal parts, folded into one
+    return x - 0.88 * r if shape == "square" else np.maximum(x - r, y - 0.36 * r)  # or the cross: two bars
 
 
 def ask_relation(thing, phrase, things, rng):
@@ -333,22 +330,24 @@ class Record(NamedTuple):
 
 def read_list(path):
     """The records of a .json list, or of a .jsonl of one object per line. At most one image in ten may be missing."""
-    number, missing, unit = 0, [], "item" if path.endswith(".json") else "line"
+    total, missing = 0, []
     with open(regular_file(path), "rb") as f:
-        for number, row in enumerate(parse(f.read(), path, list, f"a list of {FORM}") if unit == "item" else f, 1):
-            where = f"{path}, {unit} {number}"
-            if unit == "line" and not row.strip():
-                continue
-            row = parse(row.strip(), where, dict, FORM) if unit == "line" else row
+        if path.endswith(".json"):
+            rows = enumerate(parse(f.read(), path, list, f"a list of {FORM}"), 1)
+            rows = ((f"{path}, item {k}", row) for k, row in rows)
+        else:
+            rows = ((f"{path}, line {k}", line.strip()) for k, line in enumerate(f, 1) if line.strip())
+            rows = ((where, parse(line, where, dict, FORM)) for where, line in rows)
+        for total, (where, row) in enumerate(rows, 1):
             record = Record.read(row, os.path.dirname(path), where)
             if record and not os.path.isfile(record.image):
                 missing.append(f"{where}: no such image: {record.image}")
             else:
                 yield record
-    if len(missing) * 10 > number:
-        raise ValueError(f"{missing[0]} ({len(missing)} of {number} are missing)")
+    if len(missing) * 10 > total:
+        raise ValueError(f"{missing[0]} ({len(missing)} of {total} are missing)")
     if missing:
-        warn(f"left out {len(missing)} of {number}: {'; '.join(missing[:3])}")
+        warn(f"left out {len(missing)} of {total}: {'; '.join(missing[:3])}")
 
 
 def read_folder(path):
@@ -430,7 +429,7 @@ class Mapped:
     @functools.cached_property
     def array(self):
         array = np.load(self.path, mmap_mode="r") if self.path.endswith(".npy") else np.memmap(self.path, mode="r")
-        return np.asarray(array)  # whose rows are found sooner
+        return np.asarray(array)  # plain arrays are indexed faster than memmaps
 
 
 class Records:
@@ -686,7 +685,7 @@ def batches(count, height, width, desc=None):
 
 
 def warn(message):
-    tqdm.write(f"warning: {message}", file=sys.stderr)  # not into a bar
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # tqdm's, or it would run into a bar
 
 
 def one_line(error):
