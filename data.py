@@ -620,12 +620,9 @@ class Batch(NamedTuple):
     captions: torch.Tensor            # (B,L) tokens for the image loss
     tokens: torch.Tensor              # (B,L) for the text loss
     maskable: torch.Tensor            # (B,L) bool, which of them may be masked
-    rows: slice                       # of the whole batch of the step
-    bad: list                         # messages about images that could not be read in this step
-
-    def to(self, device):
-        """What DataLoader has pinned is sent while the program goes on."""
-        return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self))
+    rows: slice                       # which rows of the step's whole batch these are
+    seed: int                         # of the step
+    bad: list                         # messages about images that could not be read
 
 
 class Batches(torch.utils.data.Dataset):
@@ -641,14 +638,14 @@ class Batches(torch.utils.data.Dataset):
         self.recipe, self.seed, self.rows, self.passes = recipe, seed, rows, passes
 
     def __getitem__(self, step):
-        bad, batches, first = [], [], step * self.recipe.batch
+        batches, first = [], step * self.recipe.batch
         size = (self.rows.stop - self.rows.start) // self.passes
         for start in range(self.rows.start, self.rows.stop, size):
-            rows = [self.row(first + k, bad) for k in range(start, start + size)]
-            images, text_images, *texts = zip(*rows)
+            bad, rows = [], slice(start, start + size)
+            images, text_images, *texts = zip(*(self.row(first + k, bad) for k in range(start, start + size)))
             text_images = None if self.texts is self.images else torch.stack(text_images)
-            batches.append(Batch(torch.stack(images), text_images, *map(torch.tensor, texts),
-                                 slice(start, start + size), bad))
+            batches.append(Batch(torch.stack(images), text_images, *map(torch.tensor, texts), rows,
+                                 self.seed * 1_000_003 + step, bad))
         return batches
 
     def row(self, n, bad):

@@ -117,11 +117,11 @@ def learning_rate(recipe, step):
     return rise * (1 - step / recipe.steps if recipe.schedule == "linear" else 1.0)
 
 
-def training_losses(dd, batch, recipe, seed):
+def training_losses(dd, batch, recipe):
     """What a training step learns from -> total, image loss, text loss (scalars). batch: a data.Batch, its images as
-    moments; seed: of the step. All that is random is drawn for the whole batch of the step, and every process takes its
-    own rows: the step is the same on any number of processes."""
-    rows, generator = batch.rows, torch.Generator().manual_seed(seed)
+    moments. All that is random is drawn for the whole batch of the step, and every process takes its own rows: the step
+    is the same on any number of processes."""
+    rows, generator = batch.rows, torch.Generator().manual_seed(batch.seed)
     image_t = losses.logit_normal_times(recipe.batch, recipe.time_mean, recipe.time_std, generator)[rows]
     text_t = losses.stratified_times(recipe.batch, generator=generator)[rows]
     posterior, noise = batch_noise(2, recipe.batch, batch.images.shape[2:], generator, dd.device)[:, rows]
@@ -146,7 +146,7 @@ def train(learner, log, loader, validate, show, args, recipe):
     model can do so far."""
     for step, passes in log.steps(loader):
         for k, batch in enumerate(passes, 1):  # several, where the memory is too small for one
-            loss, *parts = learner.losses(batch, step_seed(args.seed, step))
+            loss, *parts = learner.losses(batch)
             learner.backward(loss / len(passes), last=k == len(passes))
             log.add(parts, batch)
         norm = learner.step(step)
@@ -170,21 +170,17 @@ def train(learner, log, loader, validate, show, args, recipe):
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws
 
 
-def step_seed(seed, step):
-    return seed * 1_000_003 + step
-
-
 def batch_noise(count, batch, shape, generator, device):
     """(count, batch, *shape) standard normal, made on the device that needs it: at full size 50 million numbers."""
     seed = int(torch.randint(2 ** 62, (), generator=generator))
     return torch.randn(count, batch, *shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
-def autoencoder_losses(dd, batch, recipe, seed):
+def autoencoder_losses(dd, batch, recipe):
     """What a step of stage 0 learns from -> total, reconstruction, KL."""
     pixels, factor = batch.images.to(dd.device, non_blocking=True), dd.config.vae.factor
     shape = dd.config.vae.latent_channels, pixels.shape[2] // factor, pixels.shape[3] // factor
-    posterior = batch_noise(1, recipe.batch, shape, torch.Generator().manual_seed(seed), dd.device)[0, batch.rows]
+    posterior = batch_noise(1, recipe.batch, shape, torch.Generator().manual_seed(batch.seed), dd.device)[0, batch.rows]
     return losses.autoencoding_loss(dd.vae, pixels, posterior)
 
 
@@ -386,12 +382,12 @@ class Learner:
                 images = torch.stack(self.dd.vae.encode(images), 1)
         return images.float()
 
-    def losses(self, batch, seed):
+    def losses(self, batch):
         """-> the loss to learn from, and two to look at. Nothing here waits for the device."""
         if self.dd.ddit:
             batch = batch._replace(images=self.moments(batch.images), text_images=None if batch.text_images is None
                                    else self.moments(batch.text_images))
-        return self.compute_losses(self.dd, batch, self.recipe, seed)
+        return self.compute_losses(self.dd, batch, self.recipe)
 
     def backward(self, loss, last):
         """Only the last pass of a step exchanges gradients among the processes and lets gathered weights go."""
@@ -769,8 +765,7 @@ def validate(learner, batches, count):
     """Both losses on images that are held out, with the same noise and masks every time and in every run."""
     steps = -(-min(256, count) // learner.recipe.batch)
     with torch.no_grad():
-        losses = [torch.stack(learner.losses(batch, step_seed(UNSEEN, step))[1:])
-                  for step in range(steps) for batch in batches[step]]
+        losses = [torch.stack(learner.losses(batch)[1:]) for step in range(steps) for batch in batches[step]]
     return mean_over_processes(torch.stack(losses).mean(0))
 
 
@@ -952,15 +947,6 @@ def main():
     dist.destroy_process_group()
 
 
-def program():
-    try:
-        main()
-    except Exception as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        fail(f"a process that makes batches failed ({one_line(error)}); the same command goes on from the checkpoint")
-
-
 if __name__ == "__main__":
-    sample.run_program(program, "stopped; the same command goes on from the last checkpoint",
+    sample.run_program(main, "stopped; the same command goes on from the last checkpoint",
                        "--batch, or give --accumulate")
