@@ -472,23 +472,21 @@ class Tensors:
 
     def read(self, name, shape, device="cpu", dtype=torch.float32, open_file=open_safetensors):
         """-> the tensor. It must be there, in that shape, of a type that we can read, and finite: NaN or infinity would
-        give empty answers. dtype None is the file's, but bf16 for fp8, in which nothing computes. A tensor that needs no
-        conversion is the file itself, mapped."""
+        give empty answers. dtype None is the file's, but bf16 for fp8, in which nothing computes. A tensor that needs
+        no conversion is the file itself, mapped."""
         shape, pieces, tensors = self.shape(name, *shape), self.pieces(name), []
-        stored = pieces[0].dtype
-        if stored not in TYPES:
-            raise ValueError(f"{self.path}: the tensor {name} is of type {stored}; this program reads {', '.join(TYPES)}")
-        dtype = dtype or (torch.bfloat16 if stored == "F8_E4M3" else TYPES[stored])
-        for file, its_name, *_ in pieces:
-            tensors.append(open_file(file).get_tensor(its_name).to(device, dtype))
+        if (kind := pieces[0].dtype) not in TYPES:
+            raise ValueError(f"{self.path}: the tensor {name} is of type {kind}; this program reads {', '.join(TYPES)}")
+        dtype = dtype or (torch.bfloat16 if kind == "F8_E4M3" else TYPES[kind])
+        for file, raw, *_ in pieces:
+            tensors.append(open_file(file).get_tensor(raw).to(device, dtype))
             if not torch.stack(tensors[-1].aminmax()).isfinite().all():  # isfinite alone makes copies: 40 times slower
-                raise ValueError(f"{file}: the tensor {its_name} holds NaN or infinity; the file is damaged, get it again")
+                raise ValueError(f"{file}: the tensor {raw} holds NaN or infinity; the file is damaged, get it again")
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0].reshape(shape)
         # Where no MLP follows, diffusers stores (scale, shift), SD3 (shift, scale): in the image head, and in SD3's
         # last block, which ends its text stream early.
-        if "adaLN" in name and "adaLN" not in its_name and re.sub("adaLN.*", "mlp.fc2.weight", name) not in self:
-            tensor = torch.cat(tensor.chunk(2)[::-1])
-        return tensor
+        swap = "adaLN" in name and "adaLN" not in raw and re.sub("adaLN.*", "mlp.fc2.weight", name) not in self
+        return torch.cat(tensor.chunk(2)[::-1]) if swap else tensor
 
 
 # ---------------------------------------------------------------- configure: what the shapes and the file say
@@ -600,7 +598,8 @@ def inspect(path, t5=None, vae=None, tokenizer=None):
     if "ddit" in parts and "null_image_embd" in parts["ddit"] and not settings:
         settings = dict(AUTHORS)
     scheduler = read_json(os.path.join(path, "scheduler", "scheduler_config.json"))
-    config.settings = configure("settings", settings | {k: v for k, v in scheduler.items() if k == "shift"}, path)
+    settings |= {name: value for name, value in scheduler.items() if name == "shift"}
+    config.settings = configure("settings", settings, path)
 
     for part, other in (("t5", t5), ("vae", vae)):
         if other is not None:
@@ -648,13 +647,11 @@ def read_part(part, tensors, config, device, dtype):
     new = from_sd3(tensors, config) if part == "ddit" else {}
     state, mapped, open_file = {}, 0, functools.cache(open_safetensors)
     for name, tensor in module.state_dict().items():
-        if name not in new:
-            state[name] = tensors.read(name, tensor.shape, device, dtype, open_file)
-            mapped += state[name].nbytes
-            if mapped > 1 << 26:  # the pages read of an open file count as our memory: let go now and then
-                mapped = open_file.cache_clear() or 0
-    for name, tensor in new.items():
-        state[name] = tensor.to(device, state["x_embedder.proj.weight"].dtype)
+        state[name] = (tensors.read(name, tensor.shape, device, dtype, open_file) if name not in new else
+                       new[name].to(device, state["x_embedder.proj.weight"].dtype))
+        mapped += state[name].nbytes
+        if mapped > 1 << 26:  # the pages read of an open file count as our memory: let go now and then
+            mapped = open_file.cache_clear() or 0
     module.load_state_dict(state, assign=True)
     return module
 
@@ -668,9 +665,9 @@ def from_sd3(tensors, config):
     block ends its text stream after the attention: what follows starts behind zero gates. The text head is new."""
     new = {}
     if "y_embedder.mlp.0.bias" in tensors:
-        b0, w2, b2, bias = (tensors.read(name, [config.width] * axes) for name, axes in (
-            ("y_embedder.mlp.0.bias", 1), ("y_embedder.mlp.2.weight", 2), ("y_embedder.mlp.2.bias", 1),
-            ("t_embedder.mlp.2.bias", 1)))
+        b0, b2, bias = (tensors.read(f"{name}.bias", [config.width]) for name in (
+            "y_embedder.mlp.0", "y_embedder.mlp.2", "t_embedder.mlp.2"))
+        w2 = tensors.read("y_embedder.mlp.2.weight", [config.width, config.width])
         new["t_embedder.mlp.2.bias"] = bias + w2 @ F.silu(b0) + b2
     last = f"joint_blocks.{config.depth - 1}.context_block."
     modulation, early = last + "adaLN_modulation.1.", 2 * config.width  # shift and scale before the attention
