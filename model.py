@@ -383,12 +383,12 @@ PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5":
 KEY_TENSORS = {"ddit": "joint_blocks.0.x_block.attn.qkv.weight", "vae": "encoder.down.0.block.0.conv1.weight",
                "t5": "encoder.final_layer_norm.weight"}
 BLOCKS = {"ddit": "joint_blocks|transformer_blocks", "vae": "encoder.down|encoder.down_blocks", "t5": "encoder.block"}
-HEAD = "text_head.linear.weight"  # where it lacks, the text head is new
+HEAD = "text_head.linear.weight"  # if it is missing, the text head is new
 SPIECE = "spiece_model"  # in our files: the tokenizer, as a uint8 tensor
 
 # diffusers: a folder per part (the authors' release: text_encoder; SD3's own: text_encoder_3, beside two of CLIP's),
-# and other names. Each line replaces a piece of our name, one after the other. {x}: three tensors, q, k and v. The two
-# image_ modules are named by the authors; SD3's lack that beginning. T5's table has two names; files have one or both.
+# and other names. Each line replaces a piece of our name, one after the other. {x}: three tensors, q, k and v. The
+# names with image_ are the authors', SD3's are without. T5's table has two names, and a file has either or both.
 FOLDERS = {"ddit": ["transformer"], "t5": ["text_encoder_3", "text_encoder"], "vae": ["vae"]}
 DIFFUSERS = {"t5": "shared encoder.embed_tokens", "ddit": """
     pos_embed                         pos_embed.pos_embed
@@ -431,8 +431,8 @@ DIFFUSERS = {"t5": "shared encoder.embed_tokens", "ddit": """
 
 @functools.cache
 def diffusers_names(part, name, blocks):
-    """Our name of a tensor -> its one or three in diffusers, which counts the VAE's levels going up from the other end.
-    blocks: how many blocks or levels the part has."""
+    """Our name of a tensor -> [its one name, or three] in diffusers. blocks: how many blocks or levels the part has;
+    diffusers counts the VAE's levels going up from the other end."""
     for line in DIFFUSERS[part].strip().splitlines():
         name = name.replace(*line.split())
     name = re.sub(r"(?<=up_blocks\.)\d+", lambda level: str(blocks - 1 - int(level[0])), name)
@@ -448,7 +448,7 @@ class Tensors:
         self.blocks = len({match[2] for match in matches if match})  # or levels
 
     def pieces(self, name):
-        """-> the TensorInfo of its pieces along the first axis: one, or three; none where it lacks."""
+        """-> [TensorInfo]: one, or three to be joined along the first axis, or none if it is missing."""
         names = [name.removeprefix("image_") for name in diffusers_names(self.part, name, self.blocks)]
         names = [name] if name in self.infos else names
         return [self.infos[name] for name in names] if all(name in self.infos for name in names) else []
@@ -457,7 +457,7 @@ class Tensors:
         return bool(self.pieces(name))
 
     def shape(self, name, *expected):
-        """Raises ValueError where the tensor lacks, or is not as expected (None: any size)."""
+        """-> the tensor's. Raises ValueError if it is missing, or not as expected (None: any size)."""
         pieces, where = self.pieces(name), f"{self.path}: the tensor {name}"
         if not pieces:
             raise ValueError(f"{where} is missing; the file is incomplete")
@@ -502,15 +502,16 @@ DIFFUSERS_FIELDS = {"ddit": {"num_attention_heads": "heads", "num_layers": "dept
 
 
 def from_shapes(part, tensors, header):
-    """What the shapes of a part's tensors say -> {name: value}."""
-    def size(name, axis, axes=2):
-        return tensors.shape(f"{name}.weight" if axes in (2, 4) else name, *[None] * axes)[axis]
+    """What the shapes of a part's tensors say of its configuration -> {name: value}."""
+    def size(module, axis, axes=2):
+        return tensors.shape(f"{module}.weight", *[None] * axes)[axis]
 
     if part == "ddit":
         width, head = size("x_embedder.proj", 0, 4), {"vocab": size("text_head.linear", 0)} if HEAD in tensors else {}
         return head | {"depth": tensors.blocks, "width": width, "heads": header.get("heads", width // 64),
                        "patch": size("x_embedder.proj", 2, 4), "channels": size("x_embedder.proj", 1, 4),
-                       "text_dim": size("context_embedder", 1), "pos_size": math.isqrt(size("pos_embed", 1, 3)),
+                       "text_dim": size("context_embedder", 1),
+                       "pos_size": math.isqrt(tensors.shape("pos_embed", 1, None, None)[1]),
                        "qk_norm": "joint_blocks.0.x_block.attn.ln_q.weight" in tensors}
     if part == "vae":
         convs = ["conv_in", *(f"down.{i}.block.0.conv1" for i in range(tensors.blocks)), "conv_out"]
@@ -535,8 +536,8 @@ RULES = {
 
 
 def configure(part, header, where, shapes=None):
-    """What a file says of a part or of the settings, and what its tensors' shapes say, each {name: value} -> the part's
-    dataclass. Here alone a configuration is checked: an impossible value would fail far from where it comes from."""
+    """What a file's header says of a part or of the settings, and what its shapes say, each {name: value} -> the part's
+    dataclass. Configurations are checked here and nowhere else: an impossible value would fail far from its source."""
     kind = type(getattr(Config(), part))
     values, usual, most = header | (shapes or {}), asdict(kind()), 2 ** (14 if part == "settings" else 20)
     for name, value in values.items():

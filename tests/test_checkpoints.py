@@ -30,10 +30,10 @@ PREFIX = {"single": "model.diffusion_model.", "vae": "first_stage_model.", "t5":
 
 def states(*parts):
     """Random weights as an SD3 file has them."""
-    found = {part: make_golden.random_state(SHAPES[part]) for part in parts}
-    if "single" in found:
-        found["single"] = make_golden.sd3_part(found["single"], make_golden.SINGLE)
-    return found
+    result = {part: make_golden.random_state(SHAPES[part]) for part in parts}
+    if "single" in result:
+        result["single"] = make_golden.sd3_part(result["single"], make_golden.SINGLE)
+    return result
 
 
 def single_file(path, *parts, dtype=torch.float32):
