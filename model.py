@@ -142,6 +142,7 @@ class TextHead(nn.Module):
 
 
 class DDiT(nn.Module):
+    """Figure 1. The time embedding modulates both streams; wherever text is predicted, the time is 0."""
     def __init__(self, config: DDiTConfig):
         super().__init__()
         self.config = config
@@ -256,8 +257,7 @@ class DualDiffusion(nn.Module):
     @classmethod
     def load(cls, path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
         """A file of ours, an SD3 single file, or a folder in diffusers layout -> the system; see `read_parts`."""
-        config, tokenizer, parts = read_parts(path, t5, vae, tokenizer, device, dtype, offload)
-        return cls(config, tokenizer, **parts).eval()
+        return cls(**read_parts(path, t5, vae, tokenizer, device, dtype, offload)).eval()
 
     def save(self, path, dtype=None):
         """One self-contained .safetensors; see `write_file`."""
@@ -351,6 +351,8 @@ def safetensors_files(folder):
 def open_checkpoint(path):
     """A .safetensors file, or a folder of one or of shards -> {name in the file: TensorInfo}, and what header and
     config.json say of its parts' configurations, {part: {name: value}}. Raises ValueError for other models."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint")
     infos, metadata = {}, {}
     for file in safetensors_files(path) if os.path.isdir(path) else [path]:
         if file.endswith((".ckpt", ".pth", ".pt", ".bin")):
@@ -371,7 +373,7 @@ def open_checkpoint(path):
         raise ValueError(f"{path}: the configuration in its header should hold an object for each part")
     json_file = read_json(os.path.join(path, "config.json"))
     for part, names in DIFFUSERS_FIELDS.items():
-        header.setdefault(part, {ours: json_file[name] for name, ours in names.items() if name in json_file})
+        header.setdefault(part, {names[name]: value for name, value in json_file.items() if name in names})
     return infos, header
 
 
@@ -449,9 +451,10 @@ class Tensors:
 
     def pieces(self, name):
         """-> [TensorInfo]: one, or three to be joined along the first axis, or none if it is missing."""
+        if name in self.infos:
+            return [self.infos[name]]
         names = [name.removeprefix("image_") for name in diffusers_names(self.part, name, self.blocks)]
-        names = [name] if name in self.infos else names
-        return [self.infos[name] for name in names] if all(name in self.infos for name in names) else []
+        return [self.infos[name] for name in names] if self.infos.keys() >= {*names} else []
 
     def __contains__(self, name):
         return bool(self.pieces(name))
@@ -475,17 +478,18 @@ class Tensors:
         give empty answers. dtype None is the file's, but bf16 for fp8, in which nothing computes. A tensor that needs
         no conversion is the file itself, mapped."""
         shape, pieces, tensors = self.shape(name, *shape), self.pieces(name), []
-        if (kind := pieces[0].dtype) not in TYPES:
-            raise ValueError(f"{self.path}: the tensor {name} is of type {kind}; this program reads {', '.join(TYPES)}")
-        dtype = dtype or (torch.bfloat16 if kind == "F8_E4M3" else TYPES[kind])
-        for file, raw, *_ in pieces:
-            tensors.append(open_file(file).get_tensor(raw).to(device, dtype))
+        if (code := pieces[0].dtype) not in TYPES:
+            raise ValueError(f"{self.path}: the tensor {name} is of type {code}; this program reads {', '.join(TYPES)}")
+        dtype = dtype or (torch.bfloat16 if code == "F8_E4M3" else TYPES[code])
+        for piece in pieces:
+            tensors.append(open_file(piece.file).get_tensor(piece.name).to(device, dtype))
             if not torch.stack(tensors[-1].aminmax()).isfinite().all():  # isfinite alone makes copies: 40 times slower
-                raise ValueError(f"{file}: the tensor {raw} holds NaN or infinity; the file is damaged, get it again")
+                raise ValueError(f"{piece.file}: the tensor {piece.name} holds NaN or infinity; the file is damaged, "
+                                 f"get it again")
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0].reshape(shape)
         # Where no MLP follows, diffusers stores (scale, shift), SD3 (shift, scale): in the image head, and in SD3's
         # last block, which ends its text stream early.
-        swap = "adaLN" in name and "adaLN" not in raw and re.sub("adaLN.*", "mlp.fc2.weight", name) not in self
+        swap = "adaLN" in name and "adaLN" not in piece.name and re.sub("adaLN.*", "mlp.fc2.weight", name) not in self
         return torch.cat(tensor.chunk(2)[::-1]) if swap else tensor
 
 
@@ -547,7 +551,8 @@ def configure(part, header, where, shapes=None):
                "" if fits(value, usual[name], least, most) else f", which cannot be; {usual[name]!r} is usual")
         if why:
             raise ValueError(f"{where}: {part}.{name} is {value!r:.60}{why}")
-    config, (holds, rule) = kind(**{name: type(usual[name])(value) for name, value in values.items()}), RULES[part]
+    config = kind(**{name: type(usual[name])(value) for name, value in values.items()})
+    holds, rule = RULES[part]
     if not holds(config):
         raise ValueError(f"{where}: {rule}; here it is {config}")
     return config
@@ -575,6 +580,7 @@ def check_together(config, parts, tokenizer):
 
 
 # ---------------------------------------------------------------- inspect, read
+
 
 def inspect(path, t5=None, vae=None, tokenizer=None):
     """Look into a checkpoint, a file or a folder, and read nothing but the tokenizer -> Config, {part: Tensors},
@@ -623,7 +629,7 @@ def inspect(path, t5=None, vae=None, tokenizer=None):
 
 
 def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
-    """A file of ours, an SD3 single file, or a folder in diffusers layout -> Config, Tokenizer, {part: module}.
+    """A file of ours, an SD3 single file, or a folder in diffusers layout -> what DualDiffusion is made of, by name.
 
     t5, vae: another file or folder to take that part from; tokenizer: a spiece.model; dtype: to compute in, one for
     all or {"ddit": dtype, "t5": dtype, "vae": dtype} (a part not named: float32), None as in the file; offload: T5
@@ -636,9 +642,9 @@ def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torc
     if tokenizer is None:
         raise ValueError(f"{path}: holds no tokenizer; give T5's spiece.model (--spiece)")
     check_together(config, parts, tokenizer)
-    return config, tokenizer, {
-        part: read_part(part, tensors, getattr(config, part), "cpu" if offload and part == "t5" else device,
-                        dtypes.get(part, torch.float32)) for part, tensors in parts.items()}
+    modules = {part: read_part(part, tensors, getattr(config, part), "cpu" if offload and part == "t5" else device,
+                               dtypes.get(part, torch.float32)) for part, tensors in parts.items()}
+    return {"config": config, "tokenizer": tokenizer, **modules}
 
 
 def read_part(part, tensors, config, device, dtype):
