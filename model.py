@@ -296,7 +296,7 @@ def init_weights(ddit):
         nn.init.normal_(ddit.t_embedder.mlp[i].weight, std=0.02)
 
 
-# ---------------------------------------------------------------- open
+# ---------------------------------------------------------------- open: what lies in the files
 # `inspect` finds out from names and shapes what a file or folder holds, and reads no tensor. `read_parts` builds the
 # modules and reads what they need, nothing else. `write_folder` is the way back.
 
@@ -381,7 +381,7 @@ def open_checkpoint(path):
 
 # Stability's single files have a prefix per part. Ours are written so too.
 PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}
-# A tensor that every file with that part has.
+# A tensor that every file with that part has; how the names of its numbered blocks or levels begin.
 KEY_TENSORS = {"ddit": "joint_blocks.0.x_block.attn.qkv.weight", "vae": "encoder.down.0.block.0.conv1.weight",
                "t5": "encoder.final_layer_norm.weight"}
 BLOCKS = {"ddit": "joint_blocks|transformer_blocks", "vae": "encoder.down|encoder.down_blocks", "t5": "encoder.block"}
