@@ -142,6 +142,7 @@ class TextHead(nn.Module):
 
 
 class DDiT(nn.Module):
+    """Figure 1. The time embedding modulates both streams; wherever text is predicted, the time is 0."""
     def __init__(self, config: DDiTConfig):
         super().__init__()
         self.config = config
@@ -256,8 +257,7 @@ class DualDiffusion(nn.Module):
     @classmethod
     def load(cls, path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
         """A file of ours, an SD3 single file, or a folder in diffusers layout -> the system; see `read_parts`."""
-        config, tokenizer, parts = read_parts(path, t5, vae, tokenizer, device, dtype, offload)
-        return cls(config, tokenizer, **parts).eval()
+        return cls(**read_parts(path, t5, vae, tokenizer, device, dtype, offload)).eval()
 
     def save(self, path, dtype=None):
         """One self-contained .safetensors; see `write_file`."""
@@ -296,20 +296,20 @@ def init_weights(ddit):
         nn.init.normal_(ddit.t_embedder.mlp[i].weight, std=0.02)
 
 
-# ---------------------------------------------------------------- open
+# ---------------------------------------------------------------- open: what lies in the files
 # `inspect` finds out from names and shapes what a file or folder holds, and reads no tensor. `read_parts` builds the
 # modules and reads what they need, nothing else. `write_folder` is the way back.
 
 PART_NAMES = {"ddit": "transformer", "t5": "T5", "vae": "VAE"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to compute in; fp16 is too narrow for T5-XXL
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
-Stored = namedtuple("Stored", "file name shape dtype")  # a tensor in a file, not read yet; dtype: a key of TYPES
-opened = functools.partial(safe_open, framework="pt")
+TensorInfo = namedtuple("TensorInfo", "file name shape dtype")  # a tensor in a file; dtype: a key of TYPES
+open_safetensors = functools.partial(safe_open, framework="pt")
 
-# What else people have in .safetensors files, by pieces of the names of its tensors: where all occur, it is that.
+# Other models that people have in .safetensors files, by pieces of names: where all occur in a file, it is that.
 UNET = "a U-Net (Stable Diffusion 1, 2 or XL), another architecture"
 SD35 = "SD3.5, which has norms on queries and keys: D-DiT starts from SD3-medium (sd3_medium.safetensors)"
-REFUSED = {
+OTHER_MODELS = {
     "lora_": "a LoRA: changes to a model, not a model",
     "double_blocks.": "FLUX, another architecture", "single_transformer_blocks.": "FLUX, another architecture",
     "input_blocks.": UNET, "down_blocks.0.attentions": UNET,
@@ -348,49 +348,51 @@ def safetensors_files(folder):
     return [os.path.join(folder, name) for name in sorted(set(files))]
 
 
-def open_stored(path):
-    """A .safetensors file, or a folder of one or of shards -> {its own names: Stored}, and what it says of its parts'
-    configurations, {part: {name: value}}. Refuses other models."""
-    stored, metadata = {}, {}
+def open_checkpoint(path):
+    """A .safetensors file, or a folder of one or of shards -> {name in the file: TensorInfo}, and what header and
+    config.json say of its parts' configurations, {part: {name: value}}. Raises ValueError for other models."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    infos, metadata = {}, {}
     for file in safetensors_files(path) if os.path.isdir(path) else [path]:
         if file.endswith((".ckpt", ".pth", ".pt", ".bin")):
             raise ValueError(f"{file}: a pickle, which could run any code when opened; take the model's .safetensors")
         try:
-            with opened(regular_file(file)) as f:
+            with open_safetensors(regular_file(file)) as f:
                 slices = {name: f.get_slice(name) for name in f.keys()}
-                stored |= {k: Stored(file, k, tuple(x.get_shape()), x.get_dtype()) for k, x in slices.items()}
+                infos |= {k: TensorInfo(file, k, tuple(x.get_shape()), x.get_dtype()) for k, x in slices.items()}
                 metadata |= f.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"{file}: not a readable .safetensors file, or not all of one ({error})") from error
-    for pieces, model in REFUSED.items():
-        names = [next((name for name in stored if piece in name), None) for piece in pieces.split()]
+    for pieces, model in OTHER_MODELS.items():
+        names = [next((name for name in infos if piece in name), None) for piece in pieces.split()]
         if all(names):
             raise ValueError(f"{path}: this is {model} (it has a tensor {names[-1]})")
-    for name in [name for name in stored if name.endswith("encoder.embed_tokens.weight")]:  # some files of T5 have one
-        stored.setdefault(name.replace("encoder.embed_tokens", "shared"), stored[name])     # of these two, some both
     header = parse(metadata.get("config", "{}"), f"{path}, header", dict)
     if not all(isinstance(values, dict) for values in header.values()):
         raise ValueError(f"{path}: the configuration in its header should hold an object for each part")
-    theirs = read_json(os.path.join(path, "config.json"))
-    return stored, {part: {ours: theirs[n] for n, ours in THEIRS[part].items() if n in theirs} for part in THEIRS} | header
+    json_file = read_json(os.path.join(path, "config.json"))
+    for part, names in DIFFUSERS_FIELDS.items():
+        header.setdefault(part, {names[name]: value for name, value in json_file.items() if name in names})
+    return infos, header
 
 
 # ---------------------------------------------------------------- name: a tensor of ours in other people's files
 
 # Stability's single files have a prefix per part. Ours are written so too.
 PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}
-# A tensor that every file with that part has.
+# A tensor that every file with that part has; how the names of its numbered blocks or levels begin.
 KEY_TENSORS = {"ddit": "joint_blocks.0.x_block.attn.qkv.weight", "vae": "encoder.down.0.block.0.conv1.weight",
                "t5": "encoder.final_layer_norm.weight"}
 BLOCKS = {"ddit": "joint_blocks|transformer_blocks", "vae": "encoder.down|encoder.down_blocks", "t5": "encoder.block"}
-HEAD = "text_head.linear.weight"  # where it lacks, the text head is new
+HEAD = "text_head.linear.weight"  # if it is missing, the text head is new
 SPIECE = "spiece_model"  # in our files: the tokenizer, as a uint8 tensor
 
 # diffusers: a folder per part (the authors' release: text_encoder; SD3's own: text_encoder_3, beside two of CLIP's),
-# and other names for the transformer and the VAE. Each line replaces a piece of our name, one after the other.
-# {x}: three tensors, q, k and v. The names of the two image_ modules are the authors'; SD3's lack that beginning.
+# and other names. Each line replaces a piece of our name, one after the other. {x}: three tensors, q, k and v. The
+# names with image_ are the authors', SD3's are without. T5's table has two names, and a file has either or both.
 FOLDERS = {"ddit": ["transformer"], "t5": ["text_encoder_3", "text_encoder"], "vae": ["vae"]}
-DIFFUSERS = {"t5": "", "ddit": """
+DIFFUSERS = {"t5": "shared encoder.embed_tokens", "ddit": """
     pos_embed                         pos_embed.pos_embed
     x_embedder                        pos_embed
     t_embedder.mlp.0                  time_text_embed.timestep_embedder.linear_1
@@ -431,8 +433,8 @@ DIFFUSERS = {"t5": "", "ddit": """
 
 @functools.cache
 def diffusers_names(part, name, blocks):
-    """Our name of a tensor -> its one or three in diffusers, which counts the VAE's levels going up from the other end.
-    blocks: how many blocks or levels the part has."""
+    """Our name of a tensor -> [its one name, or three] in diffusers. blocks: how many blocks or levels the part has;
+    diffusers counts the VAE's levels going up from the other end."""
     for line in DIFFUSERS[part].strip().splitlines():
         name = name.replace(*line.split())
     name = re.sub(r"(?<=up_blocks\.)\d+", lambda level: str(blocks - 1 - int(level[0])), name)
@@ -440,55 +442,55 @@ def diffusers_names(part, name, blocks):
 
 
 class Tensors:
-    """The tensors of one part in a file or folder by our names, whatever the file calls them."""
-    def __init__(self, part, path, stored):
+    """The tensors of one part in a file or folder, by our names whatever the file calls them. Nothing is read yet."""
+    def __init__(self, part, path, infos):
         self.part, self.path = part, path
-        self.stored = {re.sub(f"^({PREFIXES[part]}|image_)", "", name): tensor for name, tensor in stored.items()}
-        matches = (re.match(rf"({BLOCKS[part]})\.(\d+)\.", name) for name in self.stored)
+        self.infos = {re.sub(f"^({PREFIXES[part]}|image_)", "", name): info for name, info in infos.items()}
+        matches = (re.match(rf"({BLOCKS[part]})\.(\d+)\.", name) for name in self.infos)
         self.blocks = len({match[2] for match in matches if match})  # or levels
 
     def pieces(self, name):
-        """-> the Stored that it consists of, to be joined along the first axis: one, three or, where it lacks, none."""
-        theirs = [their.removeprefix("image_") for their in diffusers_names(self.part, name, self.blocks)]
-        return next(([self.stored[n] for n in names] for names in ([name], theirs) if self.stored.keys() >= {*names}), [])
+        """-> [TensorInfo]: one, or three to be joined along the first axis, or none if it is missing."""
+        if name in self.infos:
+            return [self.infos[name]]
+        names = [name.removeprefix("image_") for name in diffusers_names(self.part, name, self.blocks)]
+        return [self.infos[name] for name in names] if self.infos.keys() >= {*names} else []
 
     def __contains__(self, name):
         return bool(self.pieces(name))
 
-    def shape(self, name, *wanted):
-        """Raises ValueError where it lacks, or is not as wanted (None: any size)."""
+    def shape(self, name, *expected):
+        """-> the tensor's. Raises ValueError if it is missing, or not as expected (None: any size)."""
         pieces, where = self.pieces(name), f"{self.path}: the tensor {name}"
         if not pieces:
             raise ValueError(f"{where} is missing; the file is incomplete")
         shape = tuple(n * len(pieces) if axis == 0 else n for axis, n in enumerate(pieces[0].shape))
         if ".attn_1." in name and len(shape) == 2:  # a matrix in diffusers, a 1x1 convolution here
             shape += (1, 1)
-        if len(shape) != len(wanted) or any(n not in (None, m) for n, m in zip(wanted, shape)):
-            raise ValueError(f"{where} is {shape}, it should be {wanted}".replace("None", "any"))
+        if len(shape) != len(expected) or any(n not in (None, m) for n, m in zip(expected, shape)):
+            raise ValueError(f"{where} is {shape}, it should be {expected}".replace("None", "any"))
         if any(piece.shape != pieces[0].shape for piece in pieces):
             raise ValueError(f"{where} and those beside it should have one shape")
         return shape
 
-    def read(self, name, shape, device="cpu", dtype=torch.float32, opened=opened):
-        """-> the tensor, in our form. It must be there, in that shape, of a type that we can read, and all numbers: NaN
-        or infinity would give empty answers. dtype None is the file's, but bf16 for fp8, in which nothing computes. A
-        tensor that needs no conversion is the file itself, mapped."""
-        pieces, shape = self.pieces(name), self.shape(name, *shape)
-        stored, tensors = pieces[0].dtype, []
-        if stored not in TYPES:
-            raise ValueError(f"{self.path}: the tensor {name} is of type {stored}; this program reads {', '.join(TYPES)}")
-        dtype = dtype or (torch.bfloat16 if stored == "F8_E4M3" else TYPES[stored])
+    def read(self, name, shape, device="cpu", dtype=torch.float32, open_file=open_safetensors):
+        """-> the tensor. It must be there, in that shape, of a type that we can read, and finite: NaN or infinity would
+        give empty answers. dtype None is the file's, but bf16 for fp8, in which nothing computes. A tensor that needs
+        no conversion is the file itself, mapped."""
+        shape, pieces, tensors = self.shape(name, *shape), self.pieces(name), []
+        if (code := pieces[0].dtype) not in TYPES:
+            raise ValueError(f"{self.path}: the tensor {name} is of type {code}; this program reads {', '.join(TYPES)}")
+        dtype = dtype or (torch.bfloat16 if code == "F8_E4M3" else TYPES[code])
         for piece in pieces:
-            tensors.append(opened(piece.file).get_tensor(piece.name).to(device, dtype))
-            if not torch.stack(tensors[-1].aminmax()).isfinite().all():  # isfinite of all is forty times slower
-                raise ValueError(f"{piece.file}: the tensor {piece.name} holds NaN or infinity; the file is damaged, get "
-                                 f"it again")
+            tensors.append(open_file(piece.file).get_tensor(piece.name).to(device, dtype))
+            if not torch.stack(tensors[-1].aminmax()).isfinite().all():  # isfinite alone makes copies: 40 times slower
+                raise ValueError(f"{piece.file}: the tensor {piece.name} holds NaN or infinity; the file is damaged, "
+                                 f"get it again")
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0].reshape(shape)
         # Where no MLP follows, diffusers stores (scale, shift), SD3 (shift, scale): in the image head, and in SD3's
         # last block, which ends its text stream early.
-        if "adaLN" in name and "adaLN" not in pieces[0].name and re.sub("adaLN.*", "mlp.fc2.weight", name) not in self:
-            tensor = torch.cat(tensor.chunk(2)[::-1])
-        return tensor
+        swap = "adaLN" in name and "adaLN" not in piece.name and re.sub("adaLN.*", "mlp.fc2.weight", name) not in self
+        return torch.cat(tensor.chunk(2)[::-1]) if swap else tensor
 
 
 # ---------------------------------------------------------------- configure: what the shapes and the file say
@@ -498,35 +500,35 @@ AUTHORS = {"size": 512, "length": 128, "caption_prompt": "Describe the image con
            "answer_suffix": "Answer the question using a single word or phrase."}
 # A part's configuration is what its tensors' shapes say, and for the rest what the file's header or a config.json says,
 # which has other names for some of it:
-THEIRS = {"ddit": {"num_attention_heads": "heads", "num_layers": "depth"},
-          "t5": {"relative_attention_max_distance": "max_distance", "num_layers": "num_layers"},
-          "vae": {"norm_num_groups": "groups", "shift_factor": "shift", "scaling_factor": "scale"}}
+DIFFUSERS_FIELDS = {"ddit": {"num_attention_heads": "heads", "num_layers": "depth"},
+                    "t5": {"relative_attention_max_distance": "max_distance", "num_layers": "num_layers"},
+                    "vae": {"norm_num_groups": "groups", "shift_factor": "shift", "scaling_factor": "scale"}}
 
 
 def from_shapes(part, tensors, header):
-    """What the shapes of a part's tensors say -> {name: value}."""
-    def size(name, axis, axes=2):
-        return tensors.shape(name, *[None] * axes)[axis]
+    """What the shapes of a part's tensors say of its configuration -> {name: value}."""
+    def size(module, axis, axes=2):
+        return tensors.shape(f"{module}.weight", *[None] * axes)[axis]
 
     if part == "ddit":
-        patches, width = "x_embedder.proj.weight", size("x_embedder.proj.weight", 0, 4)
-        head = {"vocab": size(HEAD, 0)} if HEAD in tensors else {}
+        width, head = size("x_embedder.proj", 0, 4), {"vocab": size("text_head.linear", 0)} if HEAD in tensors else {}
         return head | {"depth": tensors.blocks, "width": width, "heads": header.get("heads", width // 64),
-                       "patch": size(patches, 2, 4), "channels": size(patches, 1, 4),
-                       "text_dim": size("context_embedder.weight", 1), "pos_size": math.isqrt(size("pos_embed", 1, 3)),
+                       "patch": size("x_embedder.proj", 2, 4), "channels": size("x_embedder.proj", 1, 4),
+                       "text_dim": size("context_embedder", 1),
+                       "pos_size": math.isqrt(tensors.shape("pos_embed", 1, None, None)[1]),
                        "qk_norm": "joint_blocks.0.x_block.attn.ln_q.weight" in tensors}
     if part == "vae":
         convs = ["conv_in", *(f"down.{i}.block.0.conv1" for i in range(tensors.blocks)), "conv_out"]
-        base, *widths, moments = (size(f"encoder.{conv}.weight", 0, 4) for conv in convs)
+        base, *widths, moments = (size(f"encoder.{conv}", 0, 4) for conv in convs)
         return {"channels": base, "multipliers": [width // max(base, 1) for width in widths],
                 "latent_channels": moments // 2}
-    table = {"vocab_size": size("shared.weight", 0), "d_model": size("shared.weight", 1), "num_layers": tensors.blocks}
+    table = {"vocab_size": size("shared", 0), "d_model": size("shared", 1), "num_layers": tensors.blocks}
     if "places" in tensors:
-        return table | {"places": size("places", 0)}
+        return table | {"places": tensors.shape("places", None, None)[0]}
     attend, dense = "encoder.block.0.layer.0.SelfAttention.", "encoder.block.0.layer.1.DenseReluDense."
-    heads = size(attend + "relative_attention_bias.weight", 1)
-    return table | {"num_heads": heads, "d_kv": size(attend + "q.weight", 0) // max(heads, 1), "places": 0,
-                    "buckets": size(attend + "relative_attention_bias.weight", 0), "d_ff": size(dense + "wi_0.weight", 0)}
+    buckets, heads = (size(attend + "relative_attention_bias", axis) for axis in (0, 1))
+    return table | {"num_heads": heads, "d_kv": size(attend + "q", 0) // max(heads, 1), "buckets": buckets,
+                    "d_ff": size(dense + "wi_0", 0), "places": 0}
 
 
 RULES = {
@@ -538,26 +540,27 @@ RULES = {
 
 
 def configure(part, header, where, shapes=None):
-    """What a file says of a part or of the settings, and what its tensors' shapes say, each {name: value} -> the part's
-    dataclass. Here alone a configuration is checked: an impossible value would fail far from where it comes from."""
+    """What a file's header says of a part or of the settings, and what its shapes say, each {name: value} -> the part's
+    dataclass. Configurations are checked here and nowhere else: an impossible value would fail far from its source."""
     kind = type(getattr(Config(), part))
-    values, usual = header | (shapes or {}), asdict(kind())
+    values, usual, most = header | (shapes or {}), asdict(kind()), 2 ** (14 if part == "settings" else 20)
     for name, value in values.items():
-        least, most = 0 if name in ("places", "num_layers") else 2 if name == "length" else 1, 2 ** 20
-        why = ("which this program does not know; a newer one may" if name not in usual else
-               f"by its configuration {header[name]!r:.60}" if header.get(name, value) != value else
-               "" if possible(value, usual[name], least, most) else f"which cannot be; {usual[name]!r} is usual")
+        least = 0 if name in ("places", "num_layers") else 2 if name == "length" else 1
+        why = (", which this program does not know; a newer one may" if name not in usual else
+               f" by its tensors, {header[name]!r:.60} by its configuration" if header.get(name, value) != value else
+               "" if fits(value, usual[name], least, most) else f", which cannot be; {usual[name]!r} is usual")
         if why:
-            raise ValueError(f"{where}: {part}.{name} is {value!r:.60}, {why}")
-    config, (holds, rule) = kind(**{name: type(usual[name])(value) for name, value in values.items()}), RULES[part]
+            raise ValueError(f"{where}: {part}.{name} is {value!r:.60}{why}")
+    config = kind(**{name: type(usual[name])(value) for name, value in values.items()})
+    holds, rule = RULES[part]
     if not holds(config):
         raise ValueError(f"{where}: {rule}; here it is {config}")
     return config
 
 
-def possible(value, usual, least, most):
+def fits(value, usual, least, most):
     if isinstance(usual, tuple):
-        return isinstance(value, list | tuple) and 0 < len(value) < 9 and all(possible(v, 1, 1, most) for v in value)
+        return isinstance(value, list | tuple) and 0 < len(value) < 9 and all(fits(v, 1, 1, most) for v in value)
     if type(usual) in (int, float):
         return type(value) in (int, type(usual)) and (least if type(usual) is int else -most) <= value <= most
     return type(value) is type(usual)
@@ -578,6 +581,7 @@ def check_together(config, parts, tokenizer):
 
 # ---------------------------------------------------------------- inspect, read
 
+
 def inspect(path, t5=None, vae=None, tokenizer=None):
     """Look into a checkpoint, a file or a folder, and read nothing but the tokenizer -> Config, {part: Tensors},
     Tokenizer or None. t5, vae: take that part from there; tokenizer: a file."""
@@ -586,12 +590,12 @@ def inspect(path, t5=None, vae=None, tokenizer=None):
     config, parts, spiece, settings = Config(), {}, None, {}
     folders = [os.path.join(path, name) for names in FOLDERS.values() for name in names]
     for where in [folder for folder in folders if os.path.isdir(folder)] or [path]:
-        stored, header = open_stored(where)
+        infos, header = open_checkpoint(where)
         settings |= header.get("settings", {})
-        if SPIECE in stored:
-            spiece = opened(stored[SPIECE].file).get_tensor(SPIECE).to(torch.uint8).numpy().tobytes()
+        if SPIECE in infos:
+            spiece = open_safetensors(infos[SPIECE].file).get_tensor(SPIECE).to(torch.uint8).numpy().tobytes()
         for part in MODULES:
-            tensors, values = Tensors(part, where, stored), header.get(part, {})
+            tensors, values = Tensors(part, where, infos), header[part]
             if part not in parts and KEY_TENSORS[part] in tensors:
                 parts[part] = tensors
                 setattr(config, part, configure(part, values, where, from_shapes(part, tensors, values)))
@@ -601,7 +605,8 @@ def inspect(path, t5=None, vae=None, tokenizer=None):
     if "ddit" in parts and "null_image_embd" in parts["ddit"] and not settings:
         settings = dict(AUTHORS)
     scheduler = read_json(os.path.join(path, "scheduler", "scheduler_config.json"))
-    config.settings = configure("settings", settings | {k: v for k, v in scheduler.items() if k == "shift"}, path)
+    settings |= {name: value for name, value in scheduler.items() if name == "shift"}
+    config.settings = configure("settings", settings, path)
 
     for part, other in (("t5", t5), ("vae", vae)):
         if other is not None:
@@ -624,7 +629,7 @@ def inspect(path, t5=None, vae=None, tokenizer=None):
 
 
 def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
-    """A file of ours, an SD3 single file, or a folder in diffusers layout -> Config, Tokenizer, {part: module}.
+    """A file of ours, an SD3 single file, or a folder in diffusers layout -> what DualDiffusion is made of, by name.
 
     t5, vae: another file or folder to take that part from; tokenizer: a spiece.model; dtype: to compute in, one for
     all or {"ddit": dtype, "t5": dtype, "vae": dtype} (a part not named: float32), None as in the file; offload: T5
@@ -637,9 +642,9 @@ def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torc
     if tokenizer is None:
         raise ValueError(f"{path}: holds no tokenizer; give T5's spiece.model (--spiece)")
     check_together(config, parts, tokenizer)
-    return config, tokenizer, {
-        part: read_part(part, tensors, getattr(config, part), "cpu" if offload and part == "t5" else device,
-                        dtypes.get(part, torch.float32)) for part, tensors in parts.items()}
+    modules = {part: read_part(part, tensors, getattr(config, part), "cpu" if offload and part == "t5" else device,
+                               dtypes.get(part, torch.float32)) for part, tensors in parts.items()}
+    return {"config": config, "tokenizer": tokenizer, **modules}
 
 
 def read_part(part, tensors, config, device, dtype):
@@ -647,15 +652,13 @@ def read_part(part, tensors, config, device, dtype):
     with torch.device("meta"):  # no memory yet, and no time spent on initial values that would be overwritten
         module = MODULES[part](config)
     new = from_sd3(tensors, config) if part == "ddit" else {}
-    state, mapped, files = {}, 0, functools.cache(opened)
+    state, mapped, open_file = {}, 0, functools.cache(open_safetensors)
     for name, tensor in module.state_dict().items():
-        if name not in new:
-            state[name] = tensors.read(name, tensor.shape, device, dtype, files)
-            mapped += state[name].nbytes
-            if mapped > 1 << 26:  # the pages read of an open file count as our memory: let go now and then
-                mapped = files.cache_clear() or 0
-    for name, tensor in new.items():
-        state[name] = tensor.to(device, state["x_embedder.proj.weight"].dtype)
+        state[name] = (tensors.read(name, tensor.shape, device, dtype, open_file) if name not in new else
+                       new[name].to(device, state["x_embedder.proj.weight"].dtype))
+        mapped += state[name].nbytes
+        if mapped > 1 << 26:  # the pages read of an open file count as our memory: let go now and then
+            mapped = open_file.cache_clear() or 0
     module.load_state_dict(state, assign=True)
     return module
 
@@ -669,9 +672,9 @@ def from_sd3(tensors, config):
     block ends its text stream after the attention: what follows starts behind zero gates. The text head is new."""
     new = {}
     if "y_embedder.mlp.0.bias" in tensors:
-        b0, w2, b2, bias = (tensors.read(name, [config.width] * axes) for name, axes in (
-            ("y_embedder.mlp.0.bias", 1), ("y_embedder.mlp.2.weight", 2), ("y_embedder.mlp.2.bias", 1),
-            ("t_embedder.mlp.2.bias", 1)))
+        b0, b2, bias = (tensors.read(f"{name}.bias", [config.width]) for name in (
+            "y_embedder.mlp.0", "y_embedder.mlp.2", "t_embedder.mlp.2"))
+        w2 = tensors.read("y_embedder.mlp.2.weight", [config.width, config.width])
         new["t_embedder.mlp.2.bias"] = bias + w2 @ F.silu(b0) + b2
     last = f"joint_blocks.{config.depth - 1}.context_block."
     modulation, early = last + "adaLN_modulation.1.", 2 * config.width  # shift and scale before the attention
@@ -740,7 +743,7 @@ def diffusers_files(dd):
                 tensor = torch.cat(tensor.chunk(2)[::-1])
             if ".attn_1." in name and tensor.ndim == 4:
                 tensor = tensor.flatten(1)
-            names = diffusers_names(part, name, len(dd.config.vae.multipliers))
+            names = [name] if part == "t5" else diffusers_names(part, name, len(dd.config.vae.multipliers))
             state |= {n: piece.cpu().contiguous() for n, piece in zip(names, tensor.chunk(len(names)))}
         yield f"{FOLDERS[part][-1]}/{'model' if part == 't5' else 'diffusion_pytorch_model'}.safetensors", state
     for name, content in diffusers_configs(dd.config).items():
