@@ -1,4 +1,5 @@
-"""Using it: draw images from text, read images into text, fill in the blanks of a text.
+"""Using it: draw images from text, read images into text, fill in the blanks of a text. Both diffusions run backwards:
+an image begins as noise and follows the velocity; a text begins as masks, which the network replaces by tokens.
 
     python sample.py --vqa img.png "what color is the circle?"
     python sample.py --caption img.png
@@ -82,8 +83,8 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
 
 def revealed_share(steps):
     """(steps+1,) float64, from 0 to 1: the share of the masked tokens that sampling has revealed, at each time of an
-    even grid from t = 1 down to 0. Undoing what masking does, it leaves the share alpha(t) readable; here scaled, so
-    that at t = 1 nothing is."""
+    even grid from t = 1 down to 0. As alpha(t) of all tokens are readable at time t, this is alpha, scaled to begin
+    at 0: sampling begins with masks alone."""
     readable = losses.alpha(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     return (readable - readable[0]) / (readable[-1] - readable[0])  # Eq. 5
 
@@ -94,21 +95,25 @@ def draw_tokens(logits, temperature, generator):
     tokens, confidence = [], []
     for part in logits.split(256):
         probs = torch.softmax(finite(part[:, :-1]).cpu().double() / (temperature or 1.0), dim=1)
-        drawn = torch.multinomial(probs, 1, generator=generator) if temperature else probs.argmax(1, keepdim=True)
-        tokens.append(drawn)
-        confidence.append(probs.gather(1, drawn))
+        ids = torch.multinomial(probs, 1, generator=generator) if temperature else probs.argmax(1, keepdim=True)
+        tokens.append(ids)
+        confidence.append(probs.gather(1, ids))
     return torch.cat(tokens)[:, 0], torch.cat(confidence)[:, 0]
+
+
+# The orders of unmasking. Each fills in `tokens` (B,L) where `masked` is true, and yields after every forward pass: a
+# call of draw, where (B,L) bool -> a token for each true position (N,), its probability (N,).
 
 
 def in_random_order(draw, tokens, masked, steps, generator):
     """Ancestral sampling on a grid of `steps` steps, exactly, but with fewer passes.
 
-    In each step chance decides which masked tokens are revealed, each alone (Eq. 5); then the network says what they
-    are. The network does not see the time, and chance does not see the network. So first draw the step in which each
-    token is revealed. Then run the network only at steps that reveal something, and only for the rows that they
-    concern: in all others its answer would not be used."""
+    In each step chance decides which masked tokens are revealed, each alone (Eq. 5), and the network decides what they
+    are. The network does not see the time, and chance does not see the network. So draw the step of every token first.
+    Then run the network only at steps that reveal something, and only for the rows in which they do: elsewhere its
+    output would not be used."""
     u = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
-    reveal_step = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # that at whose end the share is above u
+    reveal_step = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # in which the share rises above u
     for step in range(steps):
         reveal = masked & (reveal_step == step)
         if reveal.any():
@@ -117,23 +122,22 @@ def in_random_order(draw, tokens, masked, steps, generator):
 
 
 def by_confidence(draw, tokens, masked, steps, generator):
-    """As many tokens per step as ancestral sampling reveals on average, but the most probable first (MaskGIT). So each
-    pass predicts all masked tokens. The texts are not exact samples."""
+    """As many tokens per step as ancestral sampling reveals on average, but the most probable first (MaskGIT). For this
+    every pass predicts all masked tokens. The texts are not exact samples."""
     total = masked.sum(1)
     for share in revealed_share(steps)[1:]:
-        count = (share * total - 1e-9).ceil() - total + masked.sum(1)  # per row; 1e-9: the rounding errors of float64
+        count = (share * total - 1e-9).ceil() - total + masked.sum(1)  # per row; 1e-9: more than float64's rounding
         candidates = masked & (count > 0)[:, None]
         if candidates.any():
-            drawn, confidence = draw(candidates)
-            score = torch.full(tokens.shape, -1.0).double().masked_scatter(candidates, confidence)
-            reveal = candidates & (score.argsort(1, descending=True).argsort(1) < count[:, None])
-            tokens[reveal] = drawn[reveal[candidates]]
+            ids, confidence = draw(candidates)
+            score = torch.full(tokens.shape, -1.0, dtype=torch.float64).masked_scatter(candidates, confidence)
+            rank = score.argsort(1, descending=True).argsort(1)  # 0 for the surest of a row
+            reveal = candidates & (rank < count[:, None])
+            tokens[reveal] = ids[reveal[candidates]]
             masked = masked & ~reveal
             yield
 
 
-# How to unmask `tokens` (B,L) in place. `draw` is one forward pass: which tokens (B,L) bool -> new values (N,), their
-# probabilities (N,). An order yields after each pass.
 ORDERS = {"random": in_random_order, "confidence": by_confidence}
 
 
@@ -158,7 +162,7 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
 
 @torch.no_grad()
 def unmask_texts(dd, images, texts, *how, whole=False):
-    """Unmask one text, (ids, maskable), per image -> list of str: what was masked, or the whole texts."""
+    """Unmask one text (ids, maskable) per image -> list of str: what stands at the masks, or the whole texts."""
     latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
     tokens, maskable = (torch.tensor(column) for column in zip(*texts))
     for part in batches(len(images), *images.shape[2:]):
@@ -384,7 +388,8 @@ def parse_args():
     add("--seed", type=seed, default=0, help="of the random numbers; default: 0")
     add("--steps", type=number(int, 1, 10_000), help="of sampling; default: 28 to draw, the checkpoint's to read")
     add("--order", choices=list(ORDERS), default="random", help="of unmasking text; default: random")
-    add("--temperature", type=float, default=0.0, help="divides a token's logits; default: 0, the likeliest")
+    add("--temperature", type=float, default=0.0, help="of drawing tokens: divides the logits; default: 0, always the "
+        "likeliest; with 1 and random order, samples are exact")
     add("--length", type=number(int, 8, 4096), help="of a text, in tokens; default: the checkpoint's")
     add("--suffix", metavar="TEXT", help="added to every question; default: the checkpoint's")
     add("--num", type=number(int, 1, 10 ** 6), default=1, help="images per prompt; default: 1")
@@ -453,12 +458,14 @@ def main():
     if args.num * len(args.t2i) * height * width > 2 * Image.MAX_IMAGE_PIXELS:  # Pillow would not open it again
         fail(f"{args.num * len(args.t2i)} images of {width}x{height} do not fit on a page: lower --num or --size")
 
+    def rows(jobs, room):
+        return [(path, text) for *paths, text in jobs for text in [prepare_text(dd, text, room)] for path in paths]
+
     longest, suffix = (dd.tokenizer.prompt_ids(s, length) for s in ("a " * length, settings.answer_suffix))
-    for reader, jobs, room in ((answer, args.vqa, len(longest) - len(suffix)), (caption, [[*args.caption, ""]], 0),
-                               (infill, args.infill, length - 1)):
-        pairs = [(path, text) for *paths, text in jobs for text in [prepare_text(dd, text, room)] for path in paths]
-        for part in batches(len(pairs), height, width):
-            paths, *texts = zip(*pairs[part]) if reader is not caption else [args.caption[part]]
+    for reader, inputs in ((answer, rows(args.vqa, room=len(longest) - len(suffix))),
+                           (caption, [(path,) for path in args.caption]), (infill, rows(args.infill, room=length - 1))):
+        for part in batches(len(inputs), height, width):
+            paths, *texts = zip(*inputs[part])
             images = torch.from_numpy(to_pixels([load_image(path, width, height) for path in paths]))
             lines = reader(dd, images, *texts, length, args.steps, args.order, args.temperature, generator)
             tqdm.write("\n".join(lines))
