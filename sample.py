@@ -78,9 +78,6 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
     return torch.cat([denoise(dd, noise[part], prompts[part], negative, length, steps, cfg, shift) for part in parts])
 
 
-# ---------------------------------------------------------------- reading: unmasking a text
-
-
 def revealed_share(steps):
     """(steps+1,) float64, from 0 to 1: the share of the masked tokens that sampling has revealed, at each time of an
     even grid from t = 1 down to 0. As alpha(t) of all tokens are readable at time t, this is alpha, scaled to begin
@@ -243,8 +240,7 @@ def default_device():
 
 
 def existing_device(name):
-    """An argparse type: a device that exists. A GPU carries its number: under torchrun the local rank, else the one in
-    `name`, or 0. Nothing is allocated on it."""
+    """An argparse type: a device that exists. A GPU gets the local rank of torchrun, else the index in `name`, or 0."""
     kind, _, index = name.partition(":")
     index = int(os.environ.get("LOCAL_RANK", index or 0))
     if kind != "cpu" and (kind != default_device() or index >= torch.accelerator.device_count()):
@@ -298,29 +294,25 @@ def run_program(main, stopped="stopped", lower="--size, or give --offload"):
         fail(f"out of memory: lower {lower}")
 
 
-# ---------------------------------------------------------------- what people look at
-
-
 def describe(config, parts, tokenizer):
     """What `inspect` returns, in words: of each part its parameters, types, size, file and configuration."""
-    lines = []
-    for part, name in PART_NAMES.items():
-        if part not in parts:
-            lines.append(f"{name:12s} missing")
-            continue
-        with torch.device("meta"):
-            wanted = MODULES[part](getattr(config, part)).state_dict()
-        stored = [(torch.Size(s.shape).numel(), s.dtype) for s in (parts[part][n] for n in wanted if n in parts[part])]
-        size = sum(count * TYPES.get(dtype, torch.int8).itemsize for count, dtype in stored)
-        lines.append(f"{name:12s} {sum(count for count, _ in stored):,} parameters, "
-                     f"{', '.join(sorted({dtype for _, dtype in stored}))}, {size / 1e9:.3f} GB, in {parts[part].path}")
-        lines.append(f"{'':12s} {getattr(config, part)}")
-    words = f"{tokenizer.vocab_size} tokens, the mask token among them" if tokenizer else "missing"
-    able = "can draw and read"
+    lines, able = [], "can draw and read"
+    for part, title in PART_NAMES.items():
+        if part in parts:
+            with torch.device("meta"):
+                names = MODULES[part](getattr(config, part)).state_dict()
+            stored = [parts[part][name] for name in names if name in parts[part]]
+            counts, types = [torch.Size(s.shape).numel() for s in stored], [s.dtype for s in stored]
+            size = sum(n * TYPES.get(dtype, torch.int8).itemsize for n, dtype in zip(counts, types)) / 1e9
+            lines.append(f"{title:12s} {sum(counts):,} parameters, {', '.join(sorted(set(types)))}, {size:.3f} GB, "
+                         f"in {parts[part].path}\n{'':12s} {getattr(config, part)}")
+        else:
+            lines.append(f"{title:12s} missing")
     if len(parts) < len(MODULES) or tokenizer is None:
         able = "can do nothing yet: give what is missing (--t5, --vae, --spiece)"
     elif HEAD not in parts["ddit"]:
         able = "can draw; to read, it must be trained first (no text head)"
+    words = f"{tokenizer.vocab_size} tokens, the mask token among them" if tokenizer else "missing"
     return "\n".join([*lines, f"tokenizer    {words}", able])
 
 
@@ -377,7 +369,8 @@ def parse_args():
     add("--infill", nargs="+", action="append", metavar="IMAGE ... TEXT", default=[], help="an underscore is one token")
     model = parser.add_argument_group("the model")
     add = model.add_argument
-    add("--ckpt", metavar="FILE", help="ours, SD3's, or a folder in diffusers layout; default: the small model here")
+    add("--ckpt", metavar="FILE", help="a file of ours or of SD3, or a folder in diffusers layout; default: the small "
+        "model that ships")
     add_parts(model)
     add("--describe", action="store_true", help="print what the checkpoint is; its weights are not read")
     add("--export", metavar="DIR", help="write the checkpoint in diffusers layout, as the authors' release has it")
@@ -395,7 +388,7 @@ def parse_args():
     add("--num", type=number(int, 1, 10 ** 6), default=1, help="images per prompt; default: 1")
     add("--cfg", type=number(float, -1000, 1000), help="guidance, a factor; 1: none; default: the checkpoint's")
     add("--negative", default="", metavar="TEXT", help="what guidance leads away from; default: the empty text")
-    add("--size", type=width_and_height, metavar="PIXELS", help="512 or 768x512; default: the checkpoint's")
+    add("--size", type=width_and_height, metavar="SIDES", help="pixels, 512 or 768x512; default: the checkpoint's")
     add("--out", default="out.png", help="the image, or the page of all images; default: out.png")
     args = parser.parse_args()
 
@@ -403,8 +396,8 @@ def parse_args():
         if any(len(job) < 2 or not job[-1].strip() for job in getattr(args, name)):
             fail(f"--{name} wants an image and then {what}: --{name} img.png \"...\"")
     for paths in (args.caption, *(paths for *paths, _ in args.vqa + args.infill)):
-        if lost := next((path for path in paths if not os.path.exists(path)), None):
-            fail(f"{lost}: no such image" + (" (a question goes in quotes)" if len(paths) > 1 else ""))
+        if missing := [path for path in paths if not os.path.exists(path)]:
+            fail(f"{missing[0]}: no such image" + (" (a question goes in quotes)" if len(paths) > 1 else ""))
     if any("_" not in text for *_, text in args.infill):
         fail("--infill's text has no blank: each underscore stands for one token to fill in")
     if not (args.vqa or args.caption or args.infill or args.t2i or args.describe or args.export is not None):
@@ -421,9 +414,8 @@ def parse_args():
 
 
 def prepare_text(dd, text, room):
-    """A typed text as the model can take it in: in lower case, if that takes fewer tokens of a vocabulary that has
-    capitals only as single letters. Warns of words that the tokenizer never saw, and of more tokens than there is room
-    for; an underscore is one."""
+    """A typed text as the model knows it: in lower case, if that takes fewer tokens of a vocabulary that has capitals
+    only as single letters. Warns of words that the tokenizer never saw, and of more than `room` tokens."""
     text = os.fsencode(text).decode(errors="replace")  # as it was typed, whatever the locale takes that for
     pieces = dd.tokenizer.pieces
     if all(len(p.strip("▁")) == 1 for p in map(pieces.id_to_piece, range(len(pieces))) if p != p.lower()):
