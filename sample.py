@@ -1,4 +1,5 @@
-"""Using it: draw images from text, read images into text, fill in the blanks of a text.
+"""Using it: draw images from text, read images into text, fill in the blanks of a text. Both diffusions run backwards:
+an image begins as noise and follows the velocity; a text begins as masks, which the network replaces by tokens.
 
     python sample.py --vqa img.png "what color is the circle?"
     python sample.py --caption img.png
@@ -77,13 +78,10 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
     return torch.cat([denoise(dd, noise[part], prompts[part], negative, length, steps, cfg, shift) for part in parts])
 
 
-# ---------------------------------------------------------------- reading: unmasking a text
-
-
 def revealed_share(steps):
     """(steps+1,) float64, from 0 to 1: the share of the masked tokens that sampling has revealed, at each time of an
-    even grid from t = 1 down to 0. Undoing what masking does, it leaves the share alpha(t) readable; here scaled, so
-    that at t = 1 nothing is."""
+    even grid from t = 1 down to 0. As alpha(t) of all tokens are readable at time t, this is alpha, scaled to begin
+    at 0: sampling begins with masks alone."""
     readable = losses.alpha(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     return (readable - readable[0]) / (readable[-1] - readable[0])  # Eq. 5
 
@@ -94,21 +92,25 @@ def draw_tokens(logits, temperature, generator):
     tokens, confidence = [], []
     for part in logits.split(256):
         probs = torch.softmax(finite(part[:, :-1]).cpu().double() / (temperature or 1.0), dim=1)
-        drawn = torch.multinomial(probs, 1, generator=generator) if temperature else probs.argmax(1, keepdim=True)
-        tokens.append(drawn)
-        confidence.append(probs.gather(1, drawn))
+        ids = torch.multinomial(probs, 1, generator=generator) if temperature else probs.argmax(1, keepdim=True)
+        tokens.append(ids)
+        confidence.append(probs.gather(1, ids))
     return torch.cat(tokens)[:, 0], torch.cat(confidence)[:, 0]
+
+
+# The orders of unmasking. Each fills in `tokens` (B,L) where `masked` is true, and yields after every forward pass: a
+# call of draw, where (B,L) bool -> a token for each true position (N,), its probability (N,).
 
 
 def in_random_order(draw, tokens, masked, steps, generator):
     """Ancestral sampling on a grid of `steps` steps, exactly, but with fewer passes.
 
-    In each step chance decides which masked tokens are revealed, each alone (Eq. 5); then the network says what they
-    are. The network does not see the time, and chance does not see the network. So first draw the step in which each
-    token is revealed. Then run the network only at steps that reveal something, and only for the rows that they
-    concern: in all others its answer would not be used."""
+    In each step chance decides which masked tokens are revealed, each alone (Eq. 5), and the network decides what they
+    are. The network does not see the time, and chance does not see the network. So draw the step of every token first.
+    Then run the network only at steps that reveal something, and only for the rows in which they do: elsewhere its
+    output would not be used."""
     u = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
-    reveal_step = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # that at whose end the share is above u
+    reveal_step = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # in which the share rises above u
     for step in range(steps):
         reveal = masked & (reveal_step == step)
         if reveal.any():
@@ -117,23 +119,22 @@ def in_random_order(draw, tokens, masked, steps, generator):
 
 
 def by_confidence(draw, tokens, masked, steps, generator):
-    """As many tokens per step as ancestral sampling reveals on average, but the most probable first (MaskGIT). So each
-    pass predicts all masked tokens. The texts are not exact samples."""
+    """As many tokens per step as ancestral sampling reveals on average, but the most probable first (MaskGIT). For this
+    every pass predicts all masked tokens. The texts are not exact samples."""
     total = masked.sum(1)
     for share in revealed_share(steps)[1:]:
-        count = (share * total - 1e-9).ceil() - total + masked.sum(1)  # per row; 1e-9: the rounding errors of float64
+        count = (share * total - 1e-9).ceil() - total + masked.sum(1)  # per row; 1e-9: more than float64's rounding
         candidates = masked & (count > 0)[:, None]
         if candidates.any():
-            drawn, confidence = draw(candidates)
-            score = torch.full(tokens.shape, -1.0).double().masked_scatter(candidates, confidence)
-            reveal = candidates & (score.argsort(1, descending=True).argsort(1) < count[:, None])
-            tokens[reveal] = drawn[reveal[candidates]]
+            ids, confidence = draw(candidates)
+            score = torch.full(tokens.shape, -1.0, dtype=torch.float64).masked_scatter(candidates, confidence)
+            rank = score.argsort(1, descending=True).argsort(1)  # 0 for the surest of a row
+            reveal = candidates & (rank < count[:, None])
+            tokens[reveal] = ids[reveal[candidates]]
             masked = masked & ~reveal
             yield
 
 
-# How to unmask `tokens` (B,L) in place. `draw` is one forward pass: which tokens (B,L) bool -> new values (N,), their
-# probabilities (N,). An order yields after each pass.
 ORDERS = {"random": in_random_order, "confidence": by_confidence}
 
 
@@ -158,7 +159,7 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
 
 @torch.no_grad()
 def unmask_texts(dd, images, texts, *how, whole=False):
-    """Unmask one text, (ids, maskable), per image -> list of str: what was masked, or the whole texts."""
+    """Unmask one text (ids, maskable) per image -> list of str: what stands at the masks, or the whole texts."""
     latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
     tokens, maskable = (torch.tensor(column) for column in zip(*texts))
     for part in batches(len(images), *images.shape[2:]):
@@ -239,8 +240,7 @@ def default_device():
 
 
 def existing_device(name):
-    """An argparse type: a device that exists. A GPU carries its number: under torchrun the local rank, else the one in
-    `name`, or 0. Nothing is allocated on it."""
+    """An argparse type: a device that exists. A GPU gets the local rank of torchrun, else the index in `name`, or 0."""
     kind, _, index = name.partition(":")
     index = int(os.environ.get("LOCAL_RANK", index or 0))
     if kind != "cpu" and (kind != default_device() or index >= torch.accelerator.device_count()):
@@ -294,29 +294,25 @@ def run_program(main, stopped="stopped", lower="--size, or give --offload"):
         fail(f"out of memory: lower {lower}")
 
 
-# ---------------------------------------------------------------- what people look at
-
-
 def describe(config, parts, tokenizer):
     """What `inspect` returns, in words: of each part its parameters, types, size, file and configuration."""
-    lines = []
-    for part, name in PART_NAMES.items():
-        if part not in parts:
-            lines.append(f"{name:12s} missing")
-            continue
-        with torch.device("meta"):
-            wanted = MODULES[part](getattr(config, part)).state_dict()
-        stored = [(torch.Size(s.shape).numel(), s.dtype) for s in (parts[part][n] for n in wanted if n in parts[part])]
-        size = sum(count * TYPES.get(dtype, torch.int8).itemsize for count, dtype in stored)
-        lines.append(f"{name:12s} {sum(count for count, _ in stored):,} parameters, "
-                     f"{', '.join(sorted({dtype for _, dtype in stored}))}, {size / 1e9:.3f} GB, in {parts[part].path}")
-        lines.append(f"{'':12s} {getattr(config, part)}")
-    words = f"{tokenizer.vocab_size} tokens, the mask token among them" if tokenizer else "missing"
-    able = "can draw and read"
+    lines, able = [], "can draw and read"
+    for part, title in PART_NAMES.items():
+        if part in parts:
+            with torch.device("meta"):
+                names = MODULES[part](getattr(config, part)).state_dict()
+            stored = [parts[part][name] for name in names if name in parts[part]]
+            counts, types = [torch.Size(s.shape).numel() for s in stored], [s.dtype for s in stored]
+            size = sum(n * TYPES.get(dtype, torch.int8).itemsize for n, dtype in zip(counts, types)) / 1e9
+            lines.append(f"{title:12s} {sum(counts):,} parameters, {', '.join(sorted(set(types)))}, {size:.3f} GB, "
+                         f"in {parts[part].path}\n{'':12s} {getattr(config, part)}")
+        else:
+            lines.append(f"{title:12s} missing")
     if len(parts) < len(MODULES) or tokenizer is None:
         able = "can do nothing yet: give what is missing (--t5, --vae, --spiece)"
     elif HEAD not in parts["ddit"]:
         able = "can draw; to read, it must be trained first (no text head)"
+    words = f"{tokenizer.vocab_size} tokens, the mask token among them" if tokenizer else "missing"
     return "\n".join([*lines, f"tokenizer    {words}", able])
 
 
@@ -373,7 +369,8 @@ def parse_args():
     add("--infill", nargs="+", action="append", metavar="IMAGE ... TEXT", default=[], help="an underscore is one token")
     model = parser.add_argument_group("the model")
     add = model.add_argument
-    add("--ckpt", metavar="FILE", help="ours, SD3's, or a folder in diffusers layout; default: the small model here")
+    add("--ckpt", metavar="FILE", help="a file of ours or of SD3, or a folder in diffusers layout; default: the small "
+        "model that ships")
     add_parts(model)
     add("--describe", action="store_true", help="print what the checkpoint is; its weights are not read")
     add("--export", metavar="DIR", help="write the checkpoint in diffusers layout, as the authors' release has it")
@@ -384,13 +381,14 @@ def parse_args():
     add("--seed", type=seed, default=0, help="of the random numbers; default: 0")
     add("--steps", type=number(int, 1, 10_000), help="of sampling; default: 28 to draw, the checkpoint's to read")
     add("--order", choices=list(ORDERS), default="random", help="of unmasking text; default: random")
-    add("--temperature", type=float, default=0.0, help="divides a token's logits; default: 0, the likeliest")
+    add("--temperature", type=float, default=0.0, help="of drawing tokens: divides the logits; default: 0, always the "
+        "likeliest; with 1 and random order, samples are exact")
     add("--length", type=number(int, 8, 4096), help="of a text, in tokens; default: the checkpoint's")
     add("--suffix", metavar="TEXT", help="added to every question; default: the checkpoint's")
     add("--num", type=number(int, 1, 10 ** 6), default=1, help="images per prompt; default: 1")
     add("--cfg", type=number(float, -1000, 1000), help="guidance, a factor; 1: none; default: the checkpoint's")
     add("--negative", default="", metavar="TEXT", help="what guidance leads away from; default: the empty text")
-    add("--size", type=width_and_height, metavar="PIXELS", help="512 or 768x512; default: the checkpoint's")
+    add("--size", type=width_and_height, metavar="SIDES", help="pixels, 512 or 768x512; default: the checkpoint's")
     add("--out", default="out.png", help="the image, or the page of all images; default: out.png")
     args = parser.parse_args()
 
@@ -398,8 +396,8 @@ def parse_args():
         if any(len(job) < 2 or not job[-1].strip() for job in getattr(args, name)):
             fail(f"--{name} wants an image and then {what}: --{name} img.png \"...\"")
     for paths in (args.caption, *(paths for *paths, _ in args.vqa + args.infill)):
-        if lost := next((path for path in paths if not os.path.exists(path)), None):
-            fail(f"{lost}: no such image" + (" (a question goes in quotes)" if len(paths) > 1 else ""))
+        if missing := [path for path in paths if not os.path.exists(path)]:
+            fail(f"{missing[0]}: no such image" + (" (a question goes in quotes)" if len(paths) > 1 else ""))
     if any("_" not in text for *_, text in args.infill):
         fail("--infill's text has no blank: each underscore stands for one token to fill in")
     if not (args.vqa or args.caption or args.infill or args.t2i or args.describe or args.export is not None):
@@ -416,9 +414,8 @@ def parse_args():
 
 
 def prepare_text(dd, text, room):
-    """A typed text as the model can take it in: in lower case, if that takes fewer tokens of a vocabulary that has
-    capitals only as single letters. Warns of words that the tokenizer never saw, and of more tokens than there is room
-    for; an underscore is one."""
+    """A typed text as the model knows it: in lower case, if that takes fewer tokens of a vocabulary that has capitals
+    only as single letters. Warns of words that the tokenizer never saw, and of more than `room` tokens."""
     text = os.fsencode(text).decode(errors="replace")  # as it was typed, whatever the locale takes that for
     pieces = dd.tokenizer.pieces
     if all(len(p.strip("▁")) == 1 for p in map(pieces.id_to_piece, range(len(pieces))) if p != p.lower()):
@@ -453,12 +450,14 @@ def main():
     if args.num * len(args.t2i) * height * width > 2 * Image.MAX_IMAGE_PIXELS:  # Pillow would not open it again
         fail(f"{args.num * len(args.t2i)} images of {width}x{height} do not fit on a page: lower --num or --size")
 
+    def rows(jobs, room):
+        return [(path, text) for *paths, text in jobs for text in [prepare_text(dd, text, room)] for path in paths]
+
     longest, suffix = (dd.tokenizer.prompt_ids(s, length) for s in ("a " * length, settings.answer_suffix))
-    for reader, jobs, room in ((answer, args.vqa, len(longest) - len(suffix)), (caption, [[*args.caption, ""]], 0),
-                               (infill, args.infill, length - 1)):
-        pairs = [(path, text) for *paths, text in jobs for text in [prepare_text(dd, text, room)] for path in paths]
-        for part in batches(len(pairs), height, width):
-            paths, *texts = zip(*pairs[part]) if reader is not caption else [args.caption[part]]
+    for reader, inputs in ((answer, rows(args.vqa, room=len(longest) - len(suffix))),
+                           (caption, [(path,) for path in args.caption]), (infill, rows(args.infill, room=length - 1))):
+        for part in batches(len(inputs), height, width):
+            paths, *texts = zip(*inputs[part])
             images = torch.from_numpy(to_pixels([load_image(path, width, height) for path in paths]))
             lines = reader(dd, images, *texts, length, args.steps, args.order, args.temperature, generator)
             tqdm.write("\n".join(lines))
