@@ -6,8 +6,7 @@ A source of data has a `size`, the side of its images in pixels, a `fingerprint`
     caption(i, rng)     one of its captions; None if it has none
     question(i, rng)    one of its questions, with the answer; None if it has none
 
-There are two. `World` draws scenes without end, so that everything runs, learns and is judged with nothing to download.
-`Records`, in the workshop, reads the user's files.
+`World` draws scenes without end, with nothing to download; `Records`, in the workshop, reads the user's files.
 """
 import colorsys
 import fcntl
@@ -41,7 +40,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")  # row by row
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1)}  # axis (0 rows), direction
 HELD = {("yellow", "triangle"), ("purple", "circle"), ("cyan", "square")}  # colour-shape pairs kept for testing
-GRID_Y, GRID_X = np.mgrid[0:SIDE, 0:SIDE] + 0.5  # centres of the pixels
+CENTERS = np.arange(SIDE) + 0.5  # of the pixels of a row or a column
 
 
 class Thing(NamedTuple):
@@ -73,7 +72,7 @@ class World:
 
     @functools.lru_cache(maxsize=100_000)  # training comes back to the same scenes
     def scene(self, i):
-        """-> the things; how each looks, as (centre, radius, RGB); the background's RGB."""
+        """-> things; how each of them looks, as (centre, radius, RGB); the background's RGB."""
         rng = np.random.default_rng([self.seed, self.pairs == "held", i])
         things, looks = [], []
         quarters = rng.permutation(4)
@@ -92,8 +91,7 @@ class World:
             hue, saturation, value = COLORS[color] + rng.uniform(-6, 6), rng.uniform(.75, .92), rng.uniform(.8, .95)
             things.append(Thing(size, color, shape, quarter))
             looks.append((center, r, colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value)))
-        background = rng.uniform(0.86, 0.97) + rng.uniform(-0.02, 0.02, 3)
-        return things, looks, background
+        return things, looks, rng.uniform(0.86, 0.97) + rng.uniform(-0.02, 0.02, 3)
 
     def image(self, i):
         """-> (64,64,3) uint8. Edges are smooth: a pixel that an outline crosses is part thing, part background."""
@@ -101,9 +99,10 @@ class World:
         canvas = np.broadcast_to(background, (SIDE, SIDE, 3)).copy()
         for thing, ((cx, cy), r, rgb) in zip(things, looks):
             top, left = thing.quarter // 2 * 32, thing.quarter % 2 * 32
-            part = np.s_[top:top + 32, left:left + 32]
-            inside = np.clip(0.5 - distance(thing.shape, GRID_X[part] - cx, GRID_Y[part] - cy, r), 0, 1)[..., None]
-            canvas[part] += inside * (np.array(rgb) - canvas[part])
+            x, y = CENTERS[left:left + 32] - cx, CENTERS[top:top + 32, None] - cy
+            inside = np.clip(0.5 - distance(thing.shape, x, y, r), 0, 1)[..., None]
+            quarter = canvas[top:top + 32, left:left + 32]
+            quarter += inside * (np.array(rgb) - quarter)
         return (canvas * 255 + 0.5).astype(np.uint8)
 
     def caption(self, i, rng):
@@ -124,27 +123,15 @@ class World:
             ask = ask_same if name == "same" else KINDS[name]
             for _ in range(10):
                 thing = pick(rng, things)
-                the = refer(thing, things, rng, hide=name)
-                if the and (pair := ask(thing, the, things, rng)):
+                phrase = refer(thing, things, rng, hide=name)
+                if phrase and (pair := ask(thing, phrase, things, rng)):
                     return pair
             if kind:
                 return None
 
 
-def distance(shape, x, y, r):
-    """Signed distance in pixels, negative inside, of points (x right, y down) to a shape of radius r at the origin."""
-    if shape == "circle":
-        return np.hypot(x, y) - r
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) - 0.88 * r
-    if shape == "triangle":  # equilateral, point up, about its centroid
-        return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r
-    x, y = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))  # cross: two bars, folded into one
-    return np.maximum(x - r, y - 0.36 * r)
-
-
 def related(a, relation, b):
-    """Is quarter a in that relation to quarter b? By rows and columns: top left is above bottom right, and left of it."""
+    """Is quarter a in that relation to quarter b? Top left is above bottom right, and left of it, too."""
     axis, direction = RELATIONS[relation]
     return (divmod(a, 2)[axis] - divmod(b, 2)[axis]) * direction > 0
 
@@ -171,39 +158,60 @@ def refer(thing, things, rng, hide=None):
             return " ".join([getattr(thing, f) for f in fields] + ["shape"] * ("shape" not in fields))
 
 
-# Kinds of questions. Each is a function of a thing, of a phrase that fits this thing alone (`the`), of all things of the
-# scene and of a random generator -> question, its only right answer; None if this try finds no fair question. To add a
-# kind, write such a function and list it in KINDS.
-
-def ask_color(thing, the, things, rng):
-    return pick(rng, [f"what color is the {the}?", f"what is the color of the {the}?"]), thing.color
+# Each kind of question is a function of a thing, a phrase that fits it alone, all things of the scene and a random
+# generator -> question, its only right answer; None if this try finds no fair question. To add a kind, write such a
+# function and list it in KINDS (in the workshop, after the kinds that are about two things).
 
 
-def ask_shape(thing, the, things, rng):
-    the = the.replace("shape", "thing")
-    return pick(rng, [f"what shape is the {the}?", f"what is the {the}?"]), thing.shape
+def ask_color(thing, phrase, things, rng):
+    return pick(rng, [f"what color is the {phrase}?", f"what is the color of the {phrase}?"]), thing.color
 
 
-def ask_size(thing, the, things, rng):
-    return pick(rng, [f"what size is the {the}?", f"how big is the {the}?"]), thing.size
+def ask_shape(thing, phrase, things, rng):
+    phrase = phrase.replace("shape", "thing")
+    return pick(rng, [f"what shape is the {phrase}?", f"what is the {phrase}?"]), thing.shape
 
 
-def ask_where(thing, the, things, rng):
-    return f"where is the {the}?", QUARTERS[thing.quarter]
+def ask_size(thing, phrase, things, rng):
+    return pick(rng, [f"what size is the {phrase}?", f"how big is the {phrase}?"]), thing.size
 
 
-def ask_count(thing, the, things, rng):
+def ask_where(thing, phrase, things, rng):
+    return f"where is the {phrase}?", QUARTERS[thing.quarter]
+
+
+def ask_count(thing, phrase, things, rng):
     color, shape = pick(rng, [thing.color, pick(rng, list(COLORS))]), pick(rng, [thing.shape, pick(rng, SHAPES)])
-    return pick(rng, [("how many shapes are there?", str(len(things))),
-                      (f"how many {color} shapes are there?", str(sum(o.color == color for o in things))),
-                      (f"how many {plural(shape)} are there?", str(sum(o.shape == shape for o in things)))])
+    colors, shapes = [o.color for o in things], [o.shape for o in things]
+    counts = [("shape", len(things)), (f"{color} shape", colors.count(color)), (shape, shapes.count(shape))]
+    name, count = pick(rng, counts)
+    return f"how many {name}{'es' if name == 'cross' else 's'} are there?", str(count)
 
 
-def plural(shape):
-    return shape + ("es" if shape.endswith("s") else "s")
+# ------------------------------------------------- the chapter ends here; what follows makes it practical
 
 
-def ask_exists(thing, the, things, rng):
+# ---------------------------------------------------------------- the world's shapes, and questions about two things
+
+
+def distance(shape, x, y, r):
+    """Signed distance in pixels, negative inside, of points (x right, y down) to a shape of radius r at the origin."""
+    if shape == "circle":
+        return np.hypot(x, y) - r
+    if shape == "triangle":  # equilateral, point up, about its centroid
+        return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r
+    x, y = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))  # eight equal parts, folded into one
+    return x - 0.88 * r if shape == "square" else np.maximum(x - r, y - 0.36 * r)  # or the cross: two bars
+
+
+def ask_relation(thing, phrase, things, rng):
+    relation = pick(rng, list(RELATIONS))
+    others = [o for o in things if related(o.quarter, relation, thing.quarter)]
+    if len(others) == 1 or not others and rng.random() >= .75:
+        return f"what is {relation} the {phrase}?", str(others[0]) if others else "nothing"
+
+
+def ask_exists(thing, phrase, things, rng):
     size, color, shape = ((thing.size, thing.color, thing.shape) if rng.random() < .5 else
                           (pick(rng, list(SIZES)), pick(rng, list(COLORS)), pick(rng, SHAPES)))
     if rng.random() < .5 and len(things) > 1:  # the tempting mistake: two things' features mixed
@@ -214,58 +222,48 @@ def ask_exists(thing, the, things, rng):
     return pick(rng, [f"is there a {name}?", f"do you see a {name}?"]), "yes" if exists else "no"
 
 
-def ask_relation(thing, the, things, rng):
-    relation = pick(rng, list(RELATIONS))
-    others = [o for o in things if related(o.quarter, relation, thing.quarter)]
-    if len(others) == 1 or not others and rng.random() >= .75:
-        return f"what is {relation} the {the}?", str(others[0]) if others else "nothing"
-
-
-def ask_compare(thing, the, things, rng):
+def ask_compare(thing, phrase, things, rng):
     other = pick(rng, things)
-    that = refer(other, things, rng)
-    if other is thing or that is None:
+    other_phrase = refer(other, things, rng)
+    if other is thing or other_phrase is None:
         return None
-    want, relation, bigger = rng.random() < .5, pick(rng, list(RELATIONS)), pick(rng, ["bigger", "smaller"])
+    yes, relation, bigger = rng.random() < .5, pick(rng, list(RELATIONS)), pick(rng, ["bigger", "smaller"])
     sizes = ("large", "small") if bigger == "bigger" else ("small", "large")
-    claims = [(f"is the {the} {relation} the {that}?", related(thing.quarter, relation, other.quarter)),
-              (f"is the {the} {bigger} than the {that}?", (thing.size, other.size) == sizes)]
-    question, truth = pick(rng, [claim for claim in claims if claim[1] == want] or claims)  # half of them yes
+    claims = [(f"is the {phrase} {relation} the {other_phrase}?", related(thing.quarter, relation, other.quarter)),
+              (f"is the {phrase} {bigger} than the {other_phrase}?", (thing.size, other.size) == sizes)]
+    question, truth = pick(rng, [claim for claim in claims if claim[1] == yes] or claims)  # half of the answers are yes
     return question, "yes" if truth else "no"
 
 
-def ask_same(thing, the, things, rng):
+def ask_same(thing, phrase, things, rng):
     """Takes the place of a third of "compare"."""
     other = pick(rng, things)
-    that = refer(other, things, rng)
-    if other is thing or that is None:
+    other_phrase = refer(other, things, rng)
+    if other is thing or other_phrase is None:
         return None
     feature = pick(rng, ["color", "shape", "size"])
     truth = getattr(thing, feature) == getattr(other, feature)
-    often = {"color": (.15, 1), "shape": (.25, 1), "size": (.45, .45)}[feature][truth]
-    if rng.random() <= often:  # two things of a color are rare: without this, "no" would nearly always be right
-        return f"are the {the} and the {that} the same {feature}?", "yes" if truth else "no"
+    share = {"color": (.15, 1), "shape": (.25, 1), "size": (.45, .45)}[feature][truth]
+    if rng.random() <= share:  # two things of a color are rare: without this, "no" would nearly always be right
+        return f"are the {phrase} and the {other_phrase} the same {feature}?", "yes" if truth else "no"
 
 
 KINDS = {"color": ask_color, "shape": ask_shape, "size": ask_size, "count": ask_count, "exists": ask_exists,
          "where": ask_where, "relation": ask_relation, "compare": ask_compare}
 
 
-# ------------------------------------------------- the chapter ends here; what follows makes it practical
-
-
-# ---------------------------------------------------------------- images
+# ---------------------------------------------------------------- the user's images and texts
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # what Pillow decodes by itself
 EXTENSIONS = tuple(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+FORM = '{"image": path, "caption": text}'  # for messages
 
 
 def load_image(path, width, height=None, span=("", 0, -1)):
     """An image file of one of FORMATS -> RGB image of width x height (square if only one is given): turned upright by
     its EXIF note, transparency on white, resized (bicubic) to cover, centre cropped. span: see `Record`. Raises
     ValueError if it is no image, or one of more than 179 million pixels."""
-    shard, start, count = span
-    raw = None
+    (shard, start, count), raw = span, None
     try:
         with open(regular_file(shard or path), "rb") as f:
             f.seek(start)
@@ -296,11 +294,6 @@ def to_images(pixels):
     """(B,3,H,W) tensor in [-1,1] -> (B,H,W,3) uint8 array."""
     pixels = np.asarray(pixels.float().cpu()).clip(-1, 1).transpose(0, 2, 3, 1)
     return ((pixels + 1) * 127.5 + 0.5).astype(np.uint8)
-
-
-# ---------------------------------------------------------------- the user's files
-
-FORM = '{"image": path, "caption": text}'  # for messages
 
 
 class Record(NamedTuple):
@@ -337,22 +330,24 @@ class Record(NamedTuple):
 
 def read_list(path):
     """The records of a .json list, or of a .jsonl of one object per line. At most one image in ten may be missing."""
-    number, missing, unit = 0, [], "item" if path.endswith(".json") else "line"
+    total, missing = 0, []
     with open(regular_file(path), "rb") as f:
-        for number, row in enumerate(parse(f.read(), path, list, f"a list of {FORM}") if unit == "item" else f, 1):
-            where = f"{path}, {unit} {number}"
-            if unit == "line" and not row.strip():
-                continue
-            row = parse(row.strip(), where, dict, FORM) if unit == "line" else row
+        if path.endswith(".json"):
+            rows = enumerate(parse(f.read(), path, list, f"a list of {FORM}"), 1)
+            rows = ((f"{path}, item {k}", row) for k, row in rows)
+        else:
+            rows = ((f"{path}, line {k}", line.strip()) for k, line in enumerate(f, 1) if line.strip())
+            rows = ((where, parse(line, where, dict, FORM)) for where, line in rows)
+        for total, (where, row) in enumerate(rows, 1):
             record = Record.read(row, os.path.dirname(path), where)
             if record and not os.path.isfile(record.image):
                 missing.append(f"{where}: no such image: {record.image}")
             else:
                 yield record
-    if len(missing) * 10 > number:
-        raise ValueError(f"{missing[0]} ({len(missing)} of {number} are missing)")
+    if len(missing) * 10 > total:
+        raise ValueError(f"{missing[0]} ({len(missing)} of {total} are missing)")
     if missing:
-        warn(f"left out {len(missing)} of {number}: {'; '.join(missing[:3])}")
+        warn(f"left out {len(missing)} of {total}: {'; '.join(missing[:3])}")
 
 
 def read_folder(path):
@@ -363,9 +358,9 @@ def read_folder(path):
         return
     for image in (file for file in files_of(path) if file.lower().endswith(EXTENSIONS)):
         caption = os.path.basename(os.path.dirname(os.path.abspath(image))).replace("_", " ")
-        if os.path.exists(beside := os.path.splitext(image)[0] + ".txt"):
-            with open(regular_file(beside), "rb") as f:
-                caption = parse(f.read(), beside, str).strip()
+        if os.path.exists(text := os.path.splitext(image)[0] + ".txt"):
+            with open(regular_file(text), "rb") as f:
+                caption = parse(f.read(), text, str).strip()
         yield Record.read({"image": image, "caption": caption}, "", image)
 
 
@@ -434,17 +429,16 @@ class Mapped:
     @functools.cached_property
     def array(self):
         array = np.load(self.path, mmap_mode="r") if self.path.endswith(".npy") else np.memmap(self.path, mode="r")
-        return np.asarray(array)  # whose rows are found sooner
+        return np.asarray(array)  # plain arrays are indexed faster than memmaps
 
 
 class Records:
     """The user's data, from one or several of: a .json list or .jsonl of objects (`Record.read` knows the forms), a
-    folder of images, WebDataset shards ({000..999} for many). All is read through once, and every record noted in an
-    index on disk, so that afterwards each is one seek away and none lies in memory.
+    folder of images, WebDataset shards ({000..999} for many). All is read once into an index on disk, which `folder`
+    keeps for the next time; so each record is one seek away and none lies in memory. An image is opened when needed.
 
-    size: side of the images, pixels; folder: where to keep the index for the next time. A bad line ends the reading
-    and is named; an image is first opened when it is needed. captioned, questioned: how many have a caption, a
-    question; fingerprint: of all names and texts, wherever the data lie."""
+    captioned, questioned: how many have a caption, a question; fingerprint: of all names and texts, wherever they
+    lie. Raises ValueError or OSError that names a bad line or file."""
     def __init__(self, paths, size, folder=None):
         self.size, stamp = size, []
         paths = [path for pattern in ([paths] if isinstance(paths, str) else paths) for path in expand(pattern)]
@@ -452,9 +446,8 @@ class Records:
             if not os.path.exists(path):
                 raise FileNotFoundError(f"{path}: no such file or folder to train on")
             stamp += [(file, os.path.exists(file) and os.stat(file).st_mtime_ns) for file in files_of(path)]
-        if folder is None:
-            self.temporary = tempfile.TemporaryDirectory()
-            folder = self.temporary.name
+        self.temporary = None if folder else tempfile.TemporaryDirectory()
+        folder = folder or self.temporary.name
         index = os.path.join(folder, f"records-{hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]}.jsonl")
         try:
             self.open(index)
@@ -504,14 +497,14 @@ class Records:
 
 def write_index(path, sources):
     """Read the user's files, and write what `Records.open` opens."""
-    index, digest, left_out, captioned, questioned = array("q"), hashlib.sha256(), 0, 0, 0
+    index, digest, incomplete, captioned, questioned = array("q"), hashlib.sha256(), 0, 0, 0
     with replacing(path) as beside, open(beside, "wb") as f:
         for source in tqdm(sources, desc="reading", unit="file", disable=len(sources) == 1):
             folder, before = os.path.isdir(source), f.tell()
             read = read_folder if folder else read_shard if source.endswith((".tar", ".gz")) else read_list
             for record in read(source):
                 if record is None:
-                    left_out += 1
+                    incomplete += 1
                     continue
                 name = os.path.relpath(record.image, source if folder else os.path.dirname(source))
                 digest.update(repr((name, record[1:3], record.span[1:])).encode())
@@ -525,15 +518,15 @@ def write_index(path, sources):
         f.write(json.dumps([digest.hexdigest()[:12], captioned, questioned]).encode())
     with replacing(f"{path}.npy") as beside, open(beside, "wb") as f:
         np.save(f, np.reshape(index, (-1, 2)))
-    if left_out:
-        warn(f"records without an image or a text, left out: {left_out}")
+    if incomplete:
+        warn(f"records without an image or a text, left out: {incomplete}")
 
 
-# ---------------------------------------------------------------- images and their latents
+# ---------------------------------------------------------------- what training takes: images or latents, in batches
 
 
 def readable(source, i, bad):
-    """Image i; None, and a message in `bad`, if it cannot be read."""
+    """Image i (H,W,3); None if it cannot be read, and then `bad` gets the message."""
     try:
         return source.image(i)
     except (ValueError, OSError) as error:
@@ -541,8 +534,8 @@ def readable(source, i, bad):
 
 
 def check_bad(bad, position):
-    """bad: (position, message) of all bad images so far. More than a hundred of the last thousand: something else is
-    wrong. Raises ValueError."""
+    """Raises ValueError if of the last thousand images more than a hundred were bad: then something else is wrong.
+    bad: [(position, message)] so far."""
     recent = [message for at, message in bad if at > position - 1000]
     if len(recent) > 100:
         raise ValueError(f"more than 100 bad images among the last thousand: mend the data; the last: {recent[-1]}")
@@ -550,13 +543,13 @@ def check_bad(bad, position):
 
 class Subset(NamedTuple):
     """Some records of a source."""
-    source: object              # World or Records
-    ids: np.ndarray             # which records
-    latents: Mapped | None = None  # its array at [i]: moments (2,C,h,w) of image i
+    source: object                 # World or Records
+    ids: np.ndarray                # which records
+    latents: Mapped | None = None  # array[i]: moments of image i
 
     def load(self, k, bad):
-        """-> which record the k-th is, and its image: moments (2,C,h,w), or pixels (3,H,W) in [-1,1]. In place of an
-        image that cannot be read comes the next; `bad` gets the message."""
+        """-> which record the k-th is, and its image: moments (2,C,h,w), or pixels (3,H,W) in [-1,1]. An image that
+        cannot be read is replaced by the next; `bad` gets the message."""
         for i in (int(self.ids[n % len(self.ids)]) for n in range(k, k + 1000)):
             if self.latents is not None:
                 return i, torch.tensor(self.latents.array[i])
@@ -593,8 +586,8 @@ def with_latents(subset, vae, folder, limit):
 @torch.no_grad()
 def encode_images(source, ids, vae, shape, path):
     bad, device = [], next(vae.parameters()).device
-    if (size := 2 * math.prod(shape)) > shutil.disk_usage(os.path.dirname(path) or ".").free:
-        raise OSError(f"{path} would take {size / 1e9:.1f} GB, and the disk has less: free some, or give a smaller "
+    if (total := 2 * math.prod(shape)) > shutil.disk_usage(os.path.dirname(path) or ".").free:
+        raise OSError(f"{path} would take {total / 1e9:.1f} GB, and the disk has less: free some, or give a smaller "
                       "--latents")
     with replacing(path) as beside:
         latents = np.lib.format.open_memmap(beside, "w+", np.float16, shape)
@@ -612,9 +605,6 @@ def encode_images(source, ids, vae, shape, path):
             with open(f"{path}.bad.txt", "w", errors="backslashreplace") as f:
                 f.writelines(f"{message}\n" for _, message in bad)
             warn(f"{len(bad)} of {len(ids)} images cannot be read and are left out: {path}.bad.txt names them")
-
-
-# ---------------------------------------------------------------- batches
 
 
 @functools.lru_cache(maxsize=4)
@@ -639,29 +629,30 @@ class Batch(NamedTuple):
 
 
 class Batches(torch.utils.data.Dataset):
-    """batches[step] is what one process computes at a step: a list of `passes` Batch, together the `rows` (a slice) of
-    the whole batch. Rows are one endless stream, in which every epoch shows each record once. A row is a function of
+    """batches[step] -> what one process computes at a step: a list of `passes` Batch, together the `rows` (a slice) of
+    the whole batch. All rows are one endless stream, in which each epoch has every record once. A row is a function of
     the seed and of its number in the stream. So what is learned at a step depends neither on the number of processes
     nor on where a run was interrupted.
 
-    images, texts: Subsets for the two losses, or one for both. recipe: has batch (rows per step), length (tokens), drop
-    (share of captions that the image loss sees empty), questions (share of texts that are questions)."""
+    images, texts: Subsets for the two losses, or twice the same. recipe has: batch (rows per step), length (tokens),
+    drop (share of captions that the image loss sees empty), questions (share of texts that are questions)."""
     def __init__(self, images, texts, tokenizer, recipe, seed, rows, passes=1):
         self.images, self.texts, self.tokenizer = images, texts, tokenizer
         self.recipe, self.seed, self.rows, self.passes = recipe, seed, rows, passes
 
     def __getitem__(self, step):
-        bad, first, size = [], self.rows.start, (self.rows.stop - self.rows.start) // self.passes
-        batch = []
-        for start in range(first, self.rows.stop, size):
-            numbers = range(step * self.recipe.batch + start, step * self.recipe.batch + start + size)
-            images, text_images, *texts = zip(*(self.row(n, bad) for n in numbers))
-            text_images = torch.stack(text_images) if self.texts is not self.images else None
-            batch.append(Batch(torch.stack(images), text_images, *map(torch.tensor, texts), slice(start, start + size), bad))
-        return batch
+        bad, batches, first = [], [], step * self.recipe.batch
+        size = (self.rows.stop - self.rows.start) // self.passes
+        for start in range(self.rows.start, self.rows.stop, size):
+            rows = [self.row(first + k, bad) for k in range(start, start + size)]
+            images, text_images, *texts = zip(*rows)
+            text_images = None if self.texts is self.images else torch.stack(text_images)
+            batches.append(Batch(torch.stack(images), text_images, *map(torch.tensor, texts),
+                                 slice(start, start + size), bad))
+        return batches
 
     def row(self, n, bad):
-        """Row n of the stream -> image, image of the text loss, caption's ids, text's ids, which of those are maskable."""
+        """Row n of the stream -> image, image of the text loss, caption's ids, text's ids, and which are maskable."""
         recipe, tokenizer, rng = self.recipe, self.tokenizer, np.random.default_rng([self.seed, 1, n])
         i, image = self.load(self.images, n, bad)
         caption = text = self.images.source.caption(i, rng)
@@ -669,8 +660,8 @@ class Batches(torch.utils.data.Dataset):
         if self.texts is not self.images:
             j, text_image = self.load(self.texts, n, bad)
             text = self.texts.source.caption(j, rng)
-        asks = rng.random() < recipe.questions or text is None
-        question = self.texts.source.question(j, rng) if asks else None
+        ask = rng.random() < recipe.questions or text is None
+        question = self.texts.source.question(j, rng) if ask else None
         caption = "" if caption is None or rng.random() < recipe.drop else caption
         ids, maskable = (tokenizer.question_ids(*question, recipe.length) if question else
                          tokenizer.caption_ids(text, recipe.length))
@@ -694,7 +685,7 @@ def batches(count, height, width, desc=None):
 
 
 def warn(message):
-    tqdm.write(f"warning: {message}", file=sys.stderr)  # not into a bar
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # tqdm's, or it would run into a bar
 
 
 def one_line(error):
@@ -716,8 +707,7 @@ def parse(raw, where, kind, form=None):
 
 
 def regular_file(path):
-    """The path of a user's file, to be opened: not of a pipe, which might wait for ever, nor of a device, which may
-    never end. Raises FileNotFoundError, or ValueError for what is no regular file."""
+    """The path, if a file is there; a pipe might wait for ever, a device never end (ValueError)."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file")
     if not os.path.isfile(path):
@@ -751,11 +741,12 @@ def replacing(path):
 
 
 def claim(path, wait=False):
-    """-> a lock, held until it is closed, so that no two runs write the same: kill -9 on torchrun leaves its workers
-    running. Raises OSError if another holds it, or waits."""
+    """-> a lock, held until it is closed, so that no two runs write the same (kill -9 on torchrun leaves its workers
+    running). Where another run holds it: waits, or raises OSError."""
     lock = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        raise OSError(f"{os.path.dirname(path)}: another run is at work here; let it end, or stop its processes") from None
+        folder = os.path.dirname(path)
+        raise OSError(f"{folder}: another run is at work here; let it end, or stop its processes") from None
     return lock
