@@ -2,9 +2,8 @@
 
 It is Stable Diffusion 3's MM-DiT with a second head (Figure 1). Two streams of tokens, image and text, each with
 weights of its own, meet in every block in one joint attention; at the top one head predicts the image's velocity, one
-the masked tokens. `DualDiffusion` is the whole system: transformer, T5, VAE and tokenizer.
-
-Modules carry the names of SD3's single-file checkpoint, so that its weights need no translation.
+the masked tokens. `DualDiffusion` is the whole system: transformer, T5, VAE and tokenizer. Modules carry the names of
+SD3's single-file checkpoint, so that its weights need no translation.
 
 References:
   Li et al., Dual Diffusion for Unified Image Generation and Understanding (D-DiT), arXiv 2501.00289
@@ -17,6 +16,7 @@ import math
 import os
 import re
 import shutil
+from collections import OrderedDict, namedtuple
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -52,25 +52,6 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def sincos_table(size, dim):
-    """(1, size*size, dim): fixed 2-D sine-cosine positions, half of the channels for x and half for y. Coordinates
-    span 64 units whatever the size, which for 192 gives SD3-medium's table."""
-    at = torch.arange(size, dtype=torch.float64) * 64 / size
-    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    one = torch.cat([torch.sin(at[:, None] * omega), torch.cos(at[:, None] * omega)], dim=1)  # (size, dim/2)
-    x, y = one[None].expand(size, -1, -1), one[:, None].expand(-1, size, -1)
-    return torch.cat([x, y], dim=2).reshape(1, size * size, dim).float()
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.proj = nn.Conv2d(cfg.channels, cfg.width, cfg.patch, stride=cfg.patch)
-
-    def forward(self, x):
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
-
-
 class TimestepEmbedder(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -98,15 +79,6 @@ class Attention(nn.Module):
         return self.ln_q(q), self.ln_k(k), v
 
 
-class MLP(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class StreamBlock(nn.Module):
     """A DiT block of one stream, open in the middle: what goes into the joint attention, and what follows it."""
     def __init__(self, cfg):
@@ -114,7 +86,8 @@ class StreamBlock(nn.Module):
         self.norm1 = nn.LayerNorm(cfg.width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(cfg)
         self.norm2 = nn.LayerNorm(cfg.width, elementwise_affine=False, eps=1e-6)
-        self.mlp = MLP(cfg.width)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(cfg.width, 4 * cfg.width), gelu=nn.GELU("tanh"), fc2=nn.Linear(4 * cfg.width, cfg.width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 6 * cfg.width))
 
     def before(self, x, vec):
@@ -139,9 +112,8 @@ class JointBlock(nn.Module):
         from_image, image_rest = self.x_block.before(x, vec)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(from_text, from_image))
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-        length = text.shape[1]
-        return (self.x_block.after(x, attended[:, length:], image_rest),
-                self.context_block.after(text, attended[:, :length], text_rest))
+        to_text, to_image = attended.split([text.shape[1], x.shape[1]], dim=1)
+        return self.x_block.after(x, to_image, image_rest), self.context_block.after(text, to_text, text_rest)
 
 
 class FinalLayer(nn.Module):
@@ -170,10 +142,11 @@ class TextHead(nn.Module):
 
 
 class DDiT(nn.Module):
+    """Figure 1. The time embedding modulates both streams; wherever text is predicted, the time is 0."""
     def __init__(self, config: DDiTConfig):
         super().__init__()
         self.config = config
-        self.x_embedder = PatchEmbed(config)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(config.channels, config.width, config.patch, config.patch)})
         self.t_embedder = TimestepEmbedder(config.width)
         self.context_embedder = nn.Linear(config.text_dim, config.width)
         self.register_buffer("pos_embed", torch.empty(1, config.pos_size ** 2, config.width))
@@ -198,7 +171,7 @@ class DDiT(nn.Module):
         logits only there, (N,V); with `draw`, an int, velocity only of that many first rows (0: none)."""
         p, h, w = self.config.patch, latents.shape[2] // self.config.patch, latents.shape[3] // self.config.patch
         vec = self.t_embedder(t)
-        x = self.x_embedder(latents.to(vec.dtype))
+        x = rearrange(self.x_embedder["proj"](latents.to(vec.dtype)), "b d h w -> b (h w) d")
         x = x + self.positions(h, w).to(x.dtype)
         text = self.context_embedder(text.to(vec.dtype))
         for block in self.joint_blocks:
@@ -256,8 +229,7 @@ class DualDiffusion(nn.Module):
 
     @classmethod
     def build(cls, config, tokenizer, parts=tuple(MODULES)):
-        """Fresh random weights. Both vocabularies follow the tokenizer; T5's table is rounded up to a multiple of
-        128 rows (32,100 -> 32,128), as T5's authors did."""
+        """Fresh random weights. Both vocabularies follow the tokenizer, T5's rounded up to a multiple of 128."""
         config.ddit.vocab = tokenizer.vocab_size
         config.t5.vocab_size = -(-tokenizer.vocab_size // 128) * 128
         return cls(config, tokenizer, **{part: MODULES[part](getattr(config, part)) for part in parts})
@@ -266,8 +238,8 @@ class DualDiffusion(nn.Module):
         """Pixels (B,3,H,W) in [-1,1] -> the latents the transformer sees. With a generator a sample of the posterior
         (training), without one its mean."""
         mean, logvar = self.vae.encode(pixels.to(self.device))
-        noise = 0 if generator is None else torch.randn(mean.shape, generator=generator, device=generator.device)
-        return self.vae.normalize(self.vae.sample(mean, logvar, torch.as_tensor(noise).to(mean)))
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device) if generator else torch.zeros(1)
+        return self.vae.normalize(self.vae.sample(mean, logvar, noise.to(mean)))
 
     def decode_image(self, latents):
         """Latents as the transformer sees them -> pixels (B,3,8h,8w), clamped to [-1,1]."""
@@ -285,8 +257,7 @@ class DualDiffusion(nn.Module):
     @classmethod
     def load(cls, path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
         """A file of ours, an SD3 single file, or a folder in diffusers layout -> the system; see `read_parts`."""
-        config, tokenizer, parts = read_parts(path, t5, vae, tokenizer, device, dtype, offload)
-        return cls(config, tokenizer, **parts).eval()
+        return cls(**read_parts(path, t5, vae, tokenizer, device, dtype, offload)).eval()
 
     def save(self, path, dtype=None):
         """One self-contained .safetensors; see `write_file`."""
@@ -300,7 +271,14 @@ class DualDiffusion(nn.Module):
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to compute in; fp16 is too narrow for T5-XXL
+def sincos_table(size, dim):
+    """(1, size*size, dim): fixed 2-D sine-cosine positions, half of the channels for x and half for y. Coordinates
+    span 64 units whatever the size, which for 192 gives SD3-medium's table."""
+    at = torch.arange(size, dtype=torch.float64) * 64 / size
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    one = torch.cat([torch.sin(at[:, None] * omega), torch.cos(at[:, None] * omega)], dim=1)  # (size, dim/2)
+    x, y = one[None].expand(size, -1, -1), one[:, None].expand(-1, size, -1)
+    return torch.cat([x, y], dim=2).reshape(1, size * size, dim).float()
 
 
 def init_weights(ddit):
@@ -318,18 +296,20 @@ def init_weights(ddit):
         nn.init.normal_(ddit.t_embedder.mlp[i].weight, std=0.02)
 
 
-# ---------------------------------------------------------------- open: what lies in the files
-# Loading has two steps. `inspect` finds out from names and shapes what a file or folder holds, and reads no tensor.
-# `read_parts` then builds the modules and reads what they need, nothing else. `write_folder` is the way back.
+# ---------------------------------------------------------------- open
+# `inspect` finds out from names and shapes what a file or folder holds, and reads no tensor. `read_parts` builds the
+# modules and reads what they need, nothing else. `write_folder` is the way back.
 
 PART_NAMES = {"ddit": "transformer", "t5": "T5", "vae": "VAE"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to compute in; fp16 is too narrow for T5-XXL
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
-opened = functools.partial(safe_open, framework="pt")
+TensorInfo = namedtuple("TensorInfo", "file name shape dtype")  # a tensor in a file; dtype: a key of TYPES
+open_safetensors = functools.partial(safe_open, framework="pt")
 
-# What else people have in .safetensors files, by pieces of the names of its tensors: where all occur, it is that.
+# Other models that people have in .safetensors files, by pieces of names: where all occur in a file, it is that.
 UNET = "a U-Net (Stable Diffusion 1, 2 or XL), another architecture"
 SD35 = "SD3.5, which has norms on queries and keys: D-DiT starts from SD3-medium (sd3_medium.safetensors)"
-REFUSED = {
+OTHER_MODELS = {
     "lora_": "a LoRA: changes to a model, not a model",
     "double_blocks.": "FLUX, another architecture", "single_transformer_blocks.": "FLUX, another architecture",
     "input_blocks.": UNET, "down_blocks.0.attentions": UNET,
@@ -337,31 +317,6 @@ REFUSED = {
     "y_embedder. .attn.ln_q.": SD35, "time_text_embed.text_embedder. .attn.norm_q.": SD35,
     "scale_weight": "T5 in scaled fp8, of which plain tensors tell half: take t5xxl_fp8_e4m3fn or t5xxl_fp16",
 }
-
-
-@dataclass
-class Stored:
-    """A tensor that lies in a file, not read yet."""
-    pieces: list        # [(file, its name there)], to be joined along the first axis
-    shape: tuple        # as we want it
-    dtype: str          # as safetensors spells it
-    swap: bool = False  # exchange the two halves
-
-    def read(self, device="cpu", dtype=torch.float32, opened=opened):
-        """dtype None is the file's, but bf16 for fp8, in which nothing computes. A tensor that needs no conversion is
-        the file itself, mapped. Raises ValueError naming a tensor with NaN or infinity, which would give empty answers.
-        Its least and largest number tell, at 20 GB a second; isfinite makes copies and is forty times slower."""
-        dtype, pieces = dtype or (torch.bfloat16 if self.dtype == "F8_E4M3" else TYPES[self.dtype]), []
-        for file, name in self.pieces:
-            pieces.append(opened(file).get_tensor(name).to(device, dtype))
-            if dtype.is_floating_point and not torch.stack(pieces[-1].aminmax()).isfinite().all():
-                raise ValueError(f"{file}: the tensor {name} holds NaN or infinity; the file is damaged, get it again")
-        tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0].reshape(self.shape)
-        return swap_halves(tensor) if self.swap else tensor
-
-
-def swap_halves(tensor):
-    return torch.cat(tensor.chunk(2)[::-1])
 
 
 def read_bytes(path):
@@ -375,66 +330,69 @@ def read_json(path):
 
 
 def safetensors_files(folder):
-    """The .safetensors files of a part's folder: one, or those that an index names. Of several variants the shortest
-    name, which is the plain one."""
+    """The .safetensors files of a part's folder: one, or the shards that an index names. Of several variants the
+    shortest name, which is the plain one."""
     names = sorted(os.listdir(folder), key=len)
-    for name in names:
-        if name.endswith(".safetensors") and "-of-" not in name:
-            return [os.path.join(folder, name)]
+    files = [name for name in names if name.endswith(".safetensors") and "-of-" not in name][:1]
     index = next((os.path.join(folder, name) for name in names if ".safetensors.index" in name), None)
-    if index is None:
+    if not files and not index:
         raise ValueError(f"{folder}: holds no .safetensors file")
-    file_of = read_json(index).get("weight_map")
-    names = file_of.values() if isinstance(file_of, dict) else [None]
-    for name in names:
+    if not files:
+        shards = read_json(index).get("weight_map")
+        files = list(shards.values()) if isinstance(shards, dict) else [None]
+    for name in files:
         if not isinstance(name, str) or os.path.basename(name) != name:
             raise ValueError(f'{index}: its "weight_map" should name files of this folder, not {name!r:.60}')
         if not os.path.exists(os.path.join(folder, name)):
             raise FileNotFoundError(f"{os.path.join(folder, name)}: this shard is missing ({index} names it)")
-    return [os.path.join(folder, name) for name in sorted(set(names))]
+    return [os.path.join(folder, name) for name in sorted(set(files))]
 
 
-def open_stored(path):
-    """A .safetensors file, or a folder of one or of shards -> {its own names: Stored}, metadata. Refuses other models."""
+def open_checkpoint(path):
+    """A .safetensors file, or a folder of one or of shards -> {name in the file: TensorInfo}, and what header and
+    config.json say of its parts' configurations, {part: {name: value}}. Raises ValueError for other models."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    stored, metadata = {}, {}
+    infos, metadata = {}, {}
     for file in safetensors_files(path) if os.path.isdir(path) else [path]:
         if file.endswith((".ckpt", ".pth", ".pt", ".bin")):
             raise ValueError(f"{file}: a pickle, which could run any code when opened; take the model's .safetensors")
         try:
-            with opened(regular_file(file)) as f:
-                for name in f.keys():
-                    tensor = f.get_slice(name)
-                    stored[name] = Stored([(file, name)], tuple(tensor.get_shape()), tensor.get_dtype())
+            with open_safetensors(regular_file(file)) as f:
+                slices = {name: f.get_slice(name) for name in f.keys()}
+                infos |= {k: TensorInfo(file, k, tuple(x.get_shape()), x.get_dtype()) for k, x in slices.items()}
                 metadata |= f.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"{file}: not a readable .safetensors file, or not all of one ({error})") from error
-    for pieces, model in REFUSED.items():
-        names = [next((name for name in stored if piece in name), None) for piece in pieces.split()]
+    for pieces, model in OTHER_MODELS.items():
+        names = [next((name for name in infos if piece in name), None) for piece in pieces.split()]
         if all(names):
             raise ValueError(f"{path}: this is {model} (it has a tensor {names[-1]})")
-    for name in [name for name in stored if name.endswith("encoder.embed_tokens.weight")]:
-        stored.setdefault(name.replace("encoder.embed_tokens", "shared"), stored[name])  # some T5 files have one of them
-    return stored, metadata
+    header = parse(metadata.get("config", "{}"), f"{path}, header", dict)
+    if not all(isinstance(values, dict) for values in header.values()):
+        raise ValueError(f"{path}: the configuration in its header should hold an object for each part")
+    json_file = read_json(os.path.join(path, "config.json"))
+    for part, names in DIFFUSERS_FIELDS.items():
+        header.setdefault(part, {names[name]: value for name, value in json_file.items() if name in names})
+    return infos, header
 
 
 # ---------------------------------------------------------------- name: a tensor of ours in other people's files
 
-# Stability's single files: a prefix per part. Ours are written so too.
+# Stability's single files have a prefix per part. Ours are written so too.
 PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}
 # A tensor that every file with that part has.
 KEY_TENSORS = {"ddit": "joint_blocks.0.x_block.attn.qkv.weight", "vae": "encoder.down.0.block.0.conv1.weight",
                "t5": "encoder.final_layer_norm.weight"}
 BLOCKS = {"ddit": "joint_blocks|transformer_blocks", "vae": "encoder.down|encoder.down_blocks", "t5": "encoder.block"}
-HEAD = "text_head.linear.weight"  # where it lacks, the text head is new
+HEAD = "text_head.linear.weight"  # if it is missing, the text head is new
 SPIECE = "spiece_model"  # in our files: the tokenizer, as a uint8 tensor
 
 # diffusers: a folder per part (the authors' release: text_encoder; SD3's own: text_encoder_3, beside two of CLIP's),
-# and other names for the transformer and the VAE. Each line replaces a piece of our name, one after the other.
-# {x}: three tensors, q, k and v. The names of the two image_ modules are the authors'; SD3's lack that beginning.
+# and other names. Each line replaces a piece of our name, one after the other. {x}: three tensors, q, k and v. The
+# names with image_ are the authors', SD3's are without. T5's table has two names, and a file has either or both.
 FOLDERS = {"ddit": ["transformer"], "t5": ["text_encoder_3", "text_encoder"], "vae": ["vae"]}
-DIFFUSERS = {"t5": "", "ddit": """
+DIFFUSERS = {"t5": "shared encoder.embed_tokens", "ddit": """
     pos_embed                         pos_embed.pos_embed
     x_embedder                        pos_embed
     t_embedder.mlp.0                  time_text_embed.timestep_embedder.linear_1
@@ -473,9 +431,10 @@ DIFFUSERS = {"t5": "", "ddit": """
 """}
 
 
+@functools.cache
 def diffusers_names(part, name, blocks):
-    """Our name of a tensor -> its one or three in diffusers, which counts the VAE's levels going up from the other end.
-    blocks: how many blocks or levels the part has."""
+    """Our name of a tensor -> [its one name, or three] in diffusers. blocks: how many blocks or levels the part has;
+    diffusers counts the VAE's levels going up from the other end."""
     for line in DIFFUSERS[part].strip().splitlines():
         name = name.replace(*line.split())
     name = re.sub(r"(?<=up_blocks\.)\d+", lambda level: str(blocks - 1 - int(level[0])), name)
@@ -483,45 +442,55 @@ def diffusers_names(part, name, blocks):
 
 
 class Tensors:
-    """The tensors of one part in a file or folder by our names, whatever the file calls them."""
-    def __init__(self, part, path, stored):
-        self.part, self.path, self.stored = part, path, stored
-        matches = (re.match(rf"(?:{PREFIXES[part]})?(?:{BLOCKS[part]})\.(\d+)\.", name) for name in stored)
-        self.blocks = len({match[1] for match in matches if match})  # or levels
+    """The tensors of one part in a file or folder, by our names whatever the file calls them. Nothing is read yet."""
+    def __init__(self, part, path, infos):
+        self.part, self.path = part, path
+        self.infos = {re.sub(f"^({PREFIXES[part]}|image_)", "", name): info for name, info in infos.items()}
+        matches = (re.match(rf"({BLOCKS[part]})\.(\d+)\.", name) for name in self.infos)
+        self.blocks = len({match[2] for match in matches if match})  # or levels
 
-    def names(self, name):
-        """Our name -> the file's names, [] where it has none."""
-        theirs = diffusers_names(self.part, name, self.blocks)
-        ways = [PREFIXES[self.part] + name], [name], theirs, [their.removeprefix("image_") for their in theirs]
-        return next((names for names in ways if all(n in self.stored for n in names)), [])
+    def pieces(self, name):
+        """-> [TensorInfo]: one, or three to be joined along the first axis, or none if it is missing."""
+        if name in self.infos:
+            return [self.infos[name]]
+        names = [name.removeprefix("image_") for name in diffusers_names(self.part, name, self.blocks)]
+        return [self.infos[name] for name in names] if self.infos.keys() >= {*names} else []
 
     def __contains__(self, name):
-        return bool(self.names(name))
+        return bool(self.pieces(name))
 
-    def __getitem__(self, name):
-        """-> Stored, in our form. Raises ValueError where it is missing."""
-        names = self.names(name)
-        if not names:
-            raise ValueError(f"{self.path}: the tensor {name} is missing; the file is incomplete")
-        first, *others = (self.stored[n] for n in names)
-        if any(other.shape != first.shape for other in others):
-            raise ValueError(f"{self.path}: the tensor {names[0]} and those beside it should have one shape")
-        shape = (*(len(names) * n for n in first.shape[:1]), *first.shape[1:])
+    def shape(self, name, *expected):
+        """-> the tensor's. Raises ValueError if it is missing, or not as expected (None: any size)."""
+        pieces, where = self.pieces(name), f"{self.path}: the tensor {name}"
+        if not pieces:
+            raise ValueError(f"{where} is missing; the file is incomplete")
+        shape = tuple(n * len(pieces) if axis == 0 else n for axis, n in enumerate(pieces[0].shape))
         if ".attn_1." in name and len(shape) == 2:  # a matrix in diffusers, a 1x1 convolution here
-            shape = (*shape, 1, 1)
+            shape += (1, 1)
+        if len(shape) != len(expected) or any(n not in (None, m) for n, m in zip(expected, shape)):
+            raise ValueError(f"{where} is {shape}, it should be {expected}".replace("None", "any"))
+        if any(piece.shape != pieces[0].shape for piece in pieces):
+            raise ValueError(f"{where} and those beside it should have one shape")
+        return shape
+
+    def read(self, name, shape, device="cpu", dtype=torch.float32, open_file=open_safetensors):
+        """-> the tensor. It must be there, in that shape, of a type that we can read, and finite: NaN or infinity would
+        give empty answers. dtype None is the file's, but bf16 for fp8, in which nothing computes. A tensor that needs
+        no conversion is the file itself, mapped."""
+        shape, pieces, tensors = self.shape(name, *shape), self.pieces(name), []
+        if (code := pieces[0].dtype) not in TYPES:
+            raise ValueError(f"{self.path}: the tensor {name} is of type {code}; this program reads {', '.join(TYPES)}")
+        dtype = dtype or (torch.bfloat16 if code == "F8_E4M3" else TYPES[code])
+        for piece in pieces:
+            tensors.append(open_file(piece.file).get_tensor(piece.name).to(device, dtype))
+            if not torch.stack(tensors[-1].aminmax()).isfinite().all():  # isfinite alone makes copies: 40 times slower
+                raise ValueError(f"{piece.file}: the tensor {piece.name} holds NaN or infinity; the file is damaged, "
+                                 f"get it again")
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0].reshape(shape)
         # Where no MLP follows, diffusers stores (scale, shift), SD3 (shift, scale): in the image head, and in SD3's
         # last block, which ends its text stream early.
-        swap = "adaLN" in name and "adaLN" not in names[0] and re.sub("adaLN.*", "mlp.fc2.weight", name) not in self
-        return Stored([piece for n in names for piece in self.stored[n].pieces], shape, first.dtype, swap)
-
-    def wanted(self, name, *shape):
-        """-> Stored. It must be there, in that shape (None: any size) and a type that we can read."""
-        stored, where = self[name], f"{self.path}: the tensor {name}"
-        if len(stored.shape) != len(shape) or any(n not in (None, m) for n, m in zip(shape, stored.shape)):
-            raise ValueError(f"{where} is {stored.shape}, it should be {shape}".replace("None", "any"))
-        if stored.dtype not in TYPES:
-            raise ValueError(f"{where} is of type {stored.dtype}; this program reads {', '.join(TYPES)}")
-        return stored
+        swap = "adaLN" in name and "adaLN" not in piece.name and re.sub("adaLN.*", "mlp.fc2.weight", name) not in self
+        return torch.cat(tensor.chunk(2)[::-1]) if swap else tensor
 
 
 # ---------------------------------------------------------------- configure: what the shapes and the file say
@@ -531,41 +500,37 @@ AUTHORS = {"size": 512, "length": 128, "caption_prompt": "Describe the image con
            "answer_suffix": "Answer the question using a single word or phrase."}
 # A part's configuration is what its tensors' shapes say, and for the rest what the file's header or a config.json says,
 # which has other names for some of it:
-THEIRS = {"ddit": {"num_attention_heads": "heads", "num_layers": "depth"},
-          "t5": {"relative_attention_max_distance": "max_distance", "num_layers": "num_layers"},
-          "vae": {"norm_num_groups": "groups", "shift_factor": "shift", "scaling_factor": "scale"}}
+DIFFUSERS_FIELDS = {"ddit": {"num_attention_heads": "heads", "num_layers": "depth"},
+                    "t5": {"relative_attention_max_distance": "max_distance", "num_layers": "num_layers"},
+                    "vae": {"norm_num_groups": "groups", "shift_factor": "shift", "scaling_factor": "scale"}}
 
 
-def ddit_shapes(x, header):
-    width, channels, patch, _ = x.wanted("x_embedder.proj.weight", *[None] * 4).shape
-    head = {"vocab": x.wanted(HEAD, None, width).shape[0]} if HEAD in x else {}
-    return head | {"depth": x.blocks, "width": width, "heads": header.get("heads", width // 64),
-                   "patch": patch, "channels": channels,
-                   "text_dim": x.wanted("context_embedder.weight", width, None).shape[1],
-                   "pos_size": math.isqrt(x.wanted("pos_embed", 1, None, width).shape[1]),
-                   "qk_norm": "joint_blocks.0.x_block.attn.ln_q.weight" in x}
+def from_shapes(part, tensors, header):
+    """What the shapes of a part's tensors say of its configuration -> {name: value}."""
+    def size(module, axis, axes=2):
+        return tensors.shape(f"{module}.weight", *[None] * axes)[axis]
+
+    if part == "ddit":
+        width, head = size("x_embedder.proj", 0, 4), {"vocab": size("text_head.linear", 0)} if HEAD in tensors else {}
+        return head | {"depth": tensors.blocks, "width": width, "heads": header.get("heads", width // 64),
+                       "patch": size("x_embedder.proj", 2, 4), "channels": size("x_embedder.proj", 1, 4),
+                       "text_dim": size("context_embedder", 1),
+                       "pos_size": math.isqrt(tensors.shape("pos_embed", 1, None, None)[1]),
+                       "qk_norm": "joint_blocks.0.x_block.attn.ln_q.weight" in tensors}
+    if part == "vae":
+        convs = ["conv_in", *(f"down.{i}.block.0.conv1" for i in range(tensors.blocks)), "conv_out"]
+        base, *widths, moments = (size(f"encoder.{conv}", 0, 4) for conv in convs)
+        return {"channels": base, "multipliers": [width // max(base, 1) for width in widths],
+                "latent_channels": moments // 2}
+    table = {"vocab_size": size("shared", 0), "d_model": size("shared", 1), "num_layers": tensors.blocks}
+    if "places" in tensors:
+        return table | {"places": tensors.shape("places", None, None)[0]}
+    attend, dense = "encoder.block.0.layer.0.SelfAttention.", "encoder.block.0.layer.1.DenseReluDense."
+    buckets, heads = (size(attend + "relative_attention_bias", axis) for axis in (0, 1))
+    return table | {"num_heads": heads, "d_kv": size(attend + "q", 0) // max(heads, 1), "buckets": buckets,
+                    "d_ff": size(dense + "wi_0", 0), "places": 0}
 
 
-def t5_shapes(x, header):
-    vocab, width = x.wanted("shared.weight", None, None).shape
-    sizes = {"d_model": width, "vocab_size": vocab, "num_layers": x.blocks}
-    if "places" in x:
-        return sizes | {"places": x.wanted("places", None, width).shape[0]}
-    first = "encoder.block.0.layer."
-    buckets, heads = x.wanted(first + "0.SelfAttention.relative_attention_bias.weight", None, None).shape
-    return sizes | {"num_heads": heads, "buckets": buckets, "places": 0,
-                    "d_kv": x.wanted(first + "0.SelfAttention.q.weight", None, width).shape[0] // max(heads, 1),
-                    "d_ff": x.wanted(first + "1.DenseReluDense.wi_0.weight", None, width).shape[0]}
-
-
-def vae_shapes(x, header):
-    base, *widths = (x.wanted(f"encoder.{name}.weight", None, None, 3, 3).shape[0] for name in (
-        "conv_in", *(f"down.{i}.block.0.conv1" for i in range(x.blocks))))
-    return {"channels": base, "multipliers": [width // max(base, 1) for width in widths],
-            "latent_channels": x.wanted("encoder.conv_out.weight", None, None, 3, 3).shape[0] // 2}
-
-
-SHAPES = {"ddit": ddit_shapes, "t5": t5_shapes, "vae": vae_shapes}
 RULES = {
     "ddit": (lambda c: c.width % c.heads == 0 and c.width % 4 == 0, "width should be a multiple of heads and of 4"),
     "t5": (lambda c: 0 < c.buckets // 4 < c.max_distance, "max_distance should be above a quarter of buckets"),
@@ -575,28 +540,27 @@ RULES = {
 
 
 def configure(part, header, where, shapes=None):
-    """What a file says of a part or of the settings, and what its tensors' shapes say, each {name: value} -> the part's
-    dataclass. Here alone a configuration is checked: an impossible value would fail far from where it comes from."""
+    """What a file's header says of a part or of the settings, and what its shapes say, each {name: value} -> the part's
+    dataclass. Configurations are checked here and nowhere else: an impossible value would fail far from its source."""
     kind = type(getattr(Config(), part))
     values, usual, most = header | (shapes or {}), asdict(kind()), 2 ** (14 if part == "settings" else 20)
     for name, value in values.items():
-        here = f"{where}: {part}.{name} is {value!r:.60}"
-        if name not in usual:
-            raise ValueError(f"{here}, which this program does not know; a newer one may")
-        if header.get(name, value) != value:
-            raise ValueError(f"{here} by its tensors, {header[name]!r:.60} by its configuration")
         least = 0 if name in ("places", "num_layers") else 2 if name == "length" else 1
-        if not possible(value, usual[name], least, most):
-            raise ValueError(f"{here}, which cannot be; {usual[name]!r} is usual")
-    config, (holds, rule) = kind(**{name: type(usual[name])(value) for name, value in values.items()}), RULES[part]
+        why = (", which this program does not know; a newer one may" if name not in usual else
+               f" by its tensors, {header[name]!r:.60} by its configuration" if header.get(name, value) != value else
+               "" if fits(value, usual[name], least, most) else f", which cannot be; {usual[name]!r} is usual")
+        if why:
+            raise ValueError(f"{where}: {part}.{name} is {value!r:.60}{why}")
+    config = kind(**{name: type(usual[name])(value) for name, value in values.items()})
+    holds, rule = RULES[part]
     if not holds(config):
         raise ValueError(f"{where}: {rule}; here it is {config}")
     return config
 
 
-def possible(value, usual, least, most):
+def fits(value, usual, least, most):
     if isinstance(usual, tuple):
-        return isinstance(value, list | tuple) and 0 < len(value) < 9 and all(possible(v, 1, 1, most) for v in value)
+        return isinstance(value, list | tuple) and 0 < len(value) < 9 and all(fits(v, 1, 1, most) for v in value)
     if type(usual) in (int, float):
         return type(value) in (int, type(usual)) and (least if type(usual) is int else -most) <= value <= most
     return type(value) is type(usual)
@@ -617,6 +581,7 @@ def check_together(config, parts, tokenizer):
 
 # ---------------------------------------------------------------- inspect, read
 
+
 def inspect(path, t5=None, vae=None, tokenizer=None):
     """Look into a checkpoint, a file or a folder, and read nothing but the tokenizer -> Config, {part: Tensors},
     Tokenizer or None. t5, vae: take that part from there; tokenizer: a file."""
@@ -625,36 +590,31 @@ def inspect(path, t5=None, vae=None, tokenizer=None):
     config, parts, spiece, settings = Config(), {}, None, {}
     folders = [os.path.join(path, name) for names in FOLDERS.values() for name in names]
     for where in [folder for folder in folders if os.path.isdir(folder)] or [path]:
-        stored, metadata = open_stored(where)
-        ours, theirs = (parse(metadata.get("config", "{}"), f"{where}, header", dict),
-                        read_json(os.path.join(where, "config.json")))
-        if not all(isinstance(values, dict) for values in ours.values()):
-            raise ValueError(f"{where}: the configuration in its header should hold an object for each part")
-        settings |= ours.get("settings", {})
-        if SPIECE in stored:
-            spiece = stored[SPIECE].read(dtype=torch.uint8).numpy().tobytes()
+        infos, header = open_checkpoint(where)
+        settings |= header.get("settings", {})
+        if SPIECE in infos:
+            spiece = open_safetensors(infos[SPIECE].file).get_tensor(SPIECE).to(torch.uint8).numpy().tobytes()
         for part in MODULES:
-            tensors = Tensors(part, where, stored)
+            tensors, values = Tensors(part, where, infos), header[part]
             if part not in parts and KEY_TENSORS[part] in tensors:
-                header = ours.get(part) or {THEIRS[part][n]: v for n, v in theirs.items() if n in THEIRS[part]}
                 parts[part] = tensors
-                setattr(config, part, configure(part, header, where, SHAPES[part](tensors, header)))
+                setattr(config, part, configure(part, values, where, from_shapes(part, tensors, values)))
     if not parts:
         raise ValueError(f"{path}: holds no part of SD3, T5 or D-DiT")
-
     settings |= read_json(os.path.join(path, "d_dit.json"))
     if "ddit" in parts and "null_image_embd" in parts["ddit"] and not settings:
         settings = dict(AUTHORS)
     scheduler = read_json(os.path.join(path, "scheduler", "scheduler_config.json"))
-    config.settings = configure("settings", settings | {k: v for k, v in scheduler.items() if k == "shift"}, path)
+    settings |= {name: value for name, value in scheduler.items() if name == "shift"}
+    config.settings = configure("settings", settings, path)
 
     for part, other in (("t5", t5), ("vae", vae)):
         if other is not None:
-            its_config, its_parts, _ = inspect(other)
-            if part not in its_parts:
+            other_config, other_parts, _ = inspect(other)
+            if part not in other_parts:
                 raise ValueError(f"{other}: holds no {PART_NAMES[part]}")
-            parts[part] = its_parts[part]
-            setattr(config, part, getattr(its_config, part))
+            parts[part] = other_parts[part]
+            setattr(config, part, getattr(other_config, part))
 
     beside = [os.path.join(path, name, "spiece.model") for name in ("tokenizer_3", "tokenizer")]
     file = tokenizer or next(filter(os.path.exists, beside), None)
@@ -669,7 +629,7 @@ def inspect(path, t5=None, vae=None, tokenizer=None):
 
 
 def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
-    """A file of ours, an SD3 single file, or a folder in diffusers layout -> Config, Tokenizer, {part: module}.
+    """A file of ours, an SD3 single file, or a folder in diffusers layout -> what DualDiffusion is made of, by name.
 
     t5, vae: another file or folder to take that part from; tokenizer: a spiece.model; dtype: to compute in, one for
     all or {"ddit": dtype, "t5": dtype, "vae": dtype} (a part not named: float32), None as in the file; offload: T5
@@ -682,9 +642,9 @@ def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torc
     if tokenizer is None:
         raise ValueError(f"{path}: holds no tokenizer; give T5's spiece.model (--spiece)")
     check_together(config, parts, tokenizer)
-    return config, tokenizer, {
-        part: read_part(part, tensors, getattr(config, part), "cpu" if offload and part == "t5" else device,
-                        dtypes.get(part, torch.float32)) for part, tensors in parts.items()}
+    modules = {part: read_part(part, tensors, getattr(config, part), "cpu" if offload and part == "t5" else device,
+                               dtypes.get(part, torch.float32)) for part, tensors in parts.items()}
+    return {"config": config, "tokenizer": tokenizer, **modules}
 
 
 def read_part(part, tensors, config, device, dtype):
@@ -692,15 +652,13 @@ def read_part(part, tensors, config, device, dtype):
     with torch.device("meta"):  # no memory yet, and no time spent on initial values that would be overwritten
         module = MODULES[part](config)
     new = from_sd3(tensors, config) if part == "ddit" else {}
-    state, mapped, files = {}, 0, functools.cache(opened)
+    state, mapped, open_file = {}, 0, functools.cache(open_safetensors)
     for name, tensor in module.state_dict().items():
-        if name not in new:
-            state[name] = tensors.wanted(name, *tensor.shape).read(device, dtype, files)
-            mapped += state[name].nbytes
-            if mapped > 1 << 26:  # the pages read of an open file count as our memory: let go now and then
-                mapped = files.cache_clear() or 0
-    for name, tensor in new.items():
-        state[name] = tensor.to(device, state["x_embedder.proj.weight"].dtype)
+        state[name] = (tensors.read(name, tensor.shape, device, dtype, open_file) if name not in new else
+                       new[name].to(device, state["x_embedder.proj.weight"].dtype))
+        mapped += state[name].nbytes
+        if mapped > 1 << 26:  # the pages read of an open file count as our memory: let go now and then
+            mapped = open_file.cache_clear() or 0
     module.load_state_dict(state, assign=True)
     return module
 
@@ -714,19 +672,19 @@ def from_sd3(tensors, config):
     block ends its text stream after the attention: what follows starts behind zero gates. The text head is new."""
     new = {}
     if "y_embedder.mlp.0.bias" in tensors:
-        b0, w2, b2, bias = (tensors.wanted(name, *[config.width] * axes).read() for name, axes in (
-            ("y_embedder.mlp.0.bias", 1), ("y_embedder.mlp.2.weight", 2), ("y_embedder.mlp.2.bias", 1),
-            ("t_embedder.mlp.2.bias", 1)))
+        b0, b2, bias = (tensors.read(f"{name}.bias", [config.width]) for name in (
+            "y_embedder.mlp.0", "y_embedder.mlp.2", "t_embedder.mlp.2"))
+        w2 = tensors.read("y_embedder.mlp.2.weight", [config.width, config.width])
         new["t_embedder.mlp.2.bias"] = bias + w2 @ F.silu(b0) + b2
     last = f"joint_blocks.{config.depth - 1}.context_block."
     modulation, early = last + "adaLN_modulation.1.", 2 * config.width  # shift and scale before the attention
-    if tensors[modulation + "bias"].shape == (early,):
+    if tensors.shape(modulation + "bias", None) == (early,):
         for name, tensor in DDiT(replace(config, depth=1, pos_size=1)).state_dict().items():  # heads and gates are zero
             name = name.replace("joint_blocks.0.context_block.", last)
             if name.startswith(("text_head.", last + "attn.proj.", last + "mlp.")):
                 new[name] = tensor
             elif name.startswith(modulation):
-                new[name] = torch.cat([tensors.wanted(name, early, *tensor.shape[1:]).read(), tensor[early:]])
+                new[name] = torch.cat([tensors.read(name, (early, *tensor.shape[1:])), tensor[early:]])
     return new
 
 
@@ -762,39 +720,35 @@ def write_folder(dd, folder):
     beside = os.path.abspath(folder) + ".partial"
     shutil.rmtree(beside, ignore_errors=True)  # left by a kill
     try:
-        for part in MODULES:
-            stem = "model" if part == "t5" else "diffusion_pytorch_model"
-            write(os.path.join(beside, FOLDERS[part][-1], f"{stem}.safetensors"), to_diffusers(dd, part))
-        for name, content in diffusers_configs(dd.config).items():
-            write(os.path.join(beside, name), json.dumps(content, indent=2).encode())
-        write(os.path.join(beside, "tokenizer", "spiece.model"), dd.tokenizer.model)
+        for name, content in diffusers_files(dd):
+            path = os.path.join(beside, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with replacing(path) as file:
+                if isinstance(content, bytes):
+                    Path(file).write_bytes(content)
+                else:
+                    save_file(content, file, {"format": "pt"})
         os.replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def write(path, content):
-    """Tensors or bytes."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with replacing(path) as beside:
-        if isinstance(content, dict):
-            save_file(content, beside, {"format": "pt"})
-        else:
-            Path(beside).write_bytes(content)
-
-
-def to_diffusers(dd, part):
-    """-> {diffusers' name: tensor}. `null_image_embd`, what the authors feed in place of an image where there is none,
-    we neither use nor keep; it is written as zeros."""
-    state = {"null_image_embd": dd.ddit.pos_embed.new_zeros(1, 8, dd.config.ddit.width)} if part == "ddit" else {}
-    for name, tensor in getattr(dd, part).state_dict().items():
-        if name.startswith("final_layer.adaLN"):
-            tensor = swap_halves(tensor)
-        if ".attn_1." in name and tensor.ndim == 4:
-            tensor = tensor.flatten(1)
-        names = diffusers_names(part, name, len(dd.config.vae.multipliers))
-        state |= {n: piece.cpu().contiguous() for n, piece in zip(names, tensor.chunk(len(names)))}
-    return state
+def diffusers_files(dd):
+    """-> pairs of a file's name and its content, tensors or bytes. `null_image_embd`, what the authors feed in place of
+    an image where there is none, we neither use nor keep; it is written as zeros."""
+    for part in MODULES:
+        state = {"null_image_embd": dd.ddit.pos_embed.new_zeros(1, 8, dd.config.ddit.width)} if part == "ddit" else {}
+        for name, tensor in getattr(dd, part).state_dict().items():
+            if name.startswith("final_layer.adaLN"):
+                tensor = torch.cat(tensor.chunk(2)[::-1])
+            if ".attn_1." in name and tensor.ndim == 4:
+                tensor = tensor.flatten(1)
+            names = [name] if part == "t5" else diffusers_names(part, name, len(dd.config.vae.multipliers))
+            state |= {n: piece.cpu().contiguous() for n, piece in zip(names, tensor.chunk(len(names)))}
+        yield f"{FOLDERS[part][-1]}/{'model' if part == 't5' else 'diffusion_pytorch_model'}.safetensors", state
+    for name, content in diffusers_configs(dd.config).items():
+        yield name, json.dumps(content, indent=2).encode()
+    yield "tokenizer/spiece.model", dd.tokenizer.model
 
 
 def diffusers_configs(config):

@@ -30,10 +30,10 @@ PREFIX = {"single": "model.diffusion_model.", "vae": "first_stage_model.", "t5":
 
 def states(*parts):
     """Random weights as an SD3 file has them."""
-    found = {part: make_golden.random_state(SHAPES[part]) for part in parts}
-    if "single" in found:
-        found["single"] = make_golden.sd3_part(found["single"], make_golden.SINGLE)
-    return found
+    result = {part: make_golden.random_state(SHAPES[part]) for part in parts}
+    if "single" in result:
+        result["single"] = make_golden.sd3_part(result["single"], make_golden.SINGLE)
+    return result
 
 
 def single_file(path, *parts, dtype=torch.float32):
@@ -487,8 +487,8 @@ def test_an_answer_needs_no_compiler_and_opens_its_file_once(tmp_path):
     """Neither torch's compiler, which takes a second to import, nor an opening for every tensor."""
     program = """
 import sys, model, sample, torch
-times, opened = [], model.opened
-model.opened = lambda path: times.append(path) or opened(path)
+times, open_file = [], model.open_safetensors
+model.open_safetensors = lambda path: times.append(path) or open_file(path)
 dd = model.DualDiffusion.load(sample.SHIPPED)
 sample.answer(dd, torch.zeros(1, 3, 64, 64), ["what color is the circle?"], steps=1)
 print(len(times), sorted(name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor")))[:3])
