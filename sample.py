@@ -1,4 +1,5 @@
-"""Using it: draw images from text, read images into text, fill in the blanks of a text.
+"""Using it: draw images from text, read images into text, fill in the blanks of a text. Both diffusions run backwards:
+an image begins as noise and follows the velocity; a text begins as masks, which the network replaces by tokens.
 
     python sample.py --vqa img.png "what color is the circle?"
     python sample.py --caption img.png
@@ -82,8 +83,8 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
 
 def revealed_share(steps):
     """(steps+1,) float64, from 0 to 1: the share of the masked tokens that sampling has revealed, at each time of an
-    even grid from t = 1 down to 0. Undoing what masking does, it leaves the share alpha(t) readable; here scaled, so
-    that at t = 1 nothing is."""
+    even grid from t = 1 down to 0. As alpha(t) of all tokens are readable at time t, this is alpha, scaled to begin
+    at 0: sampling begins with masks alone."""
     readable = losses.alpha(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     return (readable - readable[0]) / (readable[-1] - readable[0])  # Eq. 5
 
@@ -94,21 +95,25 @@ def draw_tokens(logits, temperature, generator):
     tokens, confidence = [], []
     for part in logits.split(256):
         probs = torch.softmax(finite(part[:, :-1]).cpu().double() / (temperature or 1.0), dim=1)
-        drawn = torch.multinomial(probs, 1, generator=generator) if temperature else probs.argmax(1, keepdim=True)
-        tokens.append(drawn)
-        confidence.append(probs.gather(1, drawn))
+        ids = torch.multinomial(probs, 1, generator=generator) if temperature else probs.argmax(1, keepdim=True)
+        tokens.append(ids)
+        confidence.append(probs.gather(1, ids))
     return torch.cat(tokens)[:, 0], torch.cat(confidence)[:, 0]
+
+
+# The orders of unmasking. Each fills in `tokens` (B,L) where `masked` is true, and yields after every forward pass: a
+# call of draw, where (B,L) bool -> a token for each true position (N,), its probability (N,).
 
 
 def in_random_order(draw, tokens, masked, steps, generator):
     """Ancestral sampling on a grid of `steps` steps, exactly, but with fewer passes.
 
-    In each step chance decides which masked tokens are revealed, each alone (Eq. 5); then the network says what they
-    are. The network does not see the time, and chance does not see the network. So first draw the step in which each
-    token is revealed. Then run the network only at steps that reveal something, and only for the rows that they
-    concern: in all others its answer would not be used."""
+    In each step chance decides which masked tokens are revealed, each alone (Eq. 5), and the network decides what they
+    are. The network does not see the time, and chance does not see the network. So draw the step of every token first.
+    Then run the network only at steps that reveal something, and only for the rows in which they do: elsewhere its
+    output would not be used."""
     u = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
-    reveal_step = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # that at whose end the share is above u
+    reveal_step = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # in which the share rises above u
     for step in range(steps):
         reveal = masked & (reveal_step == step)
         if reveal.any():
@@ -117,23 +122,22 @@ def in_random_order(draw, tokens, masked, steps, generator):
 
 
 def by_confidence(draw, tokens, masked, steps, generator):
-    """As many tokens per step as ancestral sampling reveals on average, but the most probable first (MaskGIT). So each
-    pass predicts all masked tokens. The texts are not exact samples."""
+    """As many tokens per step as ancestral sampling reveals on average, but the most probable first (MaskGIT). For this
+    every pass predicts all masked tokens. The texts are not exact samples."""
     total = masked.sum(1)
     for share in revealed_share(steps)[1:]:
-        count = (share * total - 1e-9).ceil() - total + masked.sum(1)  # per row; 1e-9: the rounding errors of float64
+        count = (share * total - 1e-9).ceil() - total + masked.sum(1)  # per row; 1e-9: more than float64's rounding
         candidates = masked & (count > 0)[:, None]
         if candidates.any():
-            drawn, confidence = draw(candidates)
-            score = torch.full(tokens.shape, -1.0).double().masked_scatter(candidates, confidence)
-            reveal = candidates & (score.argsort(1, descending=True).argsort(1) < count[:, None])
-            tokens[reveal] = drawn[reveal[candidates]]
+            ids, confidence = draw(candidates)
+            score = torch.full(tokens.shape, -1.0, dtype=torch.float64).masked_scatter(candidates, confidence)
+            rank = score.argsort(1, descending=True).argsort(1)  # 0 for the surest of a row
+            reveal = candidates & (rank < count[:, None])
+            tokens[reveal] = ids[reveal[candidates]]
             masked = masked & ~reveal
             yield
 
 
-# How to unmask `tokens` (B,L) in place. `draw` is one forward pass: which tokens (B,L) bool -> new values (N,), their
-# probabilities (N,). An order yields after each pass.
 ORDERS = {"random": in_random_order, "confidence": by_confidence}
 
 
@@ -147,8 +151,8 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
     def draw(where):
         rows = where.any(1)
         states = dd.t5(tokens[rows].to(dd.device))
-        times = torch.zeros(len(states), device=dd.device)
-        _, logits = dd.ddit(latents[rows], times, states, predict=where[rows], draw=0)
+        time = torch.zeros(len(states), device=dd.device)
+        _, logits = dd.ddit(latents[rows], time, states, predict=where[rows], draw=0)
         return draw_tokens(logits, temperature, generator)
 
     tokens = torch.where(maskable, dd.tokenizer.mask_id, tokens)
@@ -158,7 +162,7 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
 
 @torch.no_grad()
 def unmask_texts(dd, images, texts, *how, whole=False):
-    """Unmask one text, (ids, maskable), per image -> list of str: what was masked, or the whole texts."""
+    """Unmask one text (ids, maskable) per image -> list of str: what stands at the masks, or the whole texts."""
     latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
     tokens, maskable = (torch.tensor(column) for column in zip(*texts))
     for part in batches(len(images), *images.shape[2:]):
@@ -169,10 +173,9 @@ def unmask_texts(dd, images, texts, *how, whole=False):
 def caption(dd, images, length=None, steps=None, order="random", temperature=0.0, generator=None):
     """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; steps: forward passes at most. A
     model that was tuned on answers alone is asked for a caption by a question, `caption_prompt`."""
-    settings, tokenizer = dd.config.settings, dd.tokenizer
-    length, prompt = length or settings.length, settings.caption_prompt
-    text = tokenizer.question_ids(prompt, "", length) if prompt else tokenizer.caption_ids("", length)
-    steps = steps or settings.caption_steps
+    settings = dd.config.settings
+    length, steps, prompt = length or settings.length, steps or settings.caption_steps, settings.caption_prompt
+    text = dd.tokenizer.question_ids(prompt, "", length) if prompt else dd.tokenizer.caption_ids("", length)
     return unmask_texts(dd, images, [text] * len(images), steps, order, temperature, generator)
 
 
@@ -244,11 +247,9 @@ def existing_device(name):
     `name`, or 0. Nothing is allocated on it."""
     kind, _, index = name.partition(":")
     index = int(os.environ.get("LOCAL_RANK", index or 0))
-    if kind == "cpu":
-        return torch.device("cpu")
-    if kind != default_device() or index >= torch.accelerator.device_count():
+    if kind != "cpu" and (kind != default_device() or index >= torch.accelerator.device_count()):
         raise argparse.ArgumentTypeError(f"there is no device {name} here")
-    return torch.device(kind, index)
+    return torch.device(kind, index if kind != "cpu" else None)
 
 
 def number(kind, low, high):
@@ -297,7 +298,7 @@ def run_program(main, stopped="stopped", lower="--size, or give --offload"):
         fail(f"out of memory: lower {lower}")
 
 
-# ---------------------------------------------------------------- looking into a checkpoint
+# ---------------------------------------------------------------- what people look at
 
 
 def describe(config, parts, tokenizer):
@@ -324,7 +325,7 @@ def describe(config, parts, tokenizer):
 
 
 def describe_and_export(files, folder):
-    """Print what a checkpoint is, by its names and shapes; with a folder, write it there in diffusers' layout."""
+    """Print what a checkpoint is, by its names and shapes; with a folder, write it there in diffusers layout."""
     if folder is not None:
         refuse_full(folder)
     checkpoint = inspect(*files)
@@ -333,9 +334,6 @@ def describe_and_export(files, folder):
     if folder is not None:
         DualDiffusion.load(*files, dtype=None).export(folder)
         print(f"wrote {folder}")
-
-
-# ---------------------------------------------------------------- images for people
 
 
 def grid(images, columns, gap=2):
@@ -379,8 +377,7 @@ def parse_args():
     add("--infill", nargs="+", action="append", metavar="IMAGE ... TEXT", default=[], help="an underscore is one token")
     model = parser.add_argument_group("the model")
     add = model.add_argument
-    add("--ckpt", metavar="FILE", help="a file of ours, an SD3 single file, or a folder in diffusers layout; default: "
-        "the small model that ships")
+    add("--ckpt", metavar="FILE", help="ours, SD3's, or a folder in diffusers layout; default: the small model here")
     add_parts(model)
     add("--describe", action="store_true", help="print what the checkpoint is; its weights are not read")
     add("--export", metavar="DIR", help="write the checkpoint in diffusers layout, as the authors' release has it")
@@ -389,36 +386,28 @@ def parse_args():
     add("--offload", action="store_true", help="keep T5 on the CPU, where GPU memory is short")
     add = parser.add_argument_group("how to do it").add_argument
     add("--seed", type=seed, default=0, help="of the random numbers; default: 0")
-    add("--steps", type=number(int, 1, 10_000), help="of the sampling grid: forward passes per image, or at most per "
-        "text; default: 28 to draw (SD3's), the checkpoint's to read")
+    add("--steps", type=number(int, 1, 10_000), help="of sampling; default: 28 to draw, the checkpoint's to read")
     add("--order", choices=list(ORDERS), default="random", help="of unmasking text; default: random")
-    add("--temperature", type=float, default=0.0, help="of drawing tokens, divides the logits; 0 (default): the "
-        "likeliest; 1, in random order: exact samples")
+    add("--temperature", type=float, default=0.0, help="of drawing tokens: divides the logits; default: 0, always the "
+        "likeliest; with 1 and random order, samples are exact")
     add("--length", type=number(int, 8, 4096), help="of a text, in tokens; default: the checkpoint's")
     add("--suffix", metavar="TEXT", help="added to every question; default: the checkpoint's")
     add("--num", type=number(int, 1, 10 ** 6), default=1, help="images per prompt; default: 1")
     add("--cfg", type=number(float, -1000, 1000), help="guidance, a factor; 1: none; default: the checkpoint's")
     add("--negative", default="", metavar="TEXT", help="what guidance leads away from; default: the empty text")
-    add("--size", type=width_and_height, metavar="SIDE or WIDTHxHEIGHT",
-        help="of images, drawn or read, in pixels; default: the checkpoint's")
+    add("--size", type=width_and_height, metavar="PIXELS", help="512 or 768x512; default: the checkpoint's")
     add("--out", default="out.png", help="the image, or the page of all images; default: out.png")
     args = parser.parse_args()
-    check(args)
-    return args
 
-
-def check(args):
-    """Find what can be found of a user's mistakes before hours of work are done."""
     for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):
         if any(len(job) < 2 or not job[-1].strip() for job in getattr(args, name)):
             fail(f"--{name} wants an image and then {what}: --{name} img.png \"...\"")
     for paths in (args.caption, *(paths for *paths, _ in args.vqa + args.infill)):
-        for path in paths:
-            if not os.path.exists(path):
-                fail(f"{path}: no such image" + (" (a question goes in quotes)" if len(paths) > 1 else ""))
+        if lost := next((path for path in paths if not os.path.exists(path)), None):
+            fail(f"{lost}: no such image" + (" (a question goes in quotes)" if len(paths) > 1 else ""))
     if any("_" not in text for *_, text in args.infill):
         fail("--infill's text has no blank: each underscore stands for one token to fill in")
-    if not (args.vqa or args.caption or args.t2i or args.infill or args.describe or args.export is not None):
+    if not (args.vqa or args.caption or args.infill or args.t2i or args.describe or args.export is not None):
         fail("nothing to do: give --vqa, --caption, --t2i or --infill (--help shows how)")
     if args.export is not None and args.ckpt is None:
         fail("--export wants --ckpt FILE: what to export")
@@ -428,6 +417,7 @@ def check(args):
     args.format = Image.registered_extensions().get(ending)
     if args.t2i and (args.format not in Image.SAVE or os.path.isdir(args.out) or not os.access(folder, os.W_OK)):
         fail(f"--out {args.out}: give a picture's name, like out.png, in a folder that you can write to")
+    return args
 
 
 def prepare_text(dd, text, room):
@@ -448,17 +438,17 @@ def prepare_text(dd, text, room):
 
 def main():
     args = parse_args()
-    files = args.ckpt or SHIPPED, args.t5, args.vae, args.spiece
+    files, reads = (args.ckpt or SHIPPED, args.t5, args.vae, args.spiece), args.vqa + args.caption + args.infill
     if args.describe or args.export is not None:
         describe_and_export(files, args.export)
-    if not (args.vqa or args.caption or args.infill or args.t2i):
+    if not (reads or args.t2i):
         return
     dtype = DTYPES[args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")]
     dd = DualDiffusion.load(*files, args.device, dtype, args.offload)
     if dd.missing:
-        fail(f"{args.ckpt}: holds no {' and no '.join(dd.missing)}; `python sample.py --ckpt {args.ckpt} --describe` "
+        fail(f"{files[0]}: holds no {' and no '.join(dd.missing)}; `python sample.py --ckpt {files[0]} --describe` "
              "tells what it holds")
-    if (args.vqa or args.caption or args.infill) and not dd.ddit.text_head.linear.weight.any():
+    if reads and not dd.ddit.text_head.linear.weight.any():
         warn("this model's text head was never trained: it can draw, but what it reads means nothing")
     settings, generator = dd.config.settings, torch.Generator().manual_seed(args.seed)
     if args.suffix is not None:
@@ -468,33 +458,26 @@ def main():
     if args.num * len(args.t2i) * height * width > 2 * Image.MAX_IMAGE_PIXELS:  # Pillow would not open it again
         fail(f"{args.num * len(args.t2i)} images of {width}x{height} do not fit on a page: lower --num or --size")
 
-    def print_texts(reader, paths, *texts):
-        for part in batches(len(paths), height, width):
-            images = torch.from_numpy(to_pixels([load_image(path, width, height) for path in paths[part]]))
-            tqdm.write("\n".join(reader(dd, images, *(column[part] for column in texts), length, args.steps, args.order,
-                                        args.temperature, generator)))
+    def rows(jobs, room):
+        return [(path, text) for *paths, text in jobs for text in [prepare_text(dd, text, room)] for path in paths]
+
+    longest, suffix = (dd.tokenizer.prompt_ids(s, length) for s in ("a " * length, settings.answer_suffix))
+    for reader, inputs in ((answer, rows(args.vqa, room=len(longest) - len(suffix))),
+                           (caption, [(path,) for path in args.caption]), (infill, rows(args.infill, room=length - 1))):
+        for part in batches(len(inputs), height, width):
+            paths, *texts = zip(*inputs[part])
+            images = torch.from_numpy(to_pixels([load_image(path, width, height) for path in paths]))
+            lines = reader(dd, images, *texts, length, args.steps, args.order, args.temperature, generator)
+            tqdm.write("\n".join(lines))
             sys.stdout.flush()
-
-    def columns(jobs, room):
-        return zip(*((path, text) for *paths, typed in jobs for text in [prepare_text(dd, typed, room)]
-                     for path in paths))
-
-    if args.vqa:
-        longest, suffix = (dd.tokenizer.prompt_ids(s, length) for s in ("a " * length, settings.answer_suffix))
-        print_texts(answer, *columns(args.vqa, len(longest) - len(suffix)))
-    if args.caption:
-        print_texts(caption, args.caption)
-    if args.infill:
-        print_texts(infill, *columns(args.infill, length - 1))
     if args.t2i:
         *texts, negative = (prepare_text(dd, text, length - 1) for text in [*args.t2i, args.negative])
         prompts = [text for text in texts for _ in range(args.num)]
         pixels = text_to_image(dd, prompts, negative, height, width, length, args.steps or 28,
                                settings.cfg if args.cfg is None else args.cfg, settings.shift, generator=generator)
-        images = [Image.fromarray(image) for image in to_images(pixels)]
-        page = grid(images, columns=args.num if len(args.t2i) > 1 else round(args.num ** 0.5 + 0.4))
+        columns = args.num if len(texts) > 1 else round(args.num ** 0.5 + 0.4)
         with replacing(args.out) as beside:
-            page.save(beside, args.format)
+            grid([Image.fromarray(image) for image in to_images(pixels)], columns).save(beside, args.format)
         print(args.out)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import data
 import sample
 from model import DualDiffusion
-from t5 import Tokenizer
+from t5 import Tokenizer, train_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCENE = os.path.join(ROOT, "assets", "scene.png")
@@ -294,6 +294,36 @@ def test_a_fault_of_ours_keeps_its_traceback():
         sample.run_program(lambda: torch.zeros(2, 3) @ torch.zeros(2, 3))
     with pytest.raises(ZeroDivisionError):
         sample.run_program(lambda: 1 / 0)
+
+
+def test_describing_says_what_does_not_fit(monkeypatch, capsys, tmp_path):
+    call(monkeypatch, "--describe")
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "transformer", "DDiTConfig(depth=6,", "T5", "T5Config(d_model=128,", "VAE", "VAEConfig(channels=8,", "tokenizer",
+        "can"] and out.endswith("can draw and read\n")
+    (tmp_path / "spiece.model").write_bytes(train_tokenizer(["a b c d e"], 100).model)
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, "--describe", "--spiece", tmp_path / "spiece.model")
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and "--spiece" in err and err.count("\n") == 1 and "transformer" in out
+
+
+def test_where_an_export_goes(tmp_path, monkeypatch, capsys):
+    """Into a new or an empty folder, over what a kill left beside; never into one that holds something."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir(), (tmp_path / "full" / "x").touch(), (tmp_path / "file").touch()
+    for name in ("full", "file", "", ".", "full/"):
+        with pytest.raises(SystemExit) as end:
+            call(monkeypatch, "--ckpt", sample.SHIPPED, "--export", name)
+        out, err = capsys.readouterr()
+        assert end.value.code == 2 and out == "" and "--export" in err and sorted(os.listdir()) == ["file", "full"]
+    (tmp_path / "out.partial").mkdir(), (tmp_path / "out.partial" / "x").touch()
+    call(monkeypatch, "--ckpt", sample.SHIPPED, "--export", "out/")
+    assert sorted(os.listdir()) == ["file", "full", "out"] and not os.path.exists("out/x")
+    assert capsys.readouterr().out.endswith("wrote out/\n")
+    call(monkeypatch, "--ckpt", "out", "--vqa", SCENE, "what color is the circle?")
+    assert capsys.readouterr().out == "red\n"
 
 
 def test_drawing_captioning_and_filling_in(tmp_path):

@@ -1,10 +1,13 @@
 """The samplers against exact laws on toy networks."""
 import itertools
 import os
+import resource
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import losses
@@ -308,6 +311,33 @@ def test_only_a_vocabulary_without_capitals_is_read_to_in_lower_case(dd, capsys)
 def test_texts_that_are_not_utf8(dd, capsys):
     assert sample.prepare_text(dd, os.fsdecode("é".encode()), 20) == "é"
     assert sample.prepare_text(dd, "a \udcff circle", 20) == "a \ufffd circle"
+
+
+def test_a_sheet(tmp_path):
+    """Four cells per row, even if there are fewer; as high as the longest text; a full disk leaves what was there."""
+    image, path = np.zeros((64, 64, 3), np.uint8), tmp_path / "x.png"
+    sample.sheet(str(path), [(image, "one line")] * 5)
+    assert Image.open(path).size == (800, 2 * (192 + 24))
+    sample.sheet(str(path), [(image, "one line"), (image, "some words " * 5 + "\nand two\n\nlines")])
+    assert Image.open(path).size == (800, 192 + 24 + 15 * 4)
+    assert np.asarray(Image.open(path))[4:196, 4:196].max() == 0  # the image alone, nothing over it
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(OSError, match="x.png: could not be written"):
+            sample.sheet(str(path), [(image, "text")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.png"]
+
+
+@pytest.mark.parametrize("count, columns, size", [(1, 1, (10, 6)), (3, 2, (22, 14)), (4, 4, (46, 6))])
+def test_a_grid(count, columns, size):
+    images = [Image.new("RGB", (10, 6), (k, 0, 0)) for k in range(count)]
+    page = sample.grid(images, columns)
+    assert page.size == size
+    assert [page.getpixel((k % columns * 12, k // columns * 8)) for k in range(count)] == [
+        (k, 0, 0) for k in range(count)]
 
 
 def test_what_is_not_the_papers_is_said():
