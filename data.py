@@ -130,6 +130,16 @@ class World:
                 return None
 
 
+def distance(shape, x, y, r):
+    """Signed distance in pixels, negative inside, of points (x right, y down) to a shape of radius r at the origin."""
+    if shape == "circle":
+        return np.hypot(x, y) - r
+    if shape == "triangle":  # equilateral, point up, about its centroid
+        return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r
+    x, y = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))  # eight equal parts, folded into one
+    return x - 0.88 * r if shape == "square" else np.maximum(x - r, y - 0.36 * r)  # or the cross: two bars
+
+
 def related(a, relation, b):
     """Is quarter a in that relation to quarter b? Top left is above bottom right, and left of it, too."""
     axis, direction = RELATIONS[relation]
@@ -158,9 +168,13 @@ def refer(thing, things, rng, hide=None):
             return " ".join([getattr(thing, f) for f in fields] + ["shape"] * ("shape" not in fields))
 
 
-# Each kind of question is a function of a thing, a phrase that fits it alone, all things of the scene and a random
-# generator -> question, its only right answer; None if this try finds no fair question. To add a kind, write such a
-# function and list it in KINDS (in the workshop, after the kinds that are about two things).
+# ------------------------------------------------- the chapter ends here; what follows makes it practical
+
+
+# ---------------------------------------------------------------- kinds of questions
+# Each kind is a function of a thing, a phrase that fits it alone, all things of the scene and a random generator. It
+# returns a question and its only right answer, or None if this try finds no fair question. To add a kind, write such a
+# function and list it in KINDS.
 
 
 def ask_color(thing, phrase, things, rng):
@@ -186,22 +200,6 @@ def ask_count(thing, phrase, things, rng):
     counts = [("shape", len(things)), (f"{color} shape", colors.count(color)), (shape, shapes.count(shape))]
     name, count = pick(rng, counts)
     return f"how many {name}{'es' if name == 'cross' else 's'} are there?", str(count)
-
-
-# ------------------------------------------------- the chapter ends here; what follows makes it practical
-
-
-# ---------------------------------------------------------------- the world's shapes, and questions about two things
-
-
-def distance(shape, x, y, r):
-    """Signed distance in pixels, negative inside, of points (x right, y down) to a shape of radius r at the origin."""
-    if shape == "circle":
-        return np.hypot(x, y) - r
-    if shape == "triangle":  # equilateral, point up, about its centroid
-        return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r
-    x, y = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))  # eight equal parts, folded into one
-    return x - 0.88 * r if shape == "square" else np.maximum(x - r, y - 0.36 * r)  # or the cross: two bars
 
 
 def ask_relation(thing, phrase, things, rng):
@@ -620,12 +618,9 @@ class Batch(NamedTuple):
     captions: torch.Tensor            # (B,L) tokens for the image loss
     tokens: torch.Tensor              # (B,L) for the text loss
     maskable: torch.Tensor            # (B,L) bool, which of them may be masked
-    rows: slice                       # of the whole batch of the step
-    bad: list                         # messages about images that could not be read in this step
-
-    def to(self, device):
-        """What DataLoader has pinned is sent while the program goes on."""
-        return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self))
+    rows: slice                       # which rows of the step's whole batch these are
+    seed: int                         # of the step
+    bad: list                         # messages about images that could not be read
 
 
 class Batches(torch.utils.data.Dataset):
@@ -641,14 +636,14 @@ class Batches(torch.utils.data.Dataset):
         self.recipe, self.seed, self.rows, self.passes = recipe, seed, rows, passes
 
     def __getitem__(self, step):
-        bad, batches, first = [], [], step * self.recipe.batch
+        batches, first = [], step * self.recipe.batch
         size = (self.rows.stop - self.rows.start) // self.passes
         for start in range(self.rows.start, self.rows.stop, size):
-            rows = [self.row(first + k, bad) for k in range(start, start + size)]
-            images, text_images, *texts = zip(*rows)
+            bad, rows = [], slice(start, start + size)
+            images, text_images, *texts = zip(*(self.row(first + k, bad) for k in range(start, start + size)))
             text_images = None if self.texts is self.images else torch.stack(text_images)
-            batches.append(Batch(torch.stack(images), text_images, *map(torch.tensor, texts),
-                                 slice(start, start + size), bad))
+            batches.append(Batch(torch.stack(images), text_images, *map(torch.tensor, texts), rows,
+                                 self.seed * 1_000_003 + step, bad))
         return batches
 
     def row(self, n, bad):

@@ -117,11 +117,11 @@ def learning_rate(recipe, step):
     return rise * (1 - step / recipe.steps if recipe.schedule == "linear" else 1.0)
 
 
-def training_losses(dd, batch, recipe, seed):
+def training_losses(dd, batch, recipe):
     """What a training step learns from -> total, image loss, text loss (scalars). batch: a data.Batch, its images as
-    moments; seed: of the step. All that is random is drawn for the whole batch of the step, and every process takes its
-    own rows: the step is the same on any number of processes."""
-    rows, generator = batch.rows, torch.Generator().manual_seed(seed)
+    moments. All that is random is drawn for the whole batch of the step, and every process takes its own rows: the step
+    is the same on any number of processes."""
+    rows, generator = batch.rows, torch.Generator().manual_seed(batch.seed)
     image_t = losses.logit_normal_times(recipe.batch, recipe.time_mean, recipe.time_std, generator)[rows]
     text_t = losses.stratified_times(recipe.batch, generator=generator)[rows]
     posterior, noise = batch_noise(2, recipe.batch, batch.images.shape[2:], generator, dd.device)[:, rows]
@@ -146,9 +146,9 @@ def train(learner, log, loader, validate, show, args, recipe):
     model can do so far."""
     for step, passes in log.steps(loader):
         for k, batch in enumerate(passes, 1):  # several, where the memory is too small for one
-            loss, *parts = learner.losses(batch, step_seed(args.seed, step))
+            loss, *parts = learner.losses(batch)
             learner.backward(loss / len(passes), last=k == len(passes))
-            log.add(parts, batch.bad)
+            log.add(parts, batch)
         norm = learner.step(step)
 
         done = step + 1
@@ -170,21 +170,17 @@ def train(learner, log, loader, validate, show, args, recipe):
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws
 
 
-def step_seed(seed, step):
-    return seed * 1_000_003 + step
-
-
 def batch_noise(count, batch, shape, generator, device):
     """(count, batch, *shape) standard normal, made on the device that needs it: at full size 50 million numbers."""
     seed = int(torch.randint(2 ** 62, (), generator=generator))
     return torch.randn(count, batch, *shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
-def autoencoder_losses(dd, batch, recipe, seed):
+def autoencoder_losses(dd, batch, recipe):
     """What a step of stage 0 learns from -> total, reconstruction, KL."""
     pixels, factor = batch.images.to(dd.device, non_blocking=True), dd.config.vae.factor
     shape = dd.config.vae.latent_channels, pixels.shape[2] // factor, pixels.shape[3] // factor
-    posterior = batch_noise(1, recipe.batch, shape, torch.Generator().manual_seed(seed), dd.device)[0, batch.rows]
+    posterior = batch_noise(1, recipe.batch, shape, torch.Generator().manual_seed(batch.seed), dd.device)[0, batch.rows]
     return losses.autoencoding_loss(dd.vae, pixels, posterior)
 
 
@@ -377,10 +373,6 @@ class Learner:
         self.parameters = [p for module in modules.values() for p in module.parameters()]
         self.averages = [p.detach().clone() for p in self.parameters] if recipe.ema else []
 
-    @property
-    def rate(self):
-        return self.optimizers[0].param_groups[0]["lr"]
-
     def moments(self, images):
         """Images of a batch -> the moments (B,2,C,h,w) of their latents, on the device: stored ones, or pixels encoded
         now. Such an image is met once, so here, unlike in what is stored, the rounding of bf16 does not stay."""
@@ -390,12 +382,12 @@ class Learner:
                 images = torch.stack(self.dd.vae.encode(images), 1)
         return images.float()
 
-    def losses(self, batch, seed):
+    def losses(self, batch):
         """-> the loss to learn from, and two to look at. Nothing here waits for the device."""
         if self.dd.ddit:
             batch = batch._replace(images=self.moments(batch.images), text_images=None if batch.text_images is None
                                    else self.moments(batch.text_images))
-        return self.compute_losses(self.dd, batch, self.recipe, seed)
+        return self.compute_losses(self.dd, batch, self.recipe)
 
     def backward(self, loss, last):
         """Only the last pass of a step exchanges gradients among the processes and lets gathered weights go."""
@@ -548,15 +540,15 @@ class Log:
     """The progress bar, metrics.jsonl, the lists of bad images, and signals. start: the step to go on from."""
     def __init__(self, folder, names, recipe, start, device):
         self.folder, self.names, self.recipe, self.rank, self.device = folder, names, recipe, dist.get_rank(), device
-        self.losses, self.bad, self.named, self.since, self.signals = [], [], set(), time.perf_counter(), []
+        self.losses, self.rows, self.bad, self.since, self.signals = [], 0, [], time.perf_counter(), []
         self.metrics = os.path.join(folder, "metrics.jsonl")
         if self.rank == 0 and os.path.exists(self.metrics):  # forget what was logged after that step
             with open(self.metrics, errors="replace") as f:
                 lines = [line for line in f if step_of(line) <= start]
             with replacing(self.metrics) as beside, open(beside, "w") as f:
                 f.writelines(lines)
-        self.bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, mininterval=1,
-                        disable=self.rank > 0)
+        self.bar = tqdm(range(start, recipe.steps), os.path.basename(folder), initial=start, total=recipe.steps,
+                        mininterval=1, disable=self.rank > 0)
         # Ctrl-C, a polite kill and a closed terminal end the run after the step, with a checkpoint.
         self.handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         for kind, handler in self.handlers.items():
@@ -571,13 +563,16 @@ class Log:
                 self.since = time.perf_counter()
             yield step, next(batches)
 
-    def add(self, losses, bad):
-        """Note one pass: its losses, and messages about images that could not be read."""
+    def add(self, losses, batch):
+        """Note one pass: its losses, and which images could not be read. Raises ValueError if those are too many."""
         self.losses.append(torch.stack(losses).detach())
-        if bad:
+        self.rows += len(batch.tokens)
+        if batch.bad:
+            known = {message for _, message in self.bad}
             with open(os.path.join(self.folder, f"bad-{self.rank}.txt"), "a", errors="backslashreplace") as f:
-                f.writelines(f"{message}\n" for message in dict.fromkeys(bad) if message not in self.named)
-            self.named.update(bad)
+                f.writelines(f"{message}\n" for message in dict.fromkeys(batch.bad) if message not in known)
+            self.bad += [(self.rows, message) for message in batch.bad]
+            data.check_bad(self.bad, self.rows)
 
     def ending(self):
         """Has any process been told to stop? All learn it at the same step. On the CPU: no waiting for a GPU."""
@@ -591,9 +586,10 @@ class Log:
             raise ValueError(f"the loss or its gradient is not a number at step {done}; the last checkpoint is from "
                              f"before it. Lower --rate or --muon")
         steps = len(self.losses) / passes
-        line = {"step": done, **dict(zip(self.names, losses)), "grad_norm": norm, "rate": learner.rate,
+        line = {"step": done, **dict(zip(self.names, losses)), "grad_norm": norm,
+                "rate": learner.optimizers[0].param_groups[0]["lr"],
                 "images_per_s": steps * self.recipe.batch / (time.perf_counter() - self.since),
-                "memory_gb": memory_used(self.device) / 1e9, "bad": len(self.named)}
+                "memory_gb": memory_used(self.device) / 1e9, "bad": len({message for _, message in self.bad})}
         line |= {f"val_{name}": loss for name, loss in zip(self.names, validation)}
         self.bar.set_postfix({name: f"{loss:.4f}" for name, loss in zip(self.names, losses)}
                              | {"rate": f"{line['rate']:.1e}", "images/s": f"{line['images_per_s']:.0f}"})
@@ -664,7 +660,8 @@ def preview(args, recipe):
     """A sheet of what a stage would learn from, as the model will see it."""
     source = data.Records(args.data, recipe.size) if args.data else data.World(args.seed, kinds=args.kinds)
     rng, cells, bad = np.random.default_rng(args.seed), [], []
-    for i in rng.permutation(min(len(source), 10_000)):
+    count = len(source) if args.data else 10_000
+    for i in rng.permutation(count):
         image = data.readable(source, int(i), bad)
         if image is not None:
             question = source.question(int(i), rng)
@@ -677,8 +674,7 @@ def preview(args, recipe):
     if not cells:
         fail(f"{' '.join(args.data)}: no image can be read")
     sample.sheet(args.preview, cells)
-    print(f"{args.preview}: {len(cells)} of {len(source) if args.data else 'endless'} samples; what is in [brackets] "
-          f"may be masked")
+    print(f"{args.preview}: {len(cells)} of {count} samples; what is in [brackets] may be masked")
 
 
 # ---------------------------------------------------------------- a stage from end to end
@@ -694,54 +690,70 @@ def rank_0_first():
         dist.barrier()
 
 
+def select_data(args, recipe):
+    """-> data.Subsets: images for the image loss, texts for the text loss, the same held out. Where --image-data and
+    --text-data do not differ, images and texts are one object."""
+    images, unseen_images = subsets(args.image_data or args.data, args, recipe)
+    if not (args.image_data or args.text_data):
+        return images, images, unseen_images, unseen_images
+    texts, unseen_texts = subsets(args.text_data or args.data, args, recipe)
+    return images, texts, unseen_images, unseen_texts
+
+
+def prepare(args, recipe, device, folder):
+    """Whatever a stage needs before its first step -> the system dd, its modules that learn, the Subsets, the run's
+    settings."""
+    with rank_0_first():
+        before = read_settings(folder)
+        args.start = starting_file(args, before)
+        if args.stage == "3" and args.size is None and (args.data or args.image_data):  # after stage 2hr: 512
+            recipe.size = inspect(args.start, args.t5, args.vae, args.spiece)[0].settings.size
+        subsets = images, texts, *unseen = select_data(args, recipe)
+        os.makedirs(folder, exist_ok=True)
+        args.lock = data.claim(os.path.join(folder, ".lock")) if dist.get_rank() == 0 else None  # until the end
+        settings = check_settings(folder, before, args, recipe, images, texts, device)
+    if args.data and args.start == SHIPPED and not args.init and dist.get_rank() == 0:
+        warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
+             f"python train.py --stage 0 --data {' '.join(args.data)} --out {args.out}")
+    dd, modules = starting_point(args, recipe, texts, device, DTYPES[settings["dtype"]])
+    if dd.ddit:
+        sample.latent_size(dd, recipe.size, recipe.size)  # refuses now what is too large
+        with rank_0_first():
+            encoded = [data.with_latents(images, dd.vae, args.out, recipe.latents)]
+            encoded.append(data.with_latents(texts, dd.vae, args.out, recipe.latents) if texts is not images else
+                           encoded[0])
+        subsets = *encoded, *unseen
+    return dd, modules, subsets, settings
+
+
 def learn(args, recipe, device):
     """One stage, from its start or its newest checkpoint to the file that it leaves."""
     rank, share = dist.get_rank(), recipe.batch // dist.get_world_size()
     folder, rows = os.path.join(args.out, f"stage{args.stage}"), slice(rank * share, (rank + 1) * share)
-    with rank_0_first():
-        before = read_settings(folder) if has_begun(folder) else {}
-        args.start = starting_file(args, before)
-        if args.stage == "3" and args.size is None and (args.data or args.image_data):  # after stage 2hr: 512
-            recipe.size = inspect(args.start, args.t5, args.vae, args.spiece)[0].settings.size
-        images, unseen_images = subsets(args.image_data or args.data, args, recipe)
-        texts, unseen = images, unseen_images
-        if args.image_data or args.text_data:
-            texts, unseen = subsets(args.text_data or args.data, args, recipe)
-        os.makedirs(folder, exist_ok=True)
-        args.lock = data.claim(os.path.join(folder, ".lock")) if rank == 0 else None  # until the process ends
-        settings = check_settings(folder, before, args, recipe, images, texts, device)
-    dtype = DTYPES[settings["dtype"]]
-    if args.data and args.start == SHIPPED and not args.init and rank == 0:
-        warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
-             f"python train.py --stage 0 --data {' '.join(args.data)} --out {args.out}")
-    dd, modules = starting_point(args, recipe, texts, device, dtype)
-    if dd.ddit:
-        sample.latent_size(dd, recipe.size, recipe.size)  # refuses now what is too large
-        with rank_0_first():
-            one_source = texts is images
-            images = data.with_latents(images, dd.vae, args.out, recipe.latents)
-            texts = images if one_source else data.with_latents(texts, dd.vae, args.out, recipe.latents)
-
-    learner = Learner(dd, modules, recipe, args, dtype, folder)
+    dd, modules, (images, texts, unseen_images, unseen), settings = prepare(args, recipe, device, folder)
+    learner = Learner(dd, modules, recipe, args, DTYPES[settings["dtype"]], folder)
     start = learner.load()
     if start > recipe.steps:
         fail(f"{folder} is already at step {start}, beyond --steps {recipe.steps}")
     if rank == 0:
-        write_json(os.path.join(folder, "run.json"), settings)
+        with replacing(os.path.join(folder, "run.json")) as beside, open(beside, "w") as f:
+            json.dump(settings, f, indent=1)
         print(f"{sum(p.numel() for p in learner.parameters):,} parameters learn from {len(texts.ids):,} images, in "
-              f"{dtype}, on {dist.get_world_size()} x {device.type}", file=sys.stderr)
-    names = ("image_loss", "text_loss") if dd.ddit else ("reconstruction", "kl")
-    log = Log(folder, names, recipe, start, device)
+              f"{settings['dtype']}, on {dist.get_world_size()} x {device.type}", file=sys.stderr)
+
+    def sheet(name):
+        show(dd, unseen, os.path.join(folder, name) if rank == 0 else None)
+
+    log = Log(folder, ("image_loss", "text_loss") if dd.ddit else ("reconstruction", "kl"), recipe, start, device)
     batches = data.Batches(images, texts, dd.tokenizer, recipe, args.seed, rows, args.accumulate)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), pin_memory=device.type == "cuda",
                         num_workers=workers(images, device) if args.workers is None else args.workers)
     validation = data.Batches(unseen_images, unseen, dd.tokenizer, recipe, UNSEEN, rows, args.accumulate)
     train(learner, log, loader, partial(validate, learner, validation, len(unseen.ids)),
-          lambda done: show(dd, unseen, os.path.join(folder, f"samples-{done:06d}.png") if rank == 0 else None),
-          args, recipe)
+          lambda done: sheet(f"samples-{done:06d}.png"), args, recipe)
     log.close()
     weights, path = learner.weights(), os.path.join(folder, "model.safetensors")
-    show(dd, unseen, os.path.join(folder, "samples.png") if rank == 0 else None)
+    sheet("samples.png")
     if rank == 0:  # where nothing new was learned, the file stays, and so stays what has begun from it
         if start < recipe.steps or not os.path.exists(path):
             write_model(args, recipe, weights, texts, settings, path)
@@ -753,8 +765,7 @@ def validate(learner, batches, count):
     """Both losses on images that are held out, with the same noise and masks every time and in every run."""
     steps = -(-min(256, count) // learner.recipe.batch)
     with torch.no_grad():
-        losses = [torch.stack(learner.losses(batch, step_seed(UNSEEN, step))[1:])
-                  for step in range(steps) for batch in batches[step]]
+        losses = [torch.stack(learner.losses(batch)[1:]) for step in range(steps) for batch in batches[step]]
     return mean_over_processes(torch.stack(losses).mean(0))
 
 
@@ -778,9 +789,9 @@ def write_model(args, recipe, weights, texts, settings, path):
     if isinstance(dd.t5, MaskRow):
         dd.t5 = dd.t5.merge()
     if args.stage == "0":  # bring latents to mean 0 and deviation 1, which the transformer expects
-        pixels = torch.stack([texts.tensor(k, [])[1] for k in range(min(512, len(texts.ids)))])
+        pixels = torch.stack([texts.load(k, [])[1] for k in range(min(512, len(texts.ids)))])
         with torch.no_grad():
-            z = torch.cat([dd.vae.encode(pixels[part])[0] for part in data.batches(*pixels.shape[::2])])
+            z = torch.cat([dd.vae.encode(pixels[part])[0] for part in data.batches(len(pixels), *pixels.shape[2:])])
         dd.config.vae.shift, dd.config.vae.scale = z.mean().item(), 1 / z.std().item()
     dd.save(path, dtype=torch.float16)
 
@@ -788,18 +799,16 @@ def write_model(args, recipe, weights, texts, settings, path):
 # ---------------------------------------------------------------- settings of a run
 
 
-def has_begun(folder):
-    """Whether a run has left something in this folder that must not be lost."""
-    return checkpoints(os.path.join(folder, "checkpoints")) or os.path.exists(os.path.join(folder, "model.safetensors"))
-
-
 def changed_at(path):
     return os.stat(path).st_mtime_ns if os.path.isfile(path) else None
 
 
 def read_settings(folder):
-    """run.json: with which settings the run in this folder began."""
+    """run.json, the settings of the run in this folder; {} if no run has left anything here that must not be lost."""
     path = os.path.join(folder, "run.json")
+    left = checkpoints(os.path.join(folder, "checkpoints")), glob(os.path.join(escape(folder), "model.safetensors"))
+    if not any(left):
+        return {}
     try:
         with open(path) as f:
             settings = json.load(f)
@@ -808,11 +817,6 @@ def read_settings(folder):
         return settings
     except (OSError, ValueError, RecursionError) as error:
         fail(f"{path}: the settings of the run in this folder cannot be read ({one_line(error)}); give another --out")
-
-
-def write_json(path, value):
-    with replacing(path) as beside, open(beside, "w") as f:
-        json.dump(value, f, indent=1)
 
 
 def check_settings(folder, before, args, recipe, images, texts, device):
@@ -865,8 +869,8 @@ def add_arguments(parser):
     add("--data", nargs="+", metavar="PATH", help=f"{where} the built-in world")
     add("--image-data", nargs="+", metavar="PATH", help=f"{where} --data. The image loss learns from these")
     add("--text-data", nargs="+", metavar="PATH", help=f"{where} --data. The text loss learns from these")
-    add("--kinds", nargs="+", choices=list(data.KINDS), default=data.World().kinds, metavar="KIND",
-        help=f"of questions in the built-in world: {', '.join(data.KINDS)} (same, a third of compare: are two things "
+    add("--kinds", nargs="+", choices=[*data.KINDS, "same"], default=list(data.KINDS), metavar="KIND",
+        help=f"of questions in the built-in world: {', '.join(data.KINDS)}, same (a third of compare: are two things "
         "alike?); one listed twice is asked twice as often")
     add("--init", metavar="FILE", help="checkpoint to start from; default: what the stage before left")
     sample.add_parts(parser)
@@ -943,15 +947,6 @@ def main():
     dist.destroy_process_group()
 
 
-def program():
-    try:
-        main()
-    except Exception as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        fail(f"a process that makes batches failed ({one_line(error)}); the same command goes on from the checkpoint")
-
-
 if __name__ == "__main__":
-    sample.run_program(program, "stopped; the same command goes on from the last checkpoint",
+    sample.run_program(main, "stopped; the same command goes on from the last checkpoint",
                        "--batch, or give --accumulate")

@@ -1,6 +1,5 @@
 """Training: resuming, processes, what learns in which stage, the user's own data."""
 import contextlib
-import fcntl
 import glob
 import io
 import json
@@ -14,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from types import SimpleNamespace
 
@@ -379,7 +377,7 @@ def test_a_step_is_the_same_on_any_number_of_processes(monkeypatch):
     def halves(rows, passes=1):
         for batch in data.Batches(feed, feed, tokenizer, recipe, 0, rows, passes)[5]:
             batch = batch._replace(images=torch.zeros(len(batch.tokens), 2, 16, 8, 8))
-            images, texts = train.training_losses(dd, batch, recipe, 77)
+            images, texts = train.training_losses(dd, batch, recipe)
             yield batch.rows, images, texts
     (whole,), four = halves(slice(0, 64)), [*halves(slice(0, 64), 4)]
     two = [*halves(slice(0, 16)), *halves(slice(16, 64))]
@@ -393,16 +391,6 @@ def test_a_step_is_the_same_on_any_number_of_processes(monkeypatch):
     assert torch.equal(texts.masked, (texts.tokens != texts.noisy).flatten().nonzero()[:, 0])
     assert not torch.equal(whole[1].noise, texts_noise)  # what samples the posterior is not the noise of the loss
     assert abs(noise.mean()) < 5 / noise.numel() ** 0.5 and abs(noise.std() - 1) < 0.02
-
-
-def test_workers_are_given_paths_and_not_arrays(tmp_path):
-    np.save(tmp_path / "latents.npy", np.zeros((1000, 2, 16, 8, 8), np.float16))
-    feed = data.Subset(data.World(), np.arange(100), data.Mapped(str(tmp_path / "latents.npy")))
-    tokenizer = DualDiffusion.load(SHIPPED).tokenizer
-    stream = data.Batches(feed, feed, tokenizer, train.RECIPES["tiny"]["3"], 0, slice(0, 64))
-    (whole,), copy = stream[3], pickle.dumps(stream)
-    assert len(copy) < 1_000_000  # the tokenizer, mostly; the latents have 4 million bytes
-    assert torch.equal(pickle.loads(copy)[3][0].images, whole.images)
 
 
 def test_how_many_processes_make_batches(monkeypatch, pictures):
@@ -656,25 +644,6 @@ def test_a_finished_model_is_not_overwritten_and_links_are_not_followed(uninterr
     (tmp_path / "stage1" / ".lock").unlink()
     run(*args)
     assert (tmp_path / "precious").read_text() == "mine"
-
-
-def test_two_stages_do_not_encode_the_same_at_once(tmp_path):
-    """The second waits for the first's latents."""
-    dd, feed, kept = DualDiffusion.load(SHIPPED), data.Subset(data.World(), np.arange(4)), []
-    encode = threading.Thread(target=lambda: kept.append(data.with_latents(feed, dd.vae, str(tmp_path), 10)))
-    with open(tmp_path / ".latents.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        encode.start()
-        encode.join(timeout=1)
-        assert encode.is_alive() and not list(tmp_path.glob("latents-*"))
-    encode.join(timeout=30)
-    whole = np.array(kept[0].latents.array)
-    assert whole.shape == (4, 2, 16, 8, 8)
-    for spoilt in (b"", open(kept[0].latents.path, "rb").read()[:1000]):  # made again
-        with open(kept[0].latents.path, "wb") as f:
-            f.write(spoilt)
-        again = data.with_latents(feed, dd.vae, str(tmp_path), 10)
-        assert (again.latents.array == whole).all()
 
 
 def test_learning_rate_rises_then_holds_or_falls():
