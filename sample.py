@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import losses
-from data import batches, load_image, replacing, to_images, to_pixels, warn
+from data import batches, load_image, one_line, replacing, to_images, to_pixels, warn
 from model import DTYPES, HEAD, MODULES, PART_NAMES, TYPES, DualDiffusion, check_together, inspect, refuse_full
 from t5 import unseen_words
 
@@ -289,6 +289,8 @@ def run_program(main, stopped="stopped", lower="--size, or give --offload"):
     except KeyboardInterrupt:
         fail(stopped, 130)
     except (MemoryError, RuntimeError) as error:
+        if "DataLoader worker" in str(error):
+            fail(f"a process that makes batches failed ({one_line(error)}); the same command goes on from the checkpoint")
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate|ALLOC_FAILED", str(error)):
             raise
         fail(f"out of memory: lower {lower}")
@@ -301,7 +303,7 @@ def describe(config, parts, tokenizer):
         if part in parts:
             with torch.device("meta"):
                 names = MODULES[part](getattr(config, part)).state_dict()
-            stored = [parts[part][name] for name in names if name in parts[part]]
+            stored = [info for name in names for info in parts[part].pieces(name)]
             counts, types = [torch.Size(s.shape).numel() for s in stored], [s.dtype for s in stored]
             size = sum(n * TYPES.get(dtype, torch.int8).itemsize for n, dtype in zip(counts, types)) / 1e9
             lines.append(f"{title:12s} {sum(counts):,} parameters, {', '.join(sorted(set(types)))}, {size:.3f} GB, "
