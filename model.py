@@ -2,29 +2,23 @@
 
 It is Stable Diffusion 3's MM-DiT with a second head (Figure 1). Two streams of tokens, image and text, each with
 weights of its own, meet in every block in one joint attention; at the top one head predicts the image's velocity, one
-the masked tokens. `DualDiffusion` holds the four parts of the system (transformer, T5, VAE, tokenizer) and is one file.
+the masked tokens. `DualDiffusion` is the whole system: transformer, T5, VAE and tokenizer. Modules carry the names of
+SD3's single-file checkpoint, so that its weights need no translation.
 
 References:
   Li et al., Dual Diffusion for Unified Image Generation and Understanding (D-DiT), arXiv 2501.00289
   Esser et al., Scaling Rectified Flow Transformers (SD3: MM-DiT), arXiv 2403.03206
   Peebles & Xie, Scalable Diffusion Models with Transformers (DiT: adaLN-Zero), arXiv 2212.09748
-
-Modules carry the names of SD3's single-file checkpoint, so loading one is stripping a prefix. The chapter ends with
-`DualDiffusion`; what follows it reads and writes the files that other people have.
-
-    python model.py FILE                 what a checkpoint is, by its names and shapes
-    python model.py FILE --export DIR    write it in diffusers' layout
 """
-import argparse
 import functools
-import itertools
 import json
 import math
 import os
 import re
 import shutil
-import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections import OrderedDict, namedtuple
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +26,9 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from data import one_line, replacing
+from data import parse, regular_file, replacing
+from losses import flat_positions
 from t5 import SENTINELS, RMSNorm, T5Config, T5Encoder, Tokenizer
 from vae import VAE, VAEConfig
 
@@ -56,25 +50,6 @@ class DDiTConfig:
 def modulate(x, shift, scale):
     """adaLN: x (B,N,D), shift and scale (B,D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
-
-
-def sincos_table(size, dim):
-    """(1, size*size, dim): fixed 2-D sine-cosine positions, half of the channels for x and half for y. Coordinates
-    span 64 units whatever the size, which for 192 gives SD3-medium's table."""
-    at = torch.arange(size, dtype=torch.float64) * 64 / size
-    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    one = torch.cat([torch.sin(at[:, None] * omega), torch.cos(at[:, None] * omega)], dim=1)  # (size, dim/2)
-    x, y = one[None].expand(size, -1, -1), one[:, None].expand(-1, size, -1)
-    return torch.cat([x, y], dim=2).reshape(1, size * size, dim).float()
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        self.proj = nn.Conv2d(cfg.channels, cfg.width, cfg.patch, stride=cfg.patch)
-
-    def forward(self, x):
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
 
 
 class TimestepEmbedder(nn.Module):
@@ -104,15 +79,6 @@ class Attention(nn.Module):
         return self.ln_q(q), self.ln_k(k), v
 
 
-class MLP(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class StreamBlock(nn.Module):
     """A DiT block of one stream, open in the middle: what goes into the joint attention, and what follows it."""
     def __init__(self, cfg):
@@ -120,7 +86,8 @@ class StreamBlock(nn.Module):
         self.norm1 = nn.LayerNorm(cfg.width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(cfg)
         self.norm2 = nn.LayerNorm(cfg.width, elementwise_affine=False, eps=1e-6)
-        self.mlp = MLP(cfg.width)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(cfg.width, 4 * cfg.width), gelu=nn.GELU("tanh"), fc2=nn.Linear(4 * cfg.width, cfg.width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 6 * cfg.width))
 
     def before(self, x, vec):
@@ -145,9 +112,8 @@ class JointBlock(nn.Module):
         from_image, image_rest = self.x_block.before(x, vec)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(from_text, from_image))
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-        length = text.shape[1]
-        return (self.x_block.after(x, attended[:, length:], image_rest),
-                self.context_block.after(text, attended[:, :length], text_rest))
+        to_text, to_image = attended.split([text.shape[1], x.shape[1]], dim=1)
+        return self.x_block.after(x, to_image, image_rest), self.context_block.after(text, to_text, text_rest)
 
 
 class FinalLayer(nn.Module):
@@ -176,35 +142,21 @@ class TextHead(nn.Module):
 
 
 class DDiT(nn.Module):
-    checkpointing = False  # set on an instance that trains: far less memory, for a second forward pass of every block
-
+    """Figure 1. The time embedding modulates both streams; wherever text is predicted, the time is 0."""
     def __init__(self, config: DDiTConfig):
         super().__init__()
         self.config = config
-        self.x_embedder = PatchEmbed(config)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(config.channels, config.width, config.patch, config.patch)})
         self.t_embedder = TimestepEmbedder(config.width)
         self.context_embedder = nn.Linear(config.text_dim, config.width)
         self.register_buffer("pos_embed", torch.empty(1, config.pos_size ** 2, config.width))
         self.joint_blocks = nn.ModuleList(JointBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.text_head = TextHead(config)
-        if not self.pos_embed.is_meta:  # where shapes are all there is: what is loaded needs no initial values
-            self.init_weights()
-
-    def init_weights(self):
-        """DiT's adaLN-Zero: every block starts as the identity, and both heads at zero."""
-        self.pos_embed.copy_(sincos_table(self.config.pos_size, self.config.width))
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
-                if "adaLN" in name or name in ("final_layer.linear", "text_head.linear"):
-                    nn.init.zeros_(module.weight)
-        for i in (0, 2):
-            nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
+        init_weights(self)
 
     def positions(self, h, w):
-        """The centred h x w crop of the position table -> (1, h*w, width)."""
+        """The centred h x w crop of the position table -> (1, h*w, width). Raises ValueError where h or w is larger."""
         side = self.config.pos_size
         if h > side or w > side:
             raise ValueError(f"an image of {h}x{w} patches is larger than the model's {side}x{side} positions")
@@ -217,22 +169,18 @@ class DDiT(nn.Module):
 
         -> velocity (B,C,H,W) and logits (B,L,V). With `predict`, (B,L) bool or (N,) positions counted row by row,
         logits only there, (N,V); with `draw`, an int, velocity only of that many first rows (0: none)."""
-        p, c = self.config.patch, self.config.channels
-        h, w = latents.shape[2] // p, latents.shape[3] // p
+        p, h, w = self.config.patch, latents.shape[2] // self.config.patch, latents.shape[3] // self.config.patch
         vec = self.t_embedder(t)
-        x = self.x_embedder(latents.to(vec.dtype))
+        x = rearrange(self.x_embedder["proj"](latents.to(vec.dtype)), "b d h w -> b (h w) d")
         x = x + self.positions(h, w).to(x.dtype)
         text = self.context_embedder(text.to(vec.dtype))
         for block in self.joint_blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x, text = checkpoint(block, x, text, vec, use_reentrant=False)
-            else:
-                x, text = block(x, text, vec)
+            x, text = block(x, text, vec)
         x = self.final_layer(x[:draw], vec[:draw])
-        velocity = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p, c=c)
+        velocity = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
         if predict is not None:
-            at = predict if predict.ndim == 1 else predict.flatten().nonzero()[:, 0].to(text.device)
-            text = text.flatten(0, 1)[at]
+            positions = predict if predict.ndim == 1 else flat_positions(predict)
+            text = text.flatten(0, 1)[positions.to(text.device)]
         return velocity, self.text_head(text)
 
 
@@ -269,11 +217,6 @@ PRESETS = {
 }
 
 MODULES = {"ddit": DDiT, "t5": T5Encoder, "vae": VAE}
-PART_NAMES = {"ddit": "transformer", "t5": "T5", "vae": "VAE"}
-# The authors' release is tuned on instructions: it captions when asked to, and answers shortly when told to.
-AUTHORS = {"size": 512, "length": 128, "caption_prompt": "Describe the image concisely.",
-           "answer_suffix": "Answer the question using a single word or phrase."}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to compute in; fp16 is too narrow for T5-XXL
 
 
 class DualDiffusion(nn.Module):
@@ -285,12 +228,22 @@ class DualDiffusion(nn.Module):
         self.ddit, self.t5, self.vae = ddit, t5, vae
 
     @classmethod
-    def build(cls, config, tokenizer, parts=("ddit", "t5", "vae")):
-        """Fresh random weights. Both vocabularies follow the tokenizer; T5's table is rounded up to a multiple of
-        128 rows (32,100 -> 32,128), as T5's authors did."""
+    def build(cls, config, tokenizer, parts=tuple(MODULES)):
+        """Fresh random weights. Both vocabularies follow the tokenizer, T5's rounded up to a multiple of 128."""
         config.ddit.vocab = tokenizer.vocab_size
         config.t5.vocab_size = -(-tokenizer.vocab_size // 128) * 128
         return cls(config, tokenizer, **{part: MODULES[part](getattr(config, part)) for part in parts})
+
+    def encode_image(self, pixels, generator=None):
+        """Pixels (B,3,H,W) in [-1,1] -> the latents the transformer sees. With a generator a sample of the posterior
+        (training), without one its mean."""
+        mean, logvar = self.vae.encode(pixels.to(self.device))
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device) if generator else torch.zeros(1)
+        return self.vae.normalize(self.vae.sample(mean, logvar, noise.to(mean)))
+
+    def decode_image(self, latents):
+        """Latents as the transformer sees them -> pixels (B,3,8h,8w), clamped to [-1,1]."""
+        return self.vae.decode(self.vae.denormalize(latents)).float().clamp(-1, 1)
 
     @property
     def device(self):
@@ -301,142 +254,62 @@ class DualDiffusion(nn.Module):
         """What it still needs to draw and read, in words: ["T5"]; empty when whole."""
         return [name for part, name in PART_NAMES.items() if getattr(self, part) is None]
 
-    def encode_image(self, pixels, generator=None):
-        """Pixels (B,3,H,W) in [-1,1] -> the latents the transformer sees. With a generator a sample of the posterior
-        (training), without one its mean."""
-        mean, logvar = self.vae.encode(pixels.to(self.device))
-        if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
-            mean = self.vae.sample(mean, logvar, noise)
-        return self.vae.normalize(mean)
-
-    def decode_image(self, latents):
-        """Latents as the transformer sees them -> pixels (B,3,8h,8w), clamped to [-1,1]."""
-        return self.vae.decode(self.vae.denormalize(latents)).float().clamp(-1, 1)
-
-    def save(self, path, dtype=None):
-        """One self-contained .safetensors: all parts under SD3's names, the tokenizer as bytes, the configuration as
-        JSON in the header. `dtype`: of the floating-point tensors on disk, e.g. torch.float16; as they are when None.
-        Raises OSError with one line, and leaves what was there."""
-        tensors = {prefix + name: tensor.to("cpu", dtype or tensor.dtype).contiguous()
-                   for part, prefix in PREFIXES.items() if getattr(self, part) is not None
-                   for name, tensor in getattr(self, part).state_dict().items()}
-        tensors[SPIECE] = torch.frombuffer(bytearray(self.tokenizer.model), dtype=torch.uint8)
-        with replacing(path) as beside:
-            save_file(tensors, beside, {"format": "pt", "config": json.dumps(asdict(self.config))})
-
     @classmethod
     def load(cls, path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
-        """Read a checkpoint: a file of ours, an SD3 single file, or a folder in diffusers layout.
+        """A file of ours, an SD3 single file, or a folder in diffusers layout -> the system; see `read_parts`."""
+        return cls(**read_parts(path, t5, vae, tokenizer, device, dtype, offload)).eval()
 
-        t5, vae: another file or folder to take that part from; tokenizer: a spiece.model; dtype: to compute in, one for
-        all or {"ddit": dtype, "t5": dtype, "vae": dtype} (a part not named: float32), None as in the file; offload: T5
-        stays on the CPU. Modules are built without memory; a tensor is mapped from its file and converted once,
-        straight to its device and type. Raises FileNotFoundError or ValueError with one line that says what is wrong,
-        and where."""
-        dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(MODULES, dtype)
-        if unknown := dtypes.keys() - MODULES.keys():
-            raise ValueError(f"dtype names {', '.join(sorted(unknown))}; the parts are {', '.join(MODULES)}")
-        config, parts, words = inspect(path, t5, vae, tokenizer)
-        if words is None:
-            raise ValueError(f"{path}: holds no tokenizer; give T5's spiece.model (--spiece)")
-        check_together(config, parts, words)
-        modules = {}
-        for part, tensors in parts.items():
-            place = "cpu" if offload and part == "t5" else device
-            modules[part] = read_part(part, tensors, getattr(config, part), place, dtypes.get(part, torch.float32))
-        return cls(config, words, **modules).eval()
+    def save(self, path, dtype=None):
+        """One self-contained .safetensors; see `write_file`."""
+        write_file(self, path, dtype)
 
-    def export(self, folder, shard=5 << 30):
-        """Write the diffusers layout as the authors' release has it, whole or not at all: a folder for each part, files
-        of at most `shard` bytes. The tensors are this model's, bit for bit. `null_image_embd`, what the authors feed in
-        place of an image where there is none, we neither use nor keep; it is written as zeros."""
-        if self.missing:
-            raise ValueError(f"nothing written to {folder}: holds no {' and no '.join(self.missing)}")
-        if self.config.t5.places:
-            raise ValueError(f"nothing written to {folder}: that layout knows no learned embeddings in T5's place")
-        refuse_full(folder)
-        beside = os.path.abspath(folder) + ".partial"
-        shutil.rmtree(beside, ignore_errors=True)  # left by a kill
-        os.makedirs(beside)
-        try:
-            for part in MODULES:
-                state = to_diffusers(part, getattr(self, part).state_dict())
-                if part == "ddit":
-                    state["null_image_embd"] = self.ddit.pos_embed.new_zeros(1, 8, self.config.ddit.width)
-                stem = "model" if part == "t5" else "diffusion_pytorch_model"
-                write_shards(os.path.join(beside, FOLDERS[part][-1]), stem, state, shard)
-            for name, content in diffusers_configs(self.config).items():
-                write_bytes(os.path.join(beside, name), json.dumps(content, indent=2).encode())
-            write_bytes(os.path.join(beside, "tokenizer", "spiece.model"), self.tokenizer.model)
-            os.replace(beside, folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+    def export(self, folder):
+        """A folder in diffusers layout, as the authors' release is; see `write_folder`."""
+        write_folder(self, folder)
 
 
-# ---------------------------------------------------------------- checkpoint files, ours and other people's
-# Loading has two steps. `inspect` finds out from names and shapes what a file or folder holds and gives every tensor
-# our name, unread. `read_part` then builds a module and reads what it wants, nothing else. `export` is the way back.
+# ------------------------------------------------- the chapter ends here; what follows makes it practical
 
-# Stability's single files: a prefix a part. Ours are written so too.
-PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}
-# A tensor that every file with that part has, under our name.
-KEY_TENSORS = {"ddit": "joint_blocks.0.x_block.attn.qkv.weight", "vae": "encoder.down.0.block.0.conv1.weight",
-               "t5": "encoder.final_layer_norm.weight"}
-HEAD = "text_head.linear.weight"  # where it lacks, the text head is new
-SPIECE = "spiece_model"  # in our files: the tokenizer, as a uint8 tensor
 
-# diffusers: a folder a part (the authors' release: text_encoder; SD3's own: text_encoder_3, beside two of CLIP's), and
-# other names, which are listed here beside ours; T5's and those not listed are the same. {i} and {j} count blocks, {r}
-# counts levels from the other end; {x} is q, k and v, stored apart; {n} is one of them; {m} is a norm or convolution,
-# {s} a side. Where one of ours has two lines, the second is the authors'. swap: (scale, shift) there, (shift, scale)
-# here; 1x1: a matrix there, a convolution here.
-FOLDERS = {"ddit": ["transformer"], "t5": ["text_encoder_3", "text_encoder"], "vae": ["vae"]}
-DIFFUSERS = {"t5": "", "ddit": """
-    pos_embed                                          pos_embed.pos_embed
-    x_embedder.proj                                    pos_embed.proj
-    t_embedder.mlp.0                                   time_text_embed.timestep_embedder.linear_1
-    t_embedder.mlp.2                                   time_text_embed.timestep_embedder.linear_2
-    y_embedder.mlp.0                                   time_text_embed.text_embedder.linear_1
-    y_embedder.mlp.2                                   time_text_embed.text_embedder.linear_2
-    joint_blocks.{i}.x_block.adaLN_modulation.1        transformer_blocks.{i}.norm1.linear
-    joint_blocks.{i}.x_block.attn.qkv                  transformer_blocks.{i}.attn.to_{x}
-    joint_blocks.{i}.x_block.attn.ln_{n}               transformer_blocks.{i}.attn.norm_{n}
-    joint_blocks.{i}.x_block.attn.proj                 transformer_blocks.{i}.attn.to_out.0
-    joint_blocks.{i}.x_block.mlp.fc1                   transformer_blocks.{i}.ff.net.0.proj
-    joint_blocks.{i}.x_block.mlp.fc2                   transformer_blocks.{i}.ff.net.2
-    joint_blocks.{i}.context_block.adaLN_modulation.1  transformer_blocks.{i}.norm1_context.linear
-    joint_blocks.{i}.context_block.attn.qkv            transformer_blocks.{i}.attn.add_{x}_proj
-    joint_blocks.{i}.context_block.attn.ln_{n}         transformer_blocks.{i}.attn.norm_added_{n}
-    joint_blocks.{i}.context_block.attn.proj           transformer_blocks.{i}.attn.to_add_out
-    joint_blocks.{i}.context_block.mlp.fc1             transformer_blocks.{i}.ff_context.net.0.proj
-    joint_blocks.{i}.context_block.mlp.fc2             transformer_blocks.{i}.ff_context.net.2
-    final_layer.adaLN_modulation.1                     norm_out.linear                                swap
-    final_layer.adaLN_modulation.1                     image_norm_out.linear                          swap
-    final_layer.linear                                 proj_out
-    final_layer.linear                                 image_proj_out
-    text_head.linear                                   text_proj_out
-""", "vae": """
-    {s}.norm_out                                       {s}.conv_norm_out
-    {s}.mid.block_1.{m}                                {s}.mid_block.resnets.0.{m}
-    {s}.mid.block_2.{m}                                {s}.mid_block.resnets.1.{m}
-    {s}.mid.attn_1.norm                                {s}.mid_block.attentions.0.group_norm
-    {s}.mid.attn_1.{n}                                 {s}.mid_block.attentions.0.to_{n}              1x1
-    {s}.mid.attn_1.proj_out                            {s}.mid_block.attentions.0.to_out.0            1x1
-    encoder.down.{i}.block.{j}.{m}                     encoder.down_blocks.{i}.resnets.{j}.{m}
-    encoder.down.{i}.block.{j}.nin_shortcut            encoder.down_blocks.{i}.resnets.{j}.conv_shortcut
-    encoder.down.{i}.downsample.conv                   encoder.down_blocks.{i}.downsamplers.0.conv
-    decoder.up.{i}.block.{j}.{m}                       decoder.up_blocks.{r}.resnets.{j}.{m}
-    decoder.up.{i}.block.{j}.nin_shortcut              decoder.up_blocks.{r}.resnets.{j}.conv_shortcut
-    decoder.up.{i}.upsample.conv                       decoder.up_blocks.{r}.upsamplers.0.conv
-"""}
-SUFFIXES = ("", ".weight", ".bias")
+def sincos_table(size, dim):
+    """(1, size*size, dim): fixed 2-D sine-cosine positions, half of the channels for x and half for y. Coordinates
+    span 64 units whatever the size, which for 192 gives SD3-medium's table."""
+    at = torch.arange(size, dtype=torch.float64) * 64 / size
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    one = torch.cat([torch.sin(at[:, None] * omega), torch.cos(at[:, None] * omega)], dim=1)  # (size, dim/2)
+    x, y = one[None].expand(size, -1, -1), one[:, None].expand(-1, size, -1)
+    return torch.cat([x, y], dim=2).reshape(1, size * size, dim).float()
+
+
+def init_weights(ddit):
+    """DiT's adaLN-Zero: every block starts as the identity, and both heads at zero."""
+    if ddit.pos_embed.is_meta:  # a file will give the values
+        return
+    ddit.pos_embed.copy_(sincos_table(ddit.config.pos_size, ddit.config.width))
+    for name, module in ddit.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            nn.init.zeros_(module.bias)
+            if "adaLN" in name or name in ("final_layer.linear", "text_head.linear"):
+                nn.init.zeros_(module.weight)
+    for i in (0, 2):
+        nn.init.normal_(ddit.t_embedder.mlp[i].weight, std=0.02)
+
+
+# ---------------------------------------------------------------- open: what lies in the files
+# `inspect` finds out from names and shapes what a file or folder holds, and reads no tensor. `read_parts` builds the
+# modules and reads what they need, nothing else. `write_folder` is the way back.
+
+PART_NAMES = {"ddit": "transformer", "t5": "T5", "vae": "VAE"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to compute in; fp16 is too narrow for T5-XXL
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+TensorInfo = namedtuple("TensorInfo", "file name shape dtype")  # a tensor in a file; dtype: a key of TYPES
+open_safetensors = functools.partial(safe_open, framework="pt")
 
-# What else people have in .safetensors files, by pieces of the names of its tensors: where all are found, it is that.
+# Other models that people have in .safetensors files, by pieces of names: where all occur in a file, it is that.
 UNET = "a U-Net (Stable Diffusion 1, 2 or XL), another architecture"
 SD35 = "SD3.5, which has norms on queries and keys: D-DiT starts from SD3-medium (sd3_medium.safetensors)"
-REFUSED = {
+OTHER_MODELS = {
     "lora_": "a LoRA: changes to a model, not a model",
     "double_blocks.": "FLUX, another architecture", "single_transformer_blocks.": "FLUX, another architecture",
     "input_blocks.": UNET, "down_blocks.0.attentions": UNET,
@@ -446,147 +319,218 @@ REFUSED = {
 }
 
 
-def count(names, prefix):
-    """How many blocks or levels: the number of different n in names that start with `prefix` (a regex), dot, n."""
-    found = (re.match(rf"(?:{prefix})\.(\d+)\.", name) for name in names)
-    return len({match[1] for match in found if match})
+def read_bytes(path):
+    with open(regular_file(path), "rb") as f:
+        return f.read(1 << 26)  # a tokenizer or JSON file that has more is none
 
 
-def renaming(part, names):
-    """-> [(module of ours, its modules in diffusers, conversion)], for as many blocks or levels as `names` have, which
-    may be of either layout."""
-    blocks = count(names, "joint_blocks|transformer_blocks|encoder.down|encoder.down_blocks")
-    values = {"i": range(blocks), "j": range(3), "m": ("norm1", "conv1", "norm2", "conv2"), "n": "qkv",
-              "s": ("encoder", "decoder")}
-    rows = []
-    for ours, theirs, *conversion in (line.split() for line in DIFFUSERS[part].strip().splitlines()):
-        used = [key for key in values if f"{{{key}}}" in ours]
-        for choice in itertools.product(*(values[key] for key in used)):
-            at = dict(zip(used, choice))
-            at["r"] = blocks - 1 - at.get("i", 0)
-            modules = [theirs.format(**at, x=x) for x in ("qkv" if "{x}" in theirs else "-")]
-            rows.append((ours.format(**at), modules, "".join(conversion)))
-    return rows
+def read_json(path):
+    """A JSON object; an empty one where there is no file."""
+    return parse(read_bytes(path), path, dict) if os.path.exists(path) else {}
 
 
-def convert(tensor, conversion):
-    """Between diffusers' form of a tensor and ours, either way."""
-    if conversion == "swap":
-        return torch.cat(tensor.chunk(2)[::-1])
-    if conversion == "1x1" and tensor.ndim > 1:
-        return tensor.flatten(1) if tensor.ndim == 4 else tensor[..., None, None]
-    return tensor
+def safetensors_files(folder):
+    """The .safetensors files of a part's folder: one, or the shards that an index names. Of several variants the
+    shortest name, which is the plain one."""
+    names = sorted(os.listdir(folder), key=len)
+    files = [name for name in names if name.endswith(".safetensors") and "-of-" not in name][:1]
+    index = next((os.path.join(folder, name) for name in names if ".safetensors.index" in name), None)
+    if not files and not index:
+        raise ValueError(f"{folder}: holds no .safetensors file")
+    if not files:
+        shards = read_json(index).get("weight_map")
+        files = list(shards.values()) if isinstance(shards, dict) else [None]
+    for name in files:
+        if not isinstance(name, str) or os.path.basename(name) != name:
+            raise ValueError(f'{index}: its "weight_map" should name files of this folder, not {name!r:.60}')
+        if not os.path.exists(os.path.join(folder, name)):
+            raise FileNotFoundError(f"{os.path.join(folder, name)}: this shard is missing ({index} names it)")
+    return [os.path.join(folder, name) for name in sorted(set(files))]
 
 
-def from_diffusers(part, stored):
-    """{diffusers' names: Stored} -> {our names: Stored}."""
-    found = dict(stored)
-    for ours, theirs, conversion in renaming(part, stored):
-        feed_forward = theirs[0].replace("norm1_context.linear", "ff_context.net.2.weight")
-        if feed_forward != theirs[0] and feed_forward not in stored:
-            conversion = "swap"  # the last block of SD3 ends its text stream early, and in the image head's way
-        for suffix in SUFFIXES:
-            pieces = [stored[name + suffix] for name in theirs if name + suffix in stored]
-            if pieces:
-                found[ours + suffix] = Stored([p for s in pieces for p in s.pieces], pieces[0].dtype, conversion)
-    return found
+def open_checkpoint(path):
+    """A .safetensors file, or a folder of one or of shards -> {name in the file: TensorInfo}, and what header and
+    config.json say of its parts' configurations, {part: {name: value}}. Raises ValueError for other models."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    infos, metadata = {}, {}
+    for file in safetensors_files(path) if os.path.isdir(path) else [path]:
+        if file.endswith((".ckpt", ".pth", ".pt", ".bin")):
+            raise ValueError(f"{file}: a pickle, which could run any code when opened; take the model's .safetensors")
+        try:
+            with open_safetensors(regular_file(file)) as f:
+                slices = {name: f.get_slice(name) for name in f.keys()}
+                infos |= {k: TensorInfo(file, k, tuple(x.get_shape()), x.get_dtype()) for k, x in slices.items()}
+                metadata |= f.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a readable .safetensors file, or not all of one ({error})") from error
+    for pieces, model in OTHER_MODELS.items():
+        names = [next((name for name in infos if piece in name), None) for piece in pieces.split()]
+        if all(names):
+            raise ValueError(f"{path}: this is {model} (it has a tensor {names[-1]})")
+    header = parse(metadata.get("config", "{}"), f"{path}, header", dict)
+    if not all(isinstance(values, dict) for values in header.values()):
+        raise ValueError(f"{path}: the configuration in its header should hold an object for each part")
+    json_file = read_json(os.path.join(path, "config.json"))
+    for part, names in DIFFUSERS_FIELDS.items():
+        header.setdefault(part, {names[name]: value for name, value in json_file.items() if name in names})
+    return infos, header
 
 
-def to_diffusers(part, state):
-    """{our names: tensor} -> {diffusers' names: tensor}."""
-    found = dict(state)
-    for ours, (theirs, conversion) in {ours: rest for ours, *rest in renaming(part, state)}.items():
-        for suffix in SUFFIXES:
-            if ours + suffix in state:
-                pieces = convert(found.pop(ours + suffix), conversion).chunk(len(theirs))
-                found |= {name + suffix: piece for name, piece in zip(theirs, pieces)}
-    return found
+# ---------------------------------------------------------------- name: a tensor of ours in other people's files
+
+# Stability's single files have a prefix per part. Ours are written so too.
+PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}
+# A tensor that every file with that part has; how the names of its numbered blocks or levels begin.
+KEY_TENSORS = {"ddit": "joint_blocks.0.x_block.attn.qkv.weight", "vae": "encoder.down.0.block.0.conv1.weight",
+               "t5": "encoder.final_layer_norm.weight"}
+BLOCKS = {"ddit": "joint_blocks|transformer_blocks", "vae": "encoder.down|encoder.down_blocks", "t5": "encoder.block"}
+HEAD = "text_head.linear.weight"  # if it is missing, the text head is new
+SPIECE = "spiece_model"  # in our files: the tokenizer, as a uint8 tensor
+
+# diffusers: a folder per part (the authors' release: text_encoder; SD3's own: text_encoder_3, beside two of CLIP's),
+# and other names. Each line replaces a piece of our name, one after the other. {x}: three tensors, q, k and v. The
+# names with image_ are the authors', SD3's are without. T5's table has two names, and a file has either or both.
+FOLDERS = {"ddit": ["transformer"], "t5": ["text_encoder_3", "text_encoder"], "vae": ["vae"]}
+DIFFUSERS = {"t5": "shared encoder.embed_tokens", "ddit": """
+    pos_embed                         pos_embed.pos_embed
+    x_embedder                        pos_embed
+    t_embedder.mlp.0                  time_text_embed.timestep_embedder.linear_1
+    t_embedder.mlp.2                  time_text_embed.timestep_embedder.linear_2
+    y_embedder.mlp.0                  time_text_embed.text_embedder.linear_1
+    y_embedder.mlp.2                  time_text_embed.text_embedder.linear_2
+    joint_blocks                      transformer_blocks
+    x_block.adaLN_modulation.1        norm1.linear
+    x_block.attn.qkv                  attn.to_{x}
+    x_block.attn.ln_                  attn.norm_
+    x_block.attn.proj                 attn.to_out.0
+    x_block.mlp.fc1                   ff.net.0.proj
+    x_block.mlp.fc2                   ff.net.2
+    context_block.adaLN_modulation.1  norm1_context.linear
+    context_block.attn.qkv            attn.add_{x}_proj
+    context_block.attn.ln_            attn.norm_added_
+    context_block.attn.proj           attn.to_add_out
+    context_block.mlp.fc1             ff_context.net.0.proj
+    context_block.mlp.fc2             ff_context.net.2
+    final_layer.adaLN_modulation.1    image_norm_out.linear
+    final_layer.linear                image_proj_out
+    text_head.linear                  text_proj_out
+""", "vae": """
+    norm_out                          conv_norm_out
+    mid.block_1                       mid_block.resnets.0
+    mid.block_2                       mid_block.resnets.1
+    mid.attn_1.norm                   mid_block.attentions.0.group_norm
+    mid.attn_1.proj_out               mid_block.attentions.0.to_out.0
+    mid.attn_1.                       mid_block.attentions.0.to_
+    .block.                           .resnets.
+    nin_shortcut                      conv_shortcut
+    downsample                        downsamplers.0
+    upsample                          upsamplers.0
+    encoder.down                      encoder.down_blocks
+    decoder.up                        decoder.up_blocks
+"""}
 
 
-opened = functools.partial(safe_open, framework="pt")
+@functools.cache
+def diffusers_names(part, name, blocks):
+    """Our name of a tensor -> [its one name, or three] in diffusers. blocks: how many blocks or levels the part has;
+    diffusers counts the VAE's levels going up from the other end."""
+    for line in DIFFUSERS[part].strip().splitlines():
+        name = name.replace(*line.split())
+    name = re.sub(r"(?<=up_blocks\.)\d+", lambda level: str(blocks - 1 - int(level[0])), name)
+    return [name.replace("{x}", x) for x in ("qkv" if "{x}" in name else "-")]
 
 
-@dataclass
-class Stored:
-    """A tensor that lies in a file, not read yet."""
-    pieces: list            # [(path, name, shape)], to be joined along the first axis
-    dtype: str              # as safetensors spells it
-    conversion: str = ""    # from diffusers' form of it
+class Tensors:
+    """The tensors of one part in a file or folder, by our names whatever the file calls them. Nothing is read yet."""
+    def __init__(self, part, path, infos):
+        self.part, self.path = part, path
+        self.infos = {re.sub(f"^({PREFIXES[part]}|image_)", "", name): info for name, info in infos.items()}
+        matches = (re.match(rf"({BLOCKS[part]})\.(\d+)\.", name) for name in self.infos)
+        self.blocks = len({match[2] for match in matches if match})  # or levels
 
-    @property
-    def shape(self):
-        path, name, shape = self.pieces[0]
-        if any(other != shape for _, _, other in self.pieces):
-            raise ValueError(f"{path}: the tensor {name} and those beside it should have one shape")
-        shape = (*(n * len(self.pieces) for n in shape[:1]), *shape[1:])
-        return {2: (*shape, 1, 1), 4: shape[:2]}.get(len(shape), shape) if self.conversion == "1x1" else shape
+    def pieces(self, name):
+        """-> [TensorInfo]: one, or three to be joined along the first axis, or none if it is missing."""
+        if name in self.infos:
+            return [self.infos[name]]
+        names = [name.removeprefix("image_") for name in diffusers_names(self.part, name, self.blocks)]
+        return [self.infos[name] for name in names] if self.infos.keys() >= {*names} else []
 
-    def read(self, device="cpu", dtype=torch.float32, opened=opened):
-        """dtype None is the file's, but bf16 for fp8, in which nothing computes. A tensor that needs no conversion is
-        the file itself, mapped. Raises ValueError naming a tensor with NaN or infinity, which would give empty answers.
-        Its least and largest number tell, at 20 GB a second; isfinite makes copies and is forty times slower."""
-        dtype, tensors = dtype or (torch.bfloat16 if self.dtype == "F8_E4M3" else TYPES[self.dtype]), []
-        for path, name, _ in self.pieces:
-            tensors.append(opened(path).get_tensor(name).to(device, dtype))
-            if dtype.is_floating_point and not torch.stack(tensors[-1].aminmax()).isfinite().all():
-                raise ValueError(f"{path}: the tensor {name} holds NaN or infinity; the file is damaged, get it again")
-        return convert(torch.cat(tensors) if len(tensors) > 1 else tensors[0], self.conversion)
+    def __contains__(self, name):
+        return bool(self.pieces(name))
 
+    def shape(self, name, *expected):
+        """-> the tensor's. Raises ValueError if it is missing, or not as expected (None: any size)."""
+        pieces, where = self.pieces(name), f"{self.path}: the tensor {name}"
+        if not pieces:
+            raise ValueError(f"{where} is missing; the file is incomplete")
+        shape = tuple(n * len(pieces) if axis == 0 else n for axis, n in enumerate(pieces[0].shape))
+        if ".attn_1." in name and len(shape) == 2:  # a matrix in diffusers, a 1x1 convolution here
+            shape += (1, 1)
+        if len(shape) != len(expected) or any(n not in (None, m) for n, m in zip(expected, shape)):
+            raise ValueError(f"{where} is {shape}, it should be {expected}".replace("None", "any"))
+        if any(piece.shape != pieces[0].shape for piece in pieces):
+            raise ValueError(f"{where} and those beside it should have one shape")
+        return shape
 
-class Tensors(dict):
-    """{our name: Stored} of one part; `path` is for messages."""
-    path = ""
-
-    def __missing__(self, name):
-        raise ValueError(f"{self.path}: the tensor {name} is missing; the file is incomplete")
-
-    def wanted(self, name, *shape):
-        """-> Stored. It must be there, in that shape (None: any size) and a type that we can read."""
-        stored, where = self[name], f"{self.path}: the tensor {name}"
-        if len(stored.shape) != len(shape) or any(n not in (None, m) for n, m in zip(shape, stored.shape)):
-            raise ValueError(f"{where} is {stored.shape}, it should be {shape}".replace("None", "any"))
-        if stored.dtype not in TYPES:
-            raise ValueError(f"{where} is of type {stored.dtype}; this program reads {', '.join(TYPES)}")
-        return stored
-
-
-# A part's configuration is what its tensors' shapes say, and for the rest what the file's header or config.json says
-# (`told`), which has other names for some of it:
-THEIRS = {"ddit": {"num_attention_heads": "heads", "num_layers": "depth"},
-          "t5": {"relative_attention_max_distance": "max_distance", "num_layers": "num_layers"},
-          "vae": {"norm_num_groups": "groups", "shift_factor": "shift", "scaling_factor": "scale"}}
-
-
-def ddit_shapes(x, told):
-    width, channels, patch, _ = x.wanted("x_embedder.proj.weight", *[None] * 4).shape
-    head = {"vocab": x.wanted(HEAD, None, width).shape[0]} if HEAD in x else {}
-    return head | {"depth": count(x, "joint_blocks"), "width": width, "heads": told.get("heads", width // 64),
-                   "patch": patch, "channels": channels,
-                   "text_dim": x.wanted("context_embedder.weight", width, None).shape[1],
-                   "pos_size": math.isqrt(x.wanted("pos_embed", 1, None, width).shape[1]),
-                   "qk_norm": "joint_blocks.0.x_block.attn.ln_q.weight" in x}
+    def read(self, name, shape, device="cpu", dtype=torch.float32, open_file=open_safetensors):
+        """-> the tensor. It must be there, in that shape, of a type that we can read, and finite: NaN or infinity would
+        give empty answers. dtype None is the file's, but bf16 for fp8, in which nothing computes. A tensor that needs
+        no conversion is the file itself, mapped."""
+        shape, pieces, tensors = self.shape(name, *shape), self.pieces(name), []
+        if (code := pieces[0].dtype) not in TYPES:
+            raise ValueError(f"{self.path}: the tensor {name} is of type {code}; this program reads {', '.join(TYPES)}")
+        dtype = dtype or (torch.bfloat16 if code == "F8_E4M3" else TYPES[code])
+        for piece in pieces:
+            tensors.append(open_file(piece.file).get_tensor(piece.name).to(device, dtype))
+            if not torch.stack(tensors[-1].aminmax()).isfinite().all():  # isfinite alone makes copies: 40 times slower
+                raise ValueError(f"{piece.file}: the tensor {piece.name} holds NaN or infinity; the file is damaged, "
+                                 f"get it again")
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0].reshape(shape)
+        # Where no MLP follows, diffusers stores (scale, shift), SD3 (shift, scale): in the image head, and in SD3's
+        # last block, which ends its text stream early.
+        swap = "adaLN" in name and "adaLN" not in piece.name and re.sub("adaLN.*", "mlp.fc2.weight", name) not in self
+        return torch.cat(tensor.chunk(2)[::-1]) if swap else tensor
 
 
-def t5_shapes(x, told):
-    vocab, width = x.wanted("shared.weight", None, None).shape
-    found = {"d_model": width, "vocab_size": vocab, "num_layers": count(x, "encoder.block")}
-    if "places" in x:
-        return found | {"places": x.wanted("places", None, width).shape[0]}
-    first = "encoder.block.0.layer."
-    buckets, heads = x.wanted(first + "0.SelfAttention.relative_attention_bias.weight", None, None).shape
-    return found | {"num_heads": heads, "buckets": buckets, "places": 0,
-                    "d_kv": x.wanted(first + "0.SelfAttention.q.weight", None, width).shape[0] // max(heads, 1),
-                    "d_ff": x.wanted(first + "1.DenseReluDense.wi_0.weight", None, width).shape[0]}
+# ---------------------------------------------------------------- configure: what the shapes and the file say
+
+# The authors' release is tuned on instructions: it captions on request, and answers briefly on request.
+AUTHORS = {"size": 512, "length": 128, "caption_prompt": "Describe the image concisely.",
+           "answer_suffix": "Answer the question using a single word or phrase."}
+# A part's configuration is what its tensors' shapes say, and for the rest what the file's header or a config.json says,
+# which has other names for some of it:
+DIFFUSERS_FIELDS = {"ddit": {"num_attention_heads": "heads", "num_layers": "depth"},
+                    "t5": {"relative_attention_max_distance": "max_distance", "num_layers": "num_layers"},
+                    "vae": {"norm_num_groups": "groups", "shift_factor": "shift", "scaling_factor": "scale"}}
 
 
-def vae_shapes(x, told):
-    base, *widths = (x.wanted(f"encoder.{name}.weight", None, None, 3, 3).shape[0] for name in (
-        "conv_in", *(f"down.{i}.block.0.conv1" for i in range(count(x, "encoder.down")))))
-    return {"channels": base, "multipliers": [width // max(base, 1) for width in widths],
-            "latent_channels": x.wanted("encoder.conv_out.weight", None, None, 3, 3).shape[0] // 2}
+def from_shapes(part, tensors, header):
+    """What the shapes of a part's tensors say of its configuration -> {name: value}."""
+    def size(module, axis, axes=2):
+        return tensors.shape(f"{module}.weight", *[None] * axes)[axis]
+
+    if part == "ddit":
+        width, head = size("x_embedder.proj", 0, 4), {"vocab": size("text_head.linear", 0)} if HEAD in tensors else {}
+        return head | {"depth": tensors.blocks, "width": width, "heads": header.get("heads", width // 64),
+                       "patch": size("x_embedder.proj", 2, 4), "channels": size("x_embedder.proj", 1, 4),
+                       "text_dim": size("context_embedder", 1),
+                       "pos_size": math.isqrt(tensors.shape("pos_embed", 1, None, None)[1]),
+                       "qk_norm": "joint_blocks.0.x_block.attn.ln_q.weight" in tensors}
+    if part == "vae":
+        convs = ["conv_in", *(f"down.{i}.block.0.conv1" for i in range(tensors.blocks)), "conv_out"]
+        base, *widths, moments = (size(f"encoder.{conv}", 0, 4) for conv in convs)
+        return {"channels": base, "multipliers": [width // max(base, 1) for width in widths],
+                "latent_channels": moments // 2}
+    table = {"vocab_size": size("shared", 0), "d_model": size("shared", 1), "num_layers": tensors.blocks}
+    if "places" in tensors:
+        return table | {"places": tensors.shape("places", None, None)[0]}
+    attend, dense = "encoder.block.0.layer.0.SelfAttention.", "encoder.block.0.layer.1.DenseReluDense."
+    buckets, heads = (size(attend + "relative_attention_bias", axis) for axis in (0, 1))
+    return table | {"num_heads": heads, "d_kv": size(attend + "q", 0) // max(heads, 1), "buckets": buckets,
+                    "d_ff": size(dense + "wi_0", 0), "places": 0}
 
 
-SHAPES = {"ddit": ddit_shapes, "t5": t5_shapes, "vae": vae_shapes}
 RULES = {
     "ddit": (lambda c: c.width % c.heads == 0 and c.width % 4 == 0, "width should be a multiple of heads and of 4"),
     "t5": (lambda c: 0 < c.buckets // 4 < c.max_distance, "max_distance should be above a quarter of buckets"),
@@ -595,31 +539,28 @@ RULES = {
     "settings": (lambda c: c.shift > 0 and c.size % 16 == 0, "shift should be above 0, and size a multiple of 16")}
 
 
-def configure(part, told, where, shapes=None):
-    """What a file says of a part or of the settings, and what its tensors' shapes say, each {name: value} -> the part's
-    dataclass. Here alone a configuration is checked: an impossible value would fail far from where it comes from."""
-    kind = {f.name: f.default_factory for f in fields(Config)}[part]
-    values, usual = told | (shapes or {}), asdict(kind())
-    most = 2 ** (14 if part == "settings" else 20)
+def configure(part, header, where, shapes=None):
+    """What a file's header says of a part or of the settings, and what its shapes say, each {name: value} -> the part's
+    dataclass. Configurations are checked here and nowhere else: an impossible value would fail far from its source."""
+    kind = type(getattr(Config(), part))
+    values, usual, most = header | (shapes or {}), asdict(kind()), 2 ** (14 if part == "settings" else 20)
     for name, value in values.items():
-        said = f"{where}: {part}.{name} is {value!r:.60}"
-        if name not in usual:
-            raise ValueError(f"{said}, which this program does not know; a newer one may")
-        if told.get(name, value) != value:
-            raise ValueError(f"{said} by its tensors, {told[name]!r:.60} by its configuration")
         least = 0 if name in ("places", "num_layers") else 2 if name == "length" else 1
-        if not possible(value, usual[name], least, most):
-            raise ValueError(f"{said}, which cannot be; {usual[name]!r} is usual")
-    c = kind(**{name: type(usual[name])(value) for name, value in values.items()})
+        why = (", which this program does not know; a newer one may" if name not in usual else
+               f" by its tensors, {header[name]!r:.60} by its configuration" if header.get(name, value) != value else
+               "" if fits(value, usual[name], least, most) else f", which cannot be; {usual[name]!r} is usual")
+        if why:
+            raise ValueError(f"{where}: {part}.{name} is {value!r:.60}{why}")
+    config = kind(**{name: type(usual[name])(value) for name, value in values.items()})
     holds, rule = RULES[part]
-    if not holds(c):
-        raise ValueError(f"{where}: {rule}; here it is {c}")
-    return c
+    if not holds(config):
+        raise ValueError(f"{where}: {rule}; here it is {config}")
+    return config
 
 
-def possible(value, usual, least, most):
+def fits(value, usual, least, most):
     if isinstance(usual, tuple):
-        return isinstance(value, list | tuple) and 0 < len(value) < 9 and all(possible(v, 1, 1, most) for v in value)
+        return isinstance(value, list | tuple) and 0 < len(value) < 9 and all(fits(v, 1, 1, most) for v in value)
     if type(usual) in (int, float):
         return type(value) in (int, type(usual)) and (least if type(usual) is int else -most) <= value <= most
     return type(value) is type(usual)
@@ -638,86 +579,7 @@ def check_together(config, parts, tokenizer):
                          f"trained with (--spiece)")
 
 
-def plain_file(path):
-    """The path, if it is a file's; a pipe or a device might never end."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: not a plain file" if os.path.exists(path) else f"{path}: no such file")
-    return path
-
-
-def read_bytes(path):
-    with open(plain_file(path), "rb") as f:
-        return f.read(1 << 26)  # a tokenizer or JSON file that has more is none
-
-
-def read_json(path, text=None):
-    """A JSON object, {}: what the file holds, nothing where there is none; or this text of it."""
-    try:
-        found = json.loads(text if text is not None else read_bytes(path) if os.path.exists(path) else "{}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({one_line(error)})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: should be a JSON object, {{...}}")
-    return found
-
-
-def shards(folder):
-    """The .safetensors files of a part's folder: one, or those that an index names. Of several variants the shortest
-    name, which is the plain one."""
-    names = sorted(os.listdir(folder), key=len)
-    for name in names:
-        if name.endswith(".safetensors") and "-of-" not in name:
-            return [os.path.join(folder, name)]
-    index = next((name for name in names if ".safetensors.index" in name), None)
-    if index is None:
-        raise ValueError(f"{folder}: holds no .safetensors file")
-    index = os.path.join(folder, index)
-    shard_of = read_json(index).get("weight_map")
-    names = shard_of.values() if isinstance(shard_of, dict) else [None]
-    for name in names:
-        if not isinstance(name, str) or os.path.basename(name) != name:
-            raise ValueError(f'{index}: its "weight_map" should name files of this folder, not {name!r:.60}')
-        if not os.path.exists(os.path.join(folder, name)):
-            raise FileNotFoundError(f"{os.path.join(folder, name)}: this shard is missing ({index} names it)")
-    return [os.path.join(folder, name) for name in sorted(set(names))]
-
-
-def open_stored(path):
-    """A .safetensors file, or a folder of one or of shards -> {its own names: Stored}, metadata."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    stored, metadata = {}, {}
-    for file in shards(path) if os.path.isdir(path) else [path]:
-        if file.endswith((".ckpt", ".pth", ".pt", ".bin")):
-            raise ValueError(f"{file}: a pickle, which could run any code when opened; take the model's .safetensors")
-        try:
-            with opened(plain_file(file)) as f:
-                for name in f.keys():
-                    tensor = f.get_slice(name)
-                    stored[name] = Stored([(file, name, tuple(tensor.get_shape()))], tensor.get_dtype())
-                metadata |= f.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a readable .safetensors file, or not all of one ({error})") from error
-    return stored, metadata
-
-
-def sort_out(path, stored):
-    """{a file's own names: Stored} -> {part: Tensors} under our names, whichever layout it is. Refuses other models."""
-    for pieces, model in REFUSED.items():
-        names = [next((name for name in stored if piece in name), None) for piece in pieces.split()]
-        if all(names):
-            raise ValueError(f"{path}: this is {model} (it has a tensor {names[-1]})")
-    parts = {}
-    for part, key in KEY_TENSORS.items():
-        ours = {name.removeprefix(PREFIXES[part]): tensor for name, tensor in stored.items()}
-        if key not in ours:
-            ours = from_diffusers(part, stored)
-        if key in ours:
-            parts[part] = Tensors(ours)
-            parts[part].path = path
-    if "t5" in parts and "encoder.embed_tokens.weight" in parts["t5"]:  # the same table; some files have only this one
-        parts["t5"].setdefault("shared.weight", parts["t5"]["encoder.embed_tokens.weight"])
-    return parts
+# ---------------------------------------------------------------- inspect, read
 
 
 def inspect(path, t5=None, vae=None, tokenizer=None):
@@ -727,48 +589,62 @@ def inspect(path, t5=None, vae=None, tokenizer=None):
         raise ValueError(f"{path}: this is {UNET}")
     config, parts, spiece, settings = Config(), {}, None, {}
     folders = [os.path.join(path, name) for names in FOLDERS.values() for name in names]
-    for place in [folder for folder in folders if os.path.isdir(folder)] or [path]:
-        stored, metadata = open_stored(place)
-        header = read_json(f"{place}, header", metadata.get("config", "{}"))
-        if not all(isinstance(told, dict) for told in header.values()):
-            raise ValueError(f"{place}: the configuration in its header should hold an object for each part")
+    for where in [folder for folder in folders if os.path.isdir(folder)] or [path]:
+        infos, header = open_checkpoint(where)
         settings |= header.get("settings", {})
-        if SPIECE in stored:
-            spiece = stored[SPIECE].read(dtype=torch.uint8).numpy().tobytes()
-        theirs = read_json(os.path.join(place, "config.json"))
-        for part, tensors in sort_out(place, stored).items():
-            if part not in parts:
-                told = header.get(part) or {THEIRS[part][n]: v for n, v in theirs.items() if n in THEIRS[part]}
+        if SPIECE in infos:
+            spiece = open_safetensors(infos[SPIECE].file).get_tensor(SPIECE).to(torch.uint8).numpy().tobytes()
+        for part in MODULES:
+            tensors, values = Tensors(part, where, infos), header[part]
+            if part not in parts and KEY_TENSORS[part] in tensors:
                 parts[part] = tensors
-                setattr(config, part, configure(part, told, place, SHAPES[part](tensors, told)))
+                setattr(config, part, configure(part, values, where, from_shapes(part, tensors, values)))
     if not parts:
         raise ValueError(f"{path}: holds no part of SD3, T5 or D-DiT")
     settings |= read_json(os.path.join(path, "d_dit.json"))
-    if "null_image_embd" in parts.get("ddit", {}) and not settings:
+    if "ddit" in parts and "null_image_embd" in parts["ddit"] and not settings:
         settings = dict(AUTHORS)
     scheduler = read_json(os.path.join(path, "scheduler", "scheduler_config.json"))
-    settings["shift"] = scheduler.get("shift", settings.get("shift", Settings.shift))
+    settings |= {name: value for name, value in scheduler.items() if name == "shift"}
     config.settings = configure("settings", settings, path)
 
     for part, other in (("t5", t5), ("vae", vae)):
         if other is not None:
-            its_config, its_parts, _ = inspect(other)
-            if part not in its_parts:
+            other_config, other_parts, _ = inspect(other)
+            if part not in other_parts:
                 raise ValueError(f"{other}: holds no {PART_NAMES[part]}")
-            parts[part] = its_parts[part]
-            setattr(config, part, getattr(its_config, part))
+            parts[part] = other_parts[part]
+            setattr(config, part, getattr(other_config, part))
 
     beside = [os.path.join(path, name, "spiece.model") for name in ("tokenizer_3", "tokenizer")]
-    tokenizer = tokenizer or next(filter(os.path.exists, beside), None)
-    if tokenizer:
-        spiece = read_bytes(tokenizer)
+    file = tokenizer or next(filter(os.path.exists, beside), None)
+    spiece = read_bytes(file) if file else spiece
     try:
-        words = Tokenizer(spiece) if spiece is not None else None
+        tokenizer = Tokenizer(spiece) if spiece is not None else None
     except ValueError as error:
-        raise ValueError(f"{tokenizer or path}: {error}") from error
-    if words and HEAD not in parts.get("ddit", {}):  # a new one, which fits
-        config.ddit.vocab = words.vocab_size
-    return config, parts, words
+        raise ValueError(f"{file or path}: {error}") from error
+    if tokenizer and HEAD not in parts.get("ddit", []):  # a new head, which fits
+        config.ddit.vocab = tokenizer.vocab_size
+    return config, parts, tokenizer
+
+
+def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
+    """A file of ours, an SD3 single file, or a folder in diffusers layout -> what DualDiffusion is made of, by name.
+
+    t5, vae: another file or folder to take that part from; tokenizer: a spiece.model; dtype: to compute in, one for
+    all or {"ddit": dtype, "t5": dtype, "vae": dtype} (a part not named: float32), None as in the file; offload: T5
+    stays on the CPU. Modules are built without memory; a tensor is mapped from its file and converted once, straight to
+    its device and type. Raises FileNotFoundError or ValueError with one line that says what is wrong, and where."""
+    dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(MODULES, dtype)
+    if unknown := dtypes.keys() - MODULES.keys():
+        raise ValueError(f"dtype names {', '.join(sorted(unknown))}; the parts are {', '.join(MODULES)}")
+    config, parts, tokenizer = inspect(path, t5, vae, tokenizer)
+    if tokenizer is None:
+        raise ValueError(f"{path}: holds no tokenizer; give T5's spiece.model (--spiece)")
+    check_together(config, parts, tokenizer)
+    modules = {part: read_part(part, tensors, getattr(config, part), "cpu" if offload and part == "t5" else device,
+                               dtypes.get(part, torch.float32)) for part, tensors in parts.items()}
+    return {"config": config, "tokenizer": tokenizer, **modules}
 
 
 def read_part(part, tensors, config, device, dtype):
@@ -776,15 +652,13 @@ def read_part(part, tensors, config, device, dtype):
     with torch.device("meta"):  # no memory yet, and no time spent on initial values that would be overwritten
         module = MODULES[part](config)
     new = from_sd3(tensors, config) if part == "ddit" else {}
-    state, taken, files = {}, 0, functools.cache(opened)
+    state, mapped, open_file = {}, 0, functools.cache(open_safetensors)
     for name, tensor in module.state_dict().items():
-        if name not in new:
-            state[name] = tensors.wanted(name, *tensor.shape).read(device, dtype, files)
-            taken += state[name].nbytes
-            if taken > 1 << 26:  # the pages read of an open file count as our memory: let go now and then
-                taken = files.cache_clear() or 0
-    for name, tensor in new.items():
-        state[name] = tensor.to(device, state["x_embedder.proj.weight"].dtype)
+        state[name] = (tensors.read(name, tensor.shape, device, dtype, open_file) if name not in new else
+                       new[name].to(device, state["x_embedder.proj.weight"].dtype))
+        mapped += state[name].nbytes
+        if mapped > 1 << 26:  # the pages read of an open file count as our memory: let go now and then
+            mapped = open_file.cache_clear() or 0
     module.load_state_dict(state, assign=True)
     return module
 
@@ -798,20 +672,35 @@ def from_sd3(tensors, config):
     block ends its text stream after the attention: what follows starts behind zero gates. The text head is new."""
     new = {}
     if "y_embedder.mlp.0.bias" in tensors:
-        b0, w2, b2, bias = (tensors.wanted(name, *[config.width] * axes).read() for name, axes in (
-            ("y_embedder.mlp.0.bias", 1), ("y_embedder.mlp.2.weight", 2), ("y_embedder.mlp.2.bias", 1),
-            ("t_embedder.mlp.2.bias", 1)))
+        b0, b2, bias = (tensors.read(f"{name}.bias", [config.width]) for name in (
+            "y_embedder.mlp.0", "y_embedder.mlp.2", "t_embedder.mlp.2"))
+        w2 = tensors.read("y_embedder.mlp.2.weight", [config.width, config.width])
         new["t_embedder.mlp.2.bias"] = bias + w2 @ F.silu(b0) + b2
     last = f"joint_blocks.{config.depth - 1}.context_block."
     modulation, early = last + "adaLN_modulation.1.", 2 * config.width  # shift and scale before the attention
-    if tensors[modulation + "bias"].shape == (early,):
+    if tensors.shape(modulation + "bias", None) == (early,):
         for name, tensor in DDiT(replace(config, depth=1, pos_size=1)).state_dict().items():  # heads and gates are zero
             name = name.replace("joint_blocks.0.context_block.", last)
             if name.startswith(("text_head.", last + "attn.proj.", last + "mlp.")):
                 new[name] = tensor
             elif name.startswith(modulation):
-                new[name] = torch.cat([tensors.wanted(name, early, *tensor.shape[1:]).read(), tensor[early:]])
+                new[name] = torch.cat([tensors.read(name, (early, *tensor.shape[1:])), tensor[early:]])
     return new
+
+
+# ---------------------------------------------------------------- write: our file, and diffusers' folder
+
+
+def write_file(dd, path, dtype=None):
+    """One self-contained .safetensors: all parts under SD3's names, the tokenizer as bytes, the configuration as JSON
+    in the header. `dtype`: of the floating-point tensors on disk, e.g. torch.float16; as they are when None. Raises
+    OSError with one line, and leaves what was there."""
+    tensors = {prefix + name: tensor.to("cpu", dtype or tensor.dtype).contiguous()
+               for part, prefix in PREFIXES.items() if getattr(dd, part) is not None
+               for name, tensor in getattr(dd, part).state_dict().items()}
+    tensors[SPIECE] = torch.frombuffer(bytearray(dd.tokenizer.model), dtype=torch.uint8)
+    with replacing(path) as beside:
+        save_file(tensors, beside, {"format": "pt", "config": json.dumps(asdict(dd.config))})
 
 
 def refuse_full(folder):
@@ -820,29 +709,46 @@ def refuse_full(folder):
         raise FileExistsError(f"--export {folder or '(nothing)'}: give the name of a new folder, or of an empty one")
 
 
-def write_bytes(path, content):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with replacing(path) as beside, open(beside, "wb") as f:
-        f.write(content)
+def write_folder(dd, folder):
+    """The diffusers layout as the authors' release has it, whole or not at all: a folder per part. The tensors are this
+    model's, bit for bit. Raises ValueError or OSError with one line."""
+    if dd.missing:
+        raise ValueError(f"nothing written to {folder}: holds no {' and no '.join(dd.missing)}")
+    if dd.config.t5.places:
+        raise ValueError(f"nothing written to {folder}: that layout knows no learned embeddings in T5's place")
+    refuse_full(folder)
+    beside = os.path.abspath(folder) + ".partial"
+    shutil.rmtree(beside, ignore_errors=True)  # left by a kill
+    try:
+        for name, content in diffusers_files(dd):
+            path = os.path.join(beside, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with replacing(path) as file:
+                if isinstance(content, bytes):
+                    Path(file).write_bytes(content)
+                else:
+                    save_file(content, file, {"format": "pt"})
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
-def write_shards(folder, stem, state, size):
-    """Tensors -> FOLDER/STEM.safetensors, or several of at most `size` bytes (or one tensor) with an index."""
-    shards = [{}]
-    for name, tensor in state.items():
-        if shards[-1] and tensor.nbytes + sum(other.nbytes for other in shards[-1].values()) > size:
-            shards.append({})
-        shards[-1][name] = tensor.cpu().contiguous()
-    os.makedirs(folder, exist_ok=True)
-    weight_map = {}
-    for k, shard in enumerate(shards, start=1):
-        file = f"{stem}-{k:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
-        with replacing(os.path.join(folder, file)) as beside:
-            save_file(shard, beside, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())}, "weight_map": weight_map}
-        write_bytes(os.path.join(folder, f"{stem}.safetensors.index.json"), json.dumps(index, indent=2).encode())
+def diffusers_files(dd):
+    """-> pairs of a file's name and its content, tensors or bytes. `null_image_embd`, what the authors feed in place of
+    an image where there is none, we neither use nor keep; it is written as zeros."""
+    for part in MODULES:
+        state = {"null_image_embd": dd.ddit.pos_embed.new_zeros(1, 8, dd.config.ddit.width)} if part == "ddit" else {}
+        for name, tensor in getattr(dd, part).state_dict().items():
+            if name.startswith("final_layer.adaLN"):
+                tensor = torch.cat(tensor.chunk(2)[::-1])
+            if ".attn_1." in name and tensor.ndim == 4:
+                tensor = tensor.flatten(1)
+            names = [name] if part == "t5" else diffusers_names(part, name, len(dd.config.vae.multipliers))
+            state |= {n: piece.cpu().contiguous() for n, piece in zip(names, tensor.chunk(len(names)))}
+        yield f"{FOLDERS[part][-1]}/{'model' if part == 't5' else 'diffusion_pytorch_model'}.safetensors", state
+    for name, content in diffusers_configs(dd.config).items():
+        yield name, json.dumps(content, indent=2).encode()
+    yield "tokenizer/spiece.model", dd.tokenizer.model
 
 
 def diffusers_configs(config):
@@ -876,61 +782,3 @@ def diffusers_configs(config):
             "shift": config.settings.shift},
         "tokenizer/tokenizer_config.json": {"tokenizer_class": "T5Tokenizer", "extra_ids": SENTINELS},
     }
-
-
-def describe(config, parts, tokenizer):
-    """What `inspect` found, in words."""
-    lines = []
-    for part, word in PART_NAMES.items():
-        if part not in parts:
-            lines.append(f"{word:12s} missing")
-            continue
-        with torch.device("meta"):
-            wanted = MODULES[part](getattr(config, part)).state_dict()
-        used = [parts[part][name] for name in wanted if name in parts[part]]
-        size = sum(math.prod(s.shape) * TYPES.get(s.dtype, torch.int8).itemsize for s in used)
-        lines.append(f"{word:12s} {sum(math.prod(s.shape) for s in used):,} parameters, "
-                     f"{', '.join(sorted({s.dtype for s in used}))}, {size / 1e9:.3f} GB, in {parts[part].path}")
-        lines.append(f"{'':12s} {getattr(config, part)}")
-    lines.append(f"tokenizer    {tokenizer.vocab_size} tokens, the mask token among them" if tokenizer else
-                 "tokenizer    missing")
-    if len(parts) < len(MODULES) or tokenizer is None:
-        lines.append("can do nothing yet: give what is missing (--t5, --vae, --spiece)")
-    elif HEAD in parts["ddit"]:
-        lines.append("can draw and read")
-    else:
-        lines.append("can draw; to read, it must be trained first (no text head)")
-    return "\n".join(lines)
-
-
-def add_parts(parser):
-    """The arguments by which every program here takes parts from elsewhere."""
-    parser.add_argument("--t5", metavar="FILE", help="a file or folder to take T5 from")
-    parser.add_argument("--vae", metavar="FILE", help="a file or folder to take the VAE from")
-    parser.add_argument("--spiece", metavar="FILE", help="T5's tokenizer, spiece.model")
-
-
-def main():
-    parser = argparse.ArgumentParser(description="What a checkpoint is, before anything is read; and to diffusers.")
-    parser.add_argument("file", help="a file of ours, an SD3 single file, or a folder in diffusers layout")
-    add_parts(parser)
-    parser.add_argument("--export", metavar="DIR", help="write it in diffusers layout, as the authors' release has it")
-    args = parser.parse_args()
-    if args.export is not None:
-        refuse_full(args.export)
-    found = inspect(args.file, args.t5, args.vae, args.spiece)
-    print(describe(*found))
-    check_together(*found)
-    if args.export is not None:
-        DualDiffusion.load(args.file, args.t5, args.vae, args.spiece, dtype=None).export(args.export)
-        print(f"wrote {args.export}")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"model.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("model.py: stopped")

@@ -4,7 +4,7 @@ in a temporary folder), loads them as sample.py does, and answers one question a
     python tests/full_size.py SPIECE.MODEL [FOLDER]
 
 Prints the time to load, the peak of resident memory over the bytes of the weights, and the time of a pass. Needs 24 GB
-of memory, or less: pages of mapped weights can be given back.
+of memory, or less: the system can reclaim pages of mapped weights.
 """
 import os
 import resource
@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import make_golden  # noqa: E402
 
 from model import MODULES, PREFIXES, PRESETS, DDiTConfig, DualDiffusion  # noqa: E402
-from sample import question_ids, unmask  # noqa: E402
+from sample import unmask  # noqa: E402
 
 
 def write(folder):
@@ -49,10 +49,10 @@ def use(folder, spiece):
     start = time.perf_counter()
     latents = dd.encode_image(torch.rand(1, 3, 256, 256) * 2 - 1)
     print(f"image encoded in {time.perf_counter() - start:.1f} s")
-    ids, maskable = question_ids(dd.tokenizer, "what is this?", "", 64)
+    ids, maskable = dd.tokenizer.question_ids("what is this?", "", 64)
     start = time.perf_counter()
     _, passes = unmask(dd, latents, torch.tensor([ids]), torch.tensor([maskable]), steps=2)
-    print(f"one question, {passes} passes, {(time.perf_counter() - start) / passes:.1f} s a pass")
+    print(f"one question, {passes} passes, {(time.perf_counter() - start) / passes:.1f} s per pass")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"weights {weights / 1e9:.2f} GB, peak resident {peak / 1e9:.2f} GB, ratio {peak / weights:.3f}")
 

@@ -68,11 +68,11 @@ def y_embedder(width):
 
 def shapes():
     modules = {"ddit": DDiT(DDIT), "single": DDiT(SINGLE), "t5": T5Encoder(T5), "vae": VAE(VAE_)}
-    found = {part: {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-             for part, module in modules.items()}
-    found["ddit"] |= y_embedder(DDIT.width)
-    found["single"] |= y_embedder(SINGLE.width)
-    return found
+    result = {part: {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+              for part, module in modules.items()}
+    result["ddit"] |= y_embedder(DDIT.width)
+    result["single"] |= y_embedder(SINGLE.width)
+    return result
 
 
 def sd3_part(state, cfg):

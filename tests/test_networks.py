@@ -2,16 +2,18 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 
 import make_golden
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from torch.utils.checkpoint import checkpoint
 
 from model import PRESETS, DDiT, DDiTConfig, DualDiffusion, TextHead, sincos_table
 from sample import SHIPPED
-from t5 import T5Config, T5Encoder, relative_position_bucket
+from t5 import T5Config, T5Encoder, init_weights, relative_position_bucket
 from vae import VAE, VAEConfig
 
 with safe_open(make_golden.PATH, framework="pt") as f:
@@ -85,9 +87,10 @@ def test_predict_and_draw_give_the_same_rows(ddit):
 def test_checkpointing_gives_the_same_gradients():
     def gradients(checkpointing):
         ddit, t5 = load(DDiT(make_golden.DDIT), "ddit").train(), T5Encoder(make_golden.T5)
-        ddit.checkpointing = t5.checkpointing = checkpointing
+        for block in (*ddit.joint_blocks, *t5.encoder["block"]) if checkpointing else ():  # as train.py does it
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         torch.manual_seed(0)
-        t5.init_weights()
+        init_weights(t5)
         with torch.enable_grad():
             velocity, logits = ddit(*inputs())
             states = t5(torch.arange(12).reshape(2, 6))
@@ -158,14 +161,14 @@ def test_position_bias_lies_as_attention_reads_it():
     assert bias.shape == (1, make_golden.T5.num_heads, 9, 9) and bias.is_contiguous()
 
 
-# What `build` gave for seed 0 when everything was initialised twice, the last two numbers of each.
+# What `build` gives for seed 0, the last two numbers of each.
 BUILT = {
     "ddit.joint_blocks.0.x_block.attn.qkv.weight": (-0.045685671269893646, 0.06544813513755798),
     "ddit.joint_blocks.5.context_block.mlp.fc2.weight": (-0.002842429094016552, -0.030600469559431076),
-    "ddit.pos_embed": (0.9999504089355469, 0.9999721050262451), "t5.shared.weight": (-1.463649988, -1.407705903),
+    "ddit.pos_embed": (0.9999504089355469, 0.9999721050262451), "t5.shared.weight": (-0.9893674850, 1.2735219002),
     "t5.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (-12.0, -8.0),
-    "t5.encoder.block.1.layer.1.DenseReluDense.wo.weight": (0.07629574090242386, -0.014377468265593052),
-    "vae.decoder.conv_out.weight": (-0.023784436285495758, 0.05293291434645653)}
+    "t5.encoder.block.1.layer.1.DenseReluDense.wo.weight": (0.032919976860284805, -0.06130969524383545),
+    "vae.decoder.conv_out.weight": (0.03431503847241402, 0.032431915402412415)}
 
 
 def test_fresh_weights_are_those_of_the_seed():
