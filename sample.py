@@ -242,10 +242,10 @@ def default_device():
 def existing_device(name):
     """An argparse type: a device that exists. A GPU gets the local rank of torchrun, else the index in `name`, or 0."""
     kind, _, index = name.partition(":")
-    index = int(os.environ.get("LOCAL_RANK", index or 0))
-    if kind != "cpu" and (kind != default_device() or index >= torch.accelerator.device_count()):
+    index, count = os.environ.get("LOCAL_RANK", index or "0"), torch.accelerator.device_count()
+    if kind != "cpu" and not (kind == default_device() and index.isdecimal() and int(index) < count):
         raise argparse.ArgumentTypeError(f"there is no device {name} here")
-    return torch.device(kind, index if kind != "cpu" else None)
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, int(index))
 
 
 def number(kind, low, high):
@@ -301,7 +301,7 @@ def describe(config, parts, tokenizer):
         if part in parts:
             with torch.device("meta"):
                 names = MODULES[part](getattr(config, part)).state_dict()
-            stored = [parts[part][name] for name in names if name in parts[part]]
+            stored = [info for name in names for info in parts[part].pieces(name)]
             counts, types = [torch.Size(s.shape).numel() for s in stored], [s.dtype for s in stored]
             size = sum(n * TYPES.get(dtype, torch.int8).itemsize for n, dtype in zip(counts, types)) / 1e9
             lines.append(f"{title:12s} {sum(counts):,} parameters, {', '.join(sorted(set(types)))}, {size:.3f} GB, "
