@@ -80,8 +80,7 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
 
 def revealed_share(steps):
     """(steps+1,) float64, from 0 to 1: the share of the masked tokens that sampling has revealed, at each time of an
-    even grid from t = 1 down to 0. As alpha(t) of all tokens are readable at time t, this is alpha, scaled to begin
-    at 0: sampling begins with masks alone."""
+    even grid from t = 1 down to 0. It is alpha(t), scaled to begin at 0, for sampling begins with masks alone."""
     readable = losses.alpha(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     return (readable - readable[0]) / (readable[-1] - readable[0])  # Eq. 5
 
@@ -105,12 +104,11 @@ def draw_tokens(logits, temperature, generator):
 def in_random_order(draw, tokens, masked, steps, generator):
     """Ancestral sampling on a grid of `steps` steps, exactly, but with fewer passes.
 
-    In each step chance decides which masked tokens are revealed, each alone (Eq. 5), and the network decides what they
-    are. The network does not see the time, and chance does not see the network. So draw the step of every token first.
-    Then run the network only at steps that reveal something, and only for the rows in which they do: elsewhere its
-    output would not be used."""
+    Which masked tokens a step reveals is chance alone, for each token independently (Eq. 5). The network only decides
+    what they are, and it does not see the time. So the steps of all tokens can be drawn first. The network then runs
+    only at steps that reveal something, and only for rows in which they do: elsewhere its output would not be used."""
     u = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
-    reveal_step = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # in which the share rises above u
+    reveal_step = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # in which the share passes u
     for step in range(steps):
         reveal = masked & (reveal_step == step)
         if reveal.any():
@@ -142,9 +140,9 @@ ORDERS = {"random": in_random_order, "confidence": by_confidence}
 def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0, generator=None):
     """Draw the maskable tokens given the image and the other tokens -> tokens (B,L), number of forward passes.
 
-    latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; steps: of the time grid.
-    Order "random", at temperature 1, is exact ancestral sampling. temperature divides the logits; 0 takes the likeliest
-    token, which is no sampling but a greedy reading in that order."""
+    latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; steps: of the time grid;
+    order: one of ORDERS; "random", at temperature 1, is exact ancestral sampling. temperature divides the logits; 0
+    takes the likeliest token, which is no sampling but a greedy reading in that order."""
     def draw(where):
         rows = where.any(1)
         states = dd.t5(tokens[rows].to(dd.device))
@@ -242,10 +240,10 @@ def default_device():
 def existing_device(name):
     """An argparse type: a device that exists. A GPU gets the local rank of torchrun, else the index in `name`, or 0."""
     kind, _, index = name.partition(":")
-    index = int(os.environ.get("LOCAL_RANK", index or 0))
-    if kind != "cpu" and (kind != default_device() or index >= torch.accelerator.device_count()):
+    index, count = os.environ.get("LOCAL_RANK", index or "0"), torch.accelerator.device_count()
+    if kind != "cpu" and not (kind == default_device() and index.isdecimal() and int(index) < count):
         raise argparse.ArgumentTypeError(f"there is no device {name} here")
-    return torch.device(kind, index if kind != "cpu" else None)
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, int(index))
 
 
 def number(kind, low, high):
