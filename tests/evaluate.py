@@ -255,14 +255,15 @@ def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="benchmarks:\n" + "\n".join(first_lines))
     parser.add_argument("benchmark", choices=list(BENCHMARKS))
-    parser.add_argument("--ckpt", default=SHIPPED, metavar="FILE", help="the model's file; default: the small model that ships")
+    parser.add_argument("--ckpt", default=SHIPPED, metavar="FILE",
+                        help="the model's file; default: the small model that ships")
     add_parts(parser)
     parser.add_argument("--data", nargs="+", help="images and texts, as train.py takes them: .json, .jsonl, .tar or "
                         "folders")
     parser.add_argument("--unseen", action="store_true", help="of --data only the images that train.py keeps apart and "
                         "never learns from: one in twenty, at most 250")
-    parser.add_argument("--num", type=number(int, 1, 10 ** 6), default=1000, help="images to judge on, at most; default: "
-                        "1000")
+    parser.add_argument("--num", type=number(int, 1, 10 ** 6), default=1000,
+                        help="images to judge on, at most; default: 1000")
     parser.add_argument("--kinds", nargs="+", choices=[*data.KINDS, "same"], default=list(data.KINDS), metavar="KIND",
                         help="of questions in the built-in world, as train.py's; default: all but same")
     parser.add_argument("--seed", type=seed, default=0, help="of scenes, of what is drawn from --data, and of sampling")
