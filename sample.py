@@ -282,13 +282,13 @@ def run_program(main, stopped="stopped", lower="--size, or give --offload"):
                 raise OSError(error.errno, error.strerror, "stdout") from None
     except BrokenPipeError:
         sys.exit(141)
-    except (ValueError, OSError) as error:
-        fail(error)
     except KeyboardInterrupt:
         fail(stopped, 130)
-    except (MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if "DataLoader worker" in str(error):
-            fail(f"a process that makes batches failed ({one_line(error)}); the same command goes on from the checkpoint")
+            fail(f"a process that makes batches failed ({one_line(error)}); the same command goes on from before it")
+        if isinstance(error, (ValueError, OSError)):
+            fail(error)
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate|ALLOC_FAILED", str(error)):
             raise
         fail(f"out of memory: lower {lower}")

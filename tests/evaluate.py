@@ -181,6 +181,9 @@ def caption_holds(text, things):
 
 
 
+Y, X = np.mgrid[0:data.SIDE, 0:data.SIDE] + 0.5  # the centres of the pixels
+
+
 def read_scene(image):
     """What an image of the world shows, (64,64,3) uint8 -> list of Thing. One whose outline is no shape of the world
     has the shape "unknown".
@@ -192,7 +195,7 @@ def read_scene(image):
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     things = []
     for patch in patches(abs(image - np.median(border, axis=0)).max(axis=2) > 80):
-        y, x = data.GRID_Y[patch].mean(), data.GRID_X[patch].mean()
+        y, x = Y[patch].mean(), X[patch].mean()
         shape, radius = fit_outline(patch, y, x)
         hue = 360 * colorsys.rgb_to_hsv(*np.median(image[patch], axis=0) / 255)[0]
         color = min(data.COLORS, key=lambda name: abs((hue - data.COLORS[name] + 180) % 360 - 180))
@@ -218,7 +221,7 @@ def patches(foreground):
 def fit_outline(patch, y, x):
     """The shape whose outline of equal area, about the patch's middle, covers it best -> its name, its radius."""
     def covers(shape, y, x, radius):
-        return data.distance(shape, data.GRID_X - x, data.GRID_Y - y, radius) < 0
+        return data.distance(shape, X - x, Y - y, radius) < 0
 
     area = patch.sum()
     best, shape, radius = 0.7, "unknown", (area / 3.0) ** 0.5
@@ -255,13 +258,15 @@ def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="benchmarks:\n" + "\n".join(first_lines))
     parser.add_argument("benchmark", choices=list(BENCHMARKS))
-    parser.add_argument("--ckpt", default=SHIPPED, metavar="FILE", help="the model's file; default: the one that ships")
+    parser.add_argument("--ckpt", default=SHIPPED, metavar="FILE",
+                        help="the model's file; default: the small model that ships")
     add_parts(parser)
     parser.add_argument("--data", nargs="+", help="images and texts, as train.py takes them: .json, .jsonl, .tar or "
                         "folders")
     parser.add_argument("--unseen", action="store_true", help="of --data only the images that train.py keeps apart and "
                         "never learns from: one in twenty, at most 250")
-    parser.add_argument("--num", type=number(int, 1, 10 ** 6), default=1000, help="images to judge on, at most; default: 1000")
+    parser.add_argument("--num", type=number(int, 1, 10 ** 6), default=1000,
+                        help="images to judge on, at most; default: 1000")
     parser.add_argument("--kinds", nargs="+", choices=[*data.KINDS, "same"], default=list(data.KINDS), metavar="KIND",
                         help="of questions in the built-in world, as train.py's; default: all but same")
     parser.add_argument("--seed", type=seed, default=0, help="of scenes, of what is drawn from --data, and of sampling")
