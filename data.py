@@ -130,16 +130,6 @@ class World:
                 return None
 
 
-def distance(shape, x, y, r):
-    """Signed distance in pixels, negative inside, of points (x right, y down) to a shape of radius r at the origin."""
-    if shape == "circle":
-        return np.hypot(x, y) - r
-    if shape == "triangle":  # equilateral, point up, about its centroid
-        return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r
-    x, y = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))  # eight equal parts, folded into one
-    return x - 0.88 * r if shape == "square" else np.maximum(x - r, y - 0.36 * r)  # or the cross: two bars
-
-
 def related(a, relation, b):
     """Is quarter a in that relation to quarter b? Top left is above bottom right, and left of it, too."""
     axis, direction = RELATIONS[relation]
@@ -169,6 +159,16 @@ def refer(thing, things, rng, hide=None):
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
+
+
+def distance(shape, x, y, r):
+    """Signed distance in pixels, negative inside, of points (x right, y down) to a shape of radius r at the origin."""
+    if shape == "circle":
+        return np.hypot(x, y) - r
+    if shape == "triangle":  # equilateral, point up, about its centroid
+        return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r
+    x, y = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))  # eight equal parts, folded into one
+    return x - 0.88 * r if shape == "square" else np.maximum(x - r, y - 0.36 * r)  # or the cross: two bars
 
 
 # ---------------------------------------------------------------- kinds of questions

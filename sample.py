@@ -155,16 +155,6 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
     return tokens, passes
 
 
-@torch.no_grad()
-def unmask_texts(dd, images, texts, *how, whole=False):
-    """Unmask one text (ids, maskable) per image -> list of str: what stands at the masks, or the whole texts."""
-    latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
-    tokens, maskable = (torch.tensor(column) for column in zip(*texts))
-    for part in batches(len(images), *images.shape[2:]):
-        tokens[part], _ = unmask(dd, dd.encode_image(images[part]), tokens[part], maskable[part], *how)
-    return [dd.tokenizer.decode(ids if whole else ids[m]) for ids, m in zip(tokens, maskable)]
-
-
 def caption(dd, images, length=None, steps=None, order="random", temperature=0.0, generator=None):
     """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; steps: forward passes at most. A
     model that was tuned on answers alone is asked for a caption by a question, `caption_prompt`."""
@@ -200,6 +190,16 @@ def latent_size(dd, height, width):
         raise ValueError(f"this model wants images with sides that are multiples of {unit}, not {width}x{height}")
     dd.ddit.positions(height // unit, width // unit)  # raises where it has fewer
     return height // factor, width // factor
+
+
+@torch.no_grad()
+def unmask_texts(dd, images, texts, *how, whole=False):
+    """Unmask one text (ids, maskable) per image -> list of str: what stands at the masks, or the whole texts."""
+    latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
+    tokens, maskable = (torch.tensor(column) for column in zip(*texts))
+    for part in batches(len(images), *images.shape[2:]):
+        tokens[part], _ = unmask(dd, dd.encode_image(images[part]), tokens[part], maskable[part], *how)
+    return [dd.tokenizer.decode(ids if whole else ids[m]) for ids, m in zip(tokens, maskable)]
 
 
 def finite(tensor):

@@ -30,14 +30,7 @@ class Tokenizer:
     The sentinels live outside the SentencePiece model, so nothing a user types can become one."""
     def __init__(self, model: bytes):
         """`model`: the bytes of a `spiece.model` file. Raises ValueError if they are not one."""
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise ValueError("not a SentencePiece model (T5's is named spiece.model)") from error
-        special = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
-        if special != (0, 1, 2):  # Llama's, for one, has as many pieces as T5's
-            raise ValueError(f"not T5's: its pad, end and unknown are pieces {special}, not (0, 1, 2)")
-        self.model = model
+        self.model, self.pieces = model, open_pieces(model)
         self.eos_id = self.pieces.eos_id()
         self.vocab_size = len(self.pieces) + SENTINELS
         self.mask_id = self.vocab_size - 1
@@ -230,6 +223,18 @@ def init_weights(encoder):
         for head in range(c.num_heads):
             slope, wrong_way = 2.0 ** -(head // 2 * 8 / c.num_heads), away > 0 if head % 2 == 0 else away < 0
             table[bucket, head] = -slope * away.abs() - 4.0 * wrong_way
+
+
+def open_pieces(model):
+    """The bytes of a `spiece.model` -> SentencePiece's object. Raises ValueError if they are another model's."""
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise ValueError("not a SentencePiece model (T5's is named spiece.model)") from error
+    special = pieces.pad_id(), pieces.eos_id(), pieces.unk_id()
+    if special != (0, 1, 2):  # Llama's, for one, has as many pieces as T5's
+        raise ValueError(f"not T5's: its pad, end and unknown are pieces {special}, not (0, 1, 2)")
+    return pieces
 
 
 def train_tokenizer(lines, vocab_size):

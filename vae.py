@@ -68,7 +68,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # a row below and a column right only: this is how it was trained
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # a row below and a column right only, as it was trained
 
 
 class Upsample(nn.Module):
