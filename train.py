@@ -757,8 +757,9 @@ def learn(args, recipe, device):
     if rank == 0:  # where nothing new was learned, the file stays, and so stays what has begun from it
         if start < recipe.steps or not os.path.exists(path):
             write_model(args, recipe, weights, texts, settings, path)
-        kind = "data --data TEST.jsonl" if args.data or args.text_data else "world"
-        print(f"wrote {path}; to judge it: python tests/evaluate.py {kind} --ckpt {path}")
+        paths = args.text_data or args.data
+        benchmark = f"data --unseen --data {' '.join(paths)}" if paths else "world"
+        print(f"wrote {path}\nto judge it: python tests/evaluate.py {benchmark} --ckpt {path}")
 
 
 def validate(learner, batches, count):
