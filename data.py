@@ -173,8 +173,9 @@ def distance(shape, x, y, r):
 
 # ---------------------------------------------------------------- kinds of questions
 # Each kind is a function of a thing, a phrase that fits it alone, all things of the scene and a random generator. It
-# returns a question and its only right answer, or None if this try finds no fair question. To add a kind, write such a
-# function and list it in KINDS.
+# returns a question and its only right answer, or None if this try finds no question; then it is tried again, up to ten
+# times. So where yes and no should be equally frequent, choose the answer first, then a question that has it. To add a
+# kind, write such a function and list it in KINDS.
 
 
 def ask_color(thing, phrase, things, rng):
@@ -463,15 +464,15 @@ class Records:
     def __len__(self):
         return len(self.index.array) - 1
 
-    def row(self, i):
+    def record(self, i):
         start, end = self.index.array[i:i + 2, 0]
         image, captions, questions, span = json.loads(self.lines.array[start:end].tobytes())
         return Record(image, tuple(captions), tuple(map(tuple, questions)), tuple(span))
 
     def version(self, ids):
         """What those images depend on: their names, when they were last changed, and the size they are brought to."""
-        rows = [(row.image, row.span[0] or row.image) for row in map(self.row, ids)]
-        return self.size, [(image, os.path.exists(file) and os.stat(file).st_mtime_ns) for image, file in rows]
+        files = [(record.image, record.span[0] or record.image) for record in map(self.record, ids)]
+        return self.size, [(image, os.path.exists(file) and os.stat(file).st_mtime_ns) for image, file in files]
 
     def split(self, count):
         """Keep some images apart, at most `count` and at most one in twenty, but one at least, chosen by the hash of
@@ -483,14 +484,14 @@ class Records:
 
     def image(self, i):
         """-> (size,size,3) uint8. Raises ValueError or FileNotFoundError, naming the image, if it cannot be read."""
-        row = self.row(i)
-        return np.asarray(load_image(row.image, self.size, span=row.span))
+        record = self.record(i)
+        return np.asarray(load_image(record.image, self.size, span=record.span))
 
     def caption(self, i, rng):
-        return pick(rng, self.row(i).captions or (None,))
+        return pick(rng, self.record(i).captions or (None,))
 
     def question(self, i, rng):
-        return pick(rng, self.row(i).questions or (None,))
+        return pick(rng, self.record(i).questions or (None,))
 
 
 def write_index(path, sources):
@@ -589,7 +590,7 @@ def encode_images(source, ids, vae, shape, path):
                       "--latents")
     with replacing(path) as beside:
         latents = np.lib.format.open_memmap(beside, "w+", np.float16, shape)
-        for part in batches(len(ids), source.size, source.size, "encoding images once"):
+        for part in slices(len(ids), source.size, source.size, "encoding images once"):
             messages = []
             images = {i: image for i in ids[part].tolist() if (image := readable(source, i, messages)) is not None}
             bad += [(part.stop, message) for message in messages]
@@ -672,11 +673,11 @@ class Batches(torch.utils.data.Dataset):
 PIXELS = 2 ** 18  # of all images that go through the networks at once: 64 of 64x64, one of 512x512; more gains nothing
 
 
-def batches(count, height, width, desc=None):
+def slices(count, height, width, desc=None):
     """Slices of `count` images of that size, each slice of at most PIXELS. Several show a bar on a terminal."""
     size = max(1, PIXELS // (height * width))
-    slices = [slice(at, min(at + size, count)) for at in range(0, count, size)]
-    return tqdm(slices, desc, leave=False, disable=count <= size or None)
+    parts = [slice(at, min(at + size, count)) for at in range(0, count, size)]
+    return tqdm(parts, desc, leave=False, disable=count <= size or None)
 
 
 def warn(message):

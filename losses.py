@@ -1,7 +1,7 @@
 """What is learned: two diffusions, one of images and one of text, and the loss that joins them.
 
-Diffusion destroys data step by step and teaches a network to undo it; from pure noise the network then makes new data.
-Time t runs from 0 (clean) to 1 (nothing left) for both.
+Diffusion destroys data little by little and teaches a network to undo it; from pure noise the network then makes new
+data. Time t runs from 0 (clean) to 1 (nothing left) for both.
 
 - An image is a point in a continuous space, so it moves on a straight line to noise, x_t = (1-t) x + t noise, and the
   network learns the direction of that line (flow matching).
@@ -27,21 +27,19 @@ EPS = 1e-3  # the share of tokens that is still readable at t = 1, and the small
 
 
 def alpha(t):
-    """The schedule: the share of tokens that are still readable at time t. All else follows from it: what is masked,
-    the weight of the loss, and at which steps sampling reveals the tokens. The paper calls it log-linear, after the
-    noise level sigma = -log(alpha) that other papers speak of; alpha itself is a straight line."""
+    """The schedule: the share of tokens still readable at time t. All else follows from it: what is masked, the weight
+    of the loss, and at which steps sampling reveals tokens. The paper calls it log-linear, after the noise level
+    sigma = -log(alpha) of other papers; alpha itself is a straight line."""
     return 1 - (1 - EPS) * t
 
 
 def reveal_rate(t):
     """The weight of Eq. 7, -alpha'(t) / (1 - alpha(t)): t (B,) -> (B,).
 
-    Run time backwards, from t to t - dt. The share of readable tokens grows by -alpha'(t) dt, and all of those come
-    from the share 1 - alpha(t) that is masked. So this is the rate at which a masked token is revealed. For the
-    straight line above it is (1-EPS) / ((1-EPS) t) = 1/t.
-
-    Autograd finds the slope, so another schedule needs no second formula; in float64, for at small t, 1 - alpha(t) is
-    the difference of two numbers near 1."""
+    Run time backwards, from t to t - dt. The share of readable tokens grows by -alpha'(t) dt, all of it out of the
+    share 1 - alpha(t) that is masked. So this is the rate at which a masked token is revealed. For the straight line it
+    is (1-EPS) / ((1-EPS) t) = 1/t. Autograd finds the slope, so another schedule needs no second formula; in float64,
+    because at small t, 1 - alpha(t) is the difference of two numbers near 1."""
     with torch.enable_grad():
         t = t.detach().double().requires_grad_()
         readable = alpha(t)
@@ -73,14 +71,16 @@ def flat_positions(mask):
 
 
 def masked_diffusion_loss(logits, tokens, masked, t):
-    """Eq. 7, an upper bound on the negative log-likelihood of the text: the cross-entropy of the masked tokens, each
-    weighted by the rate at which it is revealed at that time.
+    """Eq. 7: the cross-entropy of the masked tokens, each weighted by the rate at which it is revealed at that time.
 
-    Integrated over t, the bound is the same for every schedule. The network does not see the time, only which tokens
-    are masked; a schedule decides how often training sees few or many of them, and the weight undoes that.
+    Think of writing the text backwards in time. In a short time dt a masked token is revealed with probability rate x
+    dt, and to reveal it costs its cross-entropy in nats. So rate x cross-entropy x dt is the expected cost, and its
+    integral over t is the cost of writing the whole text: an upper bound on its negative log-likelihood. The bound is
+    the same for every schedule. A schedule decides how often training sees few or many masks; the weight undoes that.
 
-    The sum is divided by batch x length, also where most of a text is a question, which is never masked. To divide by
-    the number of masked tokens, about t x length, would be to apply the weight 1/t a second time.
+    The sum is divided by batch x length, which is the same at every t. (To divide by the number of masked tokens, about
+    t x length, would be to weight by 1/t twice.) Length counts all tokens: the question, which is never masked and
+    costs nothing, and the EOS padding, which is masked and costs like any token.
 
     SUBS, two facts that the network need not learn: the mask token is never right, so its logit, the last of the V, is
     left out; and a token that is not masked is known, so it costs nothing.
@@ -116,11 +116,8 @@ def flow_matching_loss(velocity, latents, noise):
     return error.square().sum() / max(1, error.numel())  # Eq. 3
 
 
-# ---------------------------------------------------------------- both
-
-
 class ImageHalf(NamedTuple):
-    """What the image loss is about: drawing these images from their captions."""
+    """For the image loss: images, to be drawn from their captions."""
     latents: torch.Tensor   # (B,C,H,W) clean
     captions: torch.Tensor  # (B,L) tokens, clean
     noise: torch.Tensor     # (B,C,H,W)
@@ -128,7 +125,7 @@ class ImageHalf(NamedTuple):
 
 
 class TextHalf(NamedTuple):
-    """What the text loss is about: writing these texts from their images."""
+    """For the text loss: texts, to be written from their images."""
     latents: torch.Tensor   # (B,C,H,W) clean
     tokens: torch.Tensor    # (B,L) clean
     noisy: torch.Tensor     # (B,L) the same, some of them masked
@@ -150,7 +147,7 @@ def joint_loss(ddit, t5, images, texts, text_weight=0.2, image_weight=1.0):
     latents = torch.cat([noise_latents(images.latents, images.noise, images.t), texts.latents])
     times = torch.cat([images.t, torch.zeros_like(texts.t)])
     states = t5(torch.cat([images.captions, texts.noisy]))
-    velocity, logits = ddit(latents, times, states, predict=n * length + texts.masked, draw=n)
+    velocity, logits = ddit(latents, times, states, predict=n * length + texts.masked, image_rows=n)
     image_loss = flow_matching_loss(velocity, images.latents, images.noise)              # Eq. 8, images
     text_loss = masked_diffusion_loss(logits, texts.tokens, texts.masked, texts.t)       # Eq. 8, text
     return image_weight * image_loss + text_weight * text_loss, image_loss, text_loss    # Eq. 9

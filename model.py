@@ -111,7 +111,7 @@ class JointBlock(nn.Module):
         from_text, text_rest = self.context_block.before(text, vec)
         from_image, image_rest = self.x_block.before(x, vec)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(from_text, from_image))
-        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")  # no mask: EOS counts
         to_text, to_image = attended.split([text.shape[1], x.shape[1]], dim=1)
         return self.x_block.after(x, to_image, image_rest), self.context_block.after(text, to_text, text_rest)
 
@@ -164,11 +164,11 @@ class DDiT(nn.Module):
         top, left = (side - h) // 2, (side - w) // 2
         return table[:, top:top + h, left:left + w].flatten(1, 2)
 
-    def forward(self, latents, t, text, predict=None, draw=None):
+    def forward(self, latents, t, text, predict=None, image_rows=None):
         """latents (B,C,H,W), H and W multiples of the patch; t (B,) in [0,1]; text (B,L,text_dim), T5's states.
 
         -> velocity (B,C,H,W) and logits (B,L,V). With `predict`, (B,L) bool or (N,) positions counted row by row,
-        logits only there, (N,V); with `draw`, an int, velocity only of that many first rows (0: none)."""
+        logits only there, (N,V); with `image_rows`, velocity only of that many first rows (0: none)."""
         p, h, w = self.config.patch, latents.shape[2] // self.config.patch, latents.shape[3] // self.config.patch
         vec = self.t_embedder(t)
         x = rearrange(self.x_embedder["proj"](latents.to(vec.dtype)), "b d h w -> b (h w) d")
@@ -176,7 +176,7 @@ class DDiT(nn.Module):
         text = self.context_embedder(text.to(vec.dtype))
         for block in self.joint_blocks:
             x, text = block(x, text, vec)
-        x = self.final_layer(x[:draw], vec[:draw])
+        x = self.final_layer(x[:image_rows], vec[:image_rows])
         velocity = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
         if predict is not None:
             positions = predict if predict.ndim == 1 else flat_positions(predict)
@@ -256,16 +256,14 @@ class DualDiffusion(nn.Module):
 
     @classmethod
     def load(cls, path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
-        """A file of ours, an SD3 single file, or a folder in diffusers layout -> the system; see `read_parts`."""
+        """A file of ours, an SD3 single file, or a folder in diffusers layout -> the system. See `read_parts`."""
         return cls(**read_parts(path, t5, vae, tokenizer, device, dtype, offload)).eval()
 
     def save(self, path, dtype=None):
-        """One self-contained .safetensors; see `write_file`."""
-        write_file(self, path, dtype)
+        write_file(self, path, dtype)  # one self-contained .safetensors
 
     def export(self, folder):
-        """A folder in diffusers layout, as the authors' release is; see `write_folder`."""
-        write_folder(self, folder)
+        write_folder(self, folder)  # diffusers layout, as the authors' release has it
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical

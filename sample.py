@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import losses
-from data import batches, load_image, one_line, replacing, to_images, to_pixels, warn
+from data import load_image, one_line, replacing, slices, to_images, to_pixels, warn
 from model import DTYPES, HEAD, MODULES, PART_NAMES, TYPES, DualDiffusion, check_together, inspect, refuse_full
 from t5 import unseen_words
 
@@ -74,7 +74,7 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
     if noise is None:
         shape = (len(prompts), vae.latent_channels, *latent_size(dd, height, width))
         noise = torch.randn(shape, generator=generator)
-    parts = batches(len(prompts), noise.shape[2] * vae.factor, noise.shape[3] * vae.factor)
+    parts = slices(len(prompts), noise.shape[2] * vae.factor, noise.shape[3] * vae.factor)
     return torch.cat([denoise(dd, noise[part], prompts[part], negative, length, steps, cfg, shift) for part in parts])
 
 
@@ -98,25 +98,25 @@ def draw_tokens(logits, temperature, generator):
 
 
 # The orders of unmasking. Each fills in `tokens` (B,L) where `masked` is true, and yields after every forward pass: a
-# call of draw, where (B,L) bool -> a token for each true position (N,), its probability (N,).
+# call of predict_tokens, where (B,L) bool -> a token for each true position (N,), its probability (N,).
 
 
-def in_random_order(draw, tokens, masked, steps, generator):
+def in_random_order(predict_tokens, tokens, masked, steps, generator):
     """Ancestral sampling on a grid of `steps` steps, exactly, but with fewer passes.
 
     Which masked tokens a step reveals is chance alone, for each token independently (Eq. 5). The network only decides
     what they are, and it does not see the time. So the steps of all tokens can be drawn first. The network then runs
     only at steps that reveal something, and only for rows in which they do: elsewhere its output would not be used."""
     u = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
-    reveal_step = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # in which the share passes u
+    step_of = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # k, where share[k] <= u < share[k+1]
     for step in range(steps):
-        reveal = masked & (reveal_step == step)
+        reveal = masked & (step_of == step)
         if reveal.any():
-            tokens[reveal], _ = draw(reveal)
+            tokens[reveal], _ = predict_tokens(reveal)
             yield
 
 
-def by_confidence(draw, tokens, masked, steps, generator):
+def by_confidence(predict_tokens, tokens, masked, steps, generator):
     """As many tokens per step as ancestral sampling reveals on average, but the most probable first (MaskGIT). For this
     every pass predicts all masked tokens. The texts are not exact samples."""
     total = masked.sum(1)
@@ -124,7 +124,7 @@ def by_confidence(draw, tokens, masked, steps, generator):
         count = (share * total - 1e-9).ceil() - total + masked.sum(1)  # per row; 1e-9: more than float64's rounding
         candidates = masked & (count > 0)[:, None]
         if candidates.any():
-            ids, confidence = draw(candidates)
+            ids, confidence = predict_tokens(candidates)
             score = torch.full(tokens.shape, -1.0, dtype=torch.float64).masked_scatter(candidates, confidence)
             rank = score.argsort(1, descending=True).argsort(1)  # 0 for the surest of a row
             reveal = candidates & (rank < count[:, None])
@@ -143,15 +143,15 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
     latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; steps: of the time grid;
     order: one of ORDERS; "random", at temperature 1, is exact ancestral sampling. temperature divides the logits; 0
     takes the likeliest token, which is no sampling but a greedy reading in that order."""
-    def draw(where):
+    def predict_tokens(where):
         rows = where.any(1)
         states = dd.t5(tokens[rows].to(dd.device))
         time = torch.zeros(len(states), device=dd.device)
-        _, logits = dd.ddit(latents[rows], time, states, predict=where[rows], draw=0)
+        _, logits = dd.ddit(latents[rows], time, states, predict=where[rows], image_rows=0)
         return draw_tokens(logits, temperature, generator)
 
     tokens = torch.where(maskable, dd.tokenizer.mask_id, tokens)
-    passes = sum(1 for _ in ORDERS[order](draw, tokens, maskable, steps, generator))
+    passes = sum(1 for _ in ORDERS[order](predict_tokens, tokens, maskable, steps, generator))
     return tokens, passes
 
 
@@ -193,12 +193,13 @@ def latent_size(dd, height, width):
 
 
 @torch.no_grad()
-def unmask_texts(dd, images, texts, *how, whole=False):
+def unmask_texts(dd, images, texts, steps, order, temperature, generator, whole=False):
     """Unmask one text (ids, maskable) per image -> list of str: what stands at the masks, or the whole texts."""
     latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
     tokens, maskable = (torch.tensor(column) for column in zip(*texts))
-    for part in batches(len(images), *images.shape[2:]):
-        tokens[part], _ = unmask(dd, dd.encode_image(images[part]), tokens[part], maskable[part], *how)
+    for part in slices(len(images), *images.shape[2:]):
+        latents = dd.encode_image(images[part])
+        tokens[part], _ = unmask(dd, latents, tokens[part], maskable[part], steps, order, temperature, generator)
     return [dd.tokenizer.decode(ids if whole else ids[m]) for ids, m in zip(tokens, maskable)]
 
 
@@ -456,7 +457,7 @@ def main():
     longest, suffix = (dd.tokenizer.prompt_ids(s, length) for s in ("a " * length, settings.answer_suffix))
     for reader, inputs in ((answer, rows(args.vqa, room=len(longest) - len(suffix))),
                            (caption, [(path,) for path in args.caption]), (infill, rows(args.infill, room=length - 1))):
-        for part in batches(len(inputs), height, width):
+        for part in slices(len(inputs), height, width):
             paths, *texts = zip(*inputs[part])
             images = torch.from_numpy(to_pixels([load_image(path, width, height) for path in paths]))
             lines = reader(dd, images, *texts, length, args.steps, args.order, args.temperature, generator)

@@ -63,7 +63,7 @@ class Tokenizer:
     def caption_ids(self, text, length):
         """-> ids, maskable: all but the last token. That one is EOS in every text, so leaving it gives nothing away. If
         it too were masked, sampling would start from nothing but mask tokens, and T5, which knows only relative
-        positions, would see the same at each of them. From the last EOS they can count. (The authors mask it too.)"""
+        positions, would see the same at each of them. Now they know how far the end is. (The authors mask it too.)"""
         return self.encode(text, length), [True] * (length - 1) + [False]
 
     def question_ids(self, question, answer, length):

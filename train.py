@@ -7,10 +7,9 @@
     python train.py --stage 3      question answering, mixed with captions; the image loss stays
     python train.py --preview data.png --data DATA      a sheet of what a stage would learn from
 
-With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/:
-model.safetensors (for sample.py, and for tests/evaluate.py, which judges it), metrics.jsonl, sheets of samples, and the
-checkpoints that the same command resumes from. A step depends on the seed and its number alone, so a resumed run
-repeats what an uninterrupted one does, on any number of processes (`torchrun --nproc_per_node 8 train.py ...`).
+With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/ a file for
+sample.py, metrics, sheets of samples, and the checkpoints that the same command resumes from. A step depends on its
+number and the seed alone, so any number of processes (`torchrun --nproc_per_node 8 train.py ...`) repeats it.
 
 References:
   Li et al., D-DiT, arXiv 2501.00289, section 4 and Tables 6, 9 and 10
@@ -101,7 +100,7 @@ _paper = Recipe(ema=0.9995)
 _later = replace(_paper, rate=3e-5, warmup=1000, length=256)
 RECIPES = {
     "tiny": {"0": replace(_tiny, steps=2000, batch=16, schedule="linear"), "1": _tiny,
-             "2": replace(_tiny, steps=40, learn_t5="mask"),
+             "2": replace(_tiny, steps=40, learn_t5="mask"),  # all of it warm-up: a gentle stage
              "2hr": replace(_tiny, steps=300),
              "3": replace(_tiny, steps=3000, questions=0.65, schedule="linear")},
     "sd3-medium": {"1": _paper, "2": replace(_later, steps=200_000, learn_t5="mask"),
@@ -111,21 +110,16 @@ RECIPES = {
 RECIPES["end-to-end"] = RECIPES["sd3-medium"]
 
 
-def learning_rate(recipe, step):
-    """The factor on every learning rate at a step (0-based)."""
-    rise = min(1.0, (step + 1) / max(recipe.warmup, 1))
-    return rise * (1 - step / recipe.steps if recipe.schedule == "linear" else 1.0)
-
-
 def training_losses(dd, batch, recipe):
     """What a training step learns from -> total, image loss, text loss (scalars). batch: a data.Batch, its images as
-    moments. All that is random is drawn for the whole batch of the step, and every process takes its own rows: the step
-    is the same on any number of processes."""
+    moments: mean and log-variance of the VAE's Gaussian, stacked. All that is random about a step is drawn for its
+    whole batch, from the step's seed, and every process keeps its own rows. So any number of processes takes the same
+    step."""
     rows, generator = batch.rows, torch.Generator().manual_seed(batch.seed)
     image_t = losses.logit_normal_times(recipe.batch, recipe.time_mean, recipe.time_std, generator)[rows]
     text_t = losses.stratified_times(recipe.batch, generator=generator)[rows]
     posterior, noise = batch_noise(2, recipe.batch, batch.images.shape[2:], generator, dd.device)[:, rows]
-    torch.rand(rows.start, recipe.length, generator=generator)  # what would mask the rows before these
+    torch.rand(rows.start, recipe.length, generator=generator)  # passes over the numbers that mask the rows before
     noisy, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id, generator)
     masked = losses.flat_positions(masked)
 
@@ -146,7 +140,7 @@ def train(learner, log, loader, validate, show, args, recipe):
     model can do so far."""
     for step, passes in log.steps(loader):
         for k, batch in enumerate(passes, 1):  # several, where the memory is too small for one
-            loss, *parts = learner.losses(batch)
+            loss, *parts = learner.objective(batch)
             learner.backward(loss / len(passes), last=k == len(passes))
             log.add(parts, batch)
         norm = learner.step(step)
@@ -355,12 +349,18 @@ def make_optimizers(modules, recipe):
     return optimizers, [pair for pairs in views.values() for pair in pairs]
 
 
+def learning_rate(recipe, step):
+    """The factor on every learning rate at a step (0-based)."""
+    rise = min(1.0, (step + 1) / max(recipe.warmup, 1))
+    return rise * (1 - step / recipe.steps if recipe.schedule == "linear" else 1.0)
+
+
 class Learner:
     """What learns in a stage: the modules, shared out among the processes, with their optimizers, running averages and
     checkpoints. modules: some of the system dd's, {name: module}."""
     def __init__(self, dd, modules, recipe, args, dtype, folder):
         self.dd, self.modules, self.recipe, self.keep = dd, modules, recipe, args.keep
-        self.compute_losses = training_losses if dd.ddit else autoencoder_losses
+        self.losses = training_losses if dd.ddit else autoencoder_losses
         self.autocast = partial(torch.autocast, dd.device.type, torch.bfloat16,
                                 enabled=dd.device.type == "cuda" and dtype == torch.bfloat16)
         self.folder = os.path.join(folder, "checkpoints")
@@ -382,12 +382,12 @@ class Learner:
                 images = torch.stack(self.dd.vae.encode(images), 1)
         return images.float()
 
-    def losses(self, batch):
+    def objective(self, batch):
         """-> the loss to learn from, and two to look at. Nothing here waits for the device."""
         if self.dd.ddit:
             batch = batch._replace(images=self.moments(batch.images), text_images=None if batch.text_images is None
                                    else self.moments(batch.text_images))
-        return self.compute_losses(self.dd, batch, self.recipe)
+        return self.losses(self.dd, batch, self.recipe)
 
     def backward(self, loss, last):
         """Only the last pass of a step exchanges gradients among the processes and lets gathered weights go."""
@@ -540,7 +540,7 @@ class Log:
     """The progress bar, metrics.jsonl, the lists of bad images, and signals. start: the step to go on from."""
     def __init__(self, folder, names, recipe, start, device):
         self.folder, self.names, self.recipe, self.rank, self.device = folder, names, recipe, dist.get_rank(), device
-        self.losses, self.rows, self.bad, self.since, self.signals = [], 0, [], time.perf_counter(), []
+        self.window, self.rows, self.bad, self.since, self.signals = [], 0, [], time.perf_counter(), []
         self.metrics = os.path.join(folder, "metrics.jsonl")
         if self.rank == 0 and os.path.exists(self.metrics):  # forget what was logged after that step
             with open(self.metrics, errors="replace") as f:
@@ -559,13 +559,13 @@ class Log:
         """-> (step, passes) with the bar; the clock for images per second starts again after each line of metrics."""
         batches = iter(loader)
         for step in self.bar:
-            if not self.losses:
+            if not self.window:
                 self.since = time.perf_counter()
             yield step, next(batches)
 
-    def add(self, losses, batch):
+    def add(self, parts, batch):
         """Note one pass: its losses, and which images could not be read. Raises ValueError if those are too many."""
-        self.losses.append(torch.stack(losses).detach())
+        self.window.append(torch.stack(parts).detach())
         self.rows += len(batch.tokens)
         if batch.bad:
             known = {message for _, message in self.bad}
@@ -581,22 +581,22 @@ class Log:
     def write(self, done, norm, learner, passes, validation):
         """A line of metrics, means over the steps since the last one. Raises ValueError for a loss that is not finite.
         """
-        *losses, norm = mean_over_processes([*torch.stack(self.losses).mean(0), norm])
-        if not np.isfinite([*losses, norm]).all():
+        *parts, norm = mean_over_processes([*torch.stack(self.window).mean(0), norm])
+        if not np.isfinite([*parts, norm]).all():
             raise ValueError(f"the loss or its gradient is not a number at step {done}; the last checkpoint is from "
                              f"before it. Lower --rate or --muon")
-        steps = len(self.losses) / passes
-        line = {"step": done, **dict(zip(self.names, losses)), "grad_norm": norm,
+        steps = len(self.window) / passes
+        line = {"step": done, **dict(zip(self.names, parts)), "grad_norm": norm,
                 "rate": learner.optimizers[0].param_groups[0]["lr"],
                 "images_per_s": steps * self.recipe.batch / (time.perf_counter() - self.since),
                 "memory_gb": memory_used(self.device) / 1e9, "bad": len({message for _, message in self.bad})}
         line |= {f"val_{name}": loss for name, loss in zip(self.names, validation)}
-        self.bar.set_postfix({name: f"{loss:.4f}" for name, loss in zip(self.names, losses)}
+        self.bar.set_postfix({name: f"{loss:.4f}" for name, loss in zip(self.names, parts)}
                              | {"rate": f"{line['rate']:.1e}", "images/s": f"{line['images_per_s']:.0f}"})
         if self.rank == 0:
             with open(self.metrics, "a") as f:
                 f.write(json.dumps(line) + "\n")
-        self.losses = []
+        self.window = []
 
     def stop(self, done):
         status = 128 + (self.signals or [signal.SIGTERM])[0]
@@ -766,8 +766,8 @@ def validate(learner, batches, count):
     """Both losses on images that are held out, with the same noise and masks every time and in every run."""
     steps = -(-min(256, count) // learner.recipe.batch)
     with torch.no_grad():
-        losses = [torch.stack(learner.losses(batch)[1:]) for step in range(steps) for batch in batches[step]]
-    return mean_over_processes(torch.stack(losses).mean(0))
+        parts = [torch.stack(learner.objective(batch)[1:]) for step in range(steps) for batch in batches[step]]
+    return mean_over_processes(torch.stack(parts).mean(0))
 
 
 def workers(images, device):
@@ -792,7 +792,7 @@ def write_model(args, recipe, weights, texts, settings, path):
     if args.stage == "0":  # bring latents to mean 0 and deviation 1, which the transformer expects
         pixels = torch.stack([texts.load(k, [])[1] for k in range(min(512, len(texts.ids)))])
         with torch.no_grad():
-            z = torch.cat([dd.vae.encode(pixels[part])[0] for part in data.batches(len(pixels), *pixels.shape[2:])])
+            z = torch.cat([dd.vae.encode(pixels[part])[0] for part in data.slices(len(pixels), *pixels.shape[2:])])
         dd.config.vae.shift, dd.config.vae.scale = z.mean().item(), 1 / z.std().item()
     dd.save(path, dtype=torch.float16)
 

@@ -30,15 +30,11 @@ class VAEConfig:
         return 2 ** (len(self.multipliers) - 1)
 
 
-def norm(channels, groups):
-    return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
 class ResnetBlock(nn.Module):
     def __init__(self, cin, cout, groups):
         super().__init__()
-        self.norm1, self.conv1 = norm(cin, groups), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = norm(cout, groups), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(groups, cin, 1e-6), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, cout, 1e-6), nn.Conv2d(cout, cout, 3, padding=1)
         if cin != cout:
             self.nin_shortcut = nn.Conv2d(cin, cout, 1)
 
@@ -52,7 +48,7 @@ class AttnBlock(nn.Module):
     """One head over all positions; the projections are 1x1 convolutions because SD3's file stores them so."""
     def __init__(self, channels, groups):
         super().__init__()
-        self.norm = norm(channels, groups)
+        self.norm = nn.GroupNorm(groups, channels, 1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
@@ -114,7 +110,7 @@ class Encoder(nn.Module):
             Level(widths[max(i - 1, 0)], w, 2, cfg.groups, **({"downsample": Downsample(w)} if i < last else {}))
             for i, w in enumerate(widths))
         self.mid = Middle(widths[-1], cfg.groups)
-        self.norm_out = norm(widths[-1], cfg.groups)
+        self.norm_out = nn.GroupNorm(cfg.groups, widths[-1], 1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.latent_channels, 3, padding=1)
 
     def forward(self, x):
@@ -133,7 +129,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(  # numbered by resolution as `down` is, so it is run from the last to the first
             Level(widths[min(i + 1, last)], w, 3, cfg.groups, **({"upsample": Upsample(w)} if i > 0 else {}))
             for i, w in enumerate(widths))
-        self.norm_out = norm(widths[0], cfg.groups)
+        self.norm_out = nn.GroupNorm(cfg.groups, widths[0], 1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):

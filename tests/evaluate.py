@@ -106,7 +106,7 @@ BENCHMARKS = {"world": world, "data": own_data}
 
 def image_batches(source, ids, desc):
     """The images of `ids`, as many at once as go through the networks -> pairs of (slice of ids, pixels (B,3,H,W))."""
-    for part in data.batches(len(ids), source.size, source.size, desc):
+    for part in data.slices(len(ids), source.size, source.size, desc):
         yield part, torch.from_numpy(data.to_pixels([source.image(i) for i in ids[part]]))
 
 
@@ -137,7 +137,7 @@ def judge_drawings(dd, source, ids, rng, generator):
     for every scene, whether its caption is true of the image."""
     captions, objects, scenes = [source.caption(i, rng) for i in ids], [], []
     settings = dd.config.settings
-    for part in data.batches(len(ids), source.size, source.size, "drawing"):
+    for part in data.slices(len(ids), source.size, source.size, "drawing"):
         pixels = text_to_image(dd, captions[part], cfg=settings.cfg, shift=settings.shift, generator=generator)
         for i, text, image in zip(ids[part], captions[part], data.to_images(pixels)):
             things = read_scene(image)
@@ -158,7 +158,7 @@ def reconstruct(dd, source, ids):
                    for _, pixels in image_batches(source, ids, "reconstructing")]
     decoded = np.concatenate(decoded)
     error = np.mean([np.square(source.image(i) / 255.0 - image / 255.0).mean() for i, image in zip(ids, decoded)])
-    print(f"reconstruction of {len(ids)} unseen images: {-10 * np.log10(error):.1f} dB")
+    print(f"reconstruction of {len(ids)} images: {-10 * np.log10(error):.1f} dB")
     return decoded
 
 

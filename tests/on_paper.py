@@ -75,7 +75,7 @@ def one_row(config, recipe):
 
     def step():
         states = t5(tokens)
-        velocity, logits = ddit(inputs[0], inputs[1], states, predict=predict, draw=1)
+        velocity, logits = ddit(inputs[0], inputs[1], states, predict=predict, image_rows=1)
         return velocity.sum() + logits.sum()
     with FlopCounterMode(display=False) as counter:
         step().backward()

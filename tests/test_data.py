@@ -49,7 +49,7 @@ def check_by_hand(things, question, answer):
         noun = [w for w in words[2:-2]]
         singular = {"crosses": "cross"} | {f"{s}s": s for s in data.SHAPES} | {"shapes": "shape"}
         assert answer == str(len(fits([singular.get(w, w) for w in noun])))
-    elif question.startswith(("is there a", "do you see a")):
+    elif question.startswith(("is there a ", "do you see a ")):
         assert answer == ("yes" if fits(words[words.index("a") + 1:]) else "no")
     elif question.startswith(("what color is", "what is the color")):
         (thing,) = fits(words[words.index("the", 4 if words[2] == "the" else 0) + 1:])
@@ -123,7 +123,7 @@ RNG = np.random.default_rng(0)
 
 def said(records):
     """All that a data set says: (the image's grey value, captions, questions with answers) of each record."""
-    rows = map(records.row, range(len(records)))
+    rows = map(records.record, range(len(records)))
     return [(int(records.image(i)[0, 0, 0]), row.captions, row.questions) for i, row in enumerate(rows)]
 
 
@@ -392,11 +392,11 @@ def test_records_are_pickled_small_and_opened_again(tmp_path):
     save(tmp_path / "x.png", "L", 7)
     rows = [{"image": "x.png", "caption": f"number {k}", "question": "?", "answer": str(k)} for k in range(10_000)]
     records = data.Records(write_jsonl(tmp_path / "d.jsonl", rows), 16)
-    records.row(5)
+    records.record(5)
     content = pickle.dumps(records)
     assert len(content) < 1000
     again = pickle.loads(content)
-    assert len(again) == 10_000 and again.row(9999) == records.row(9999) and again.image(0)[0, 0, 0] == 7
+    assert len(again) == 10_000 and again.record(9999) == records.record(9999) and again.image(0)[0, 0, 0] == 7
     assert again.captioned == 10_000 and again.split(1)[0].shape == (10_000,)
     del again  # the index stays, as it is the first one's
     assert pickle.loads(content).caption(3, RNG) == "number 3"
@@ -442,7 +442,7 @@ def test_records_without_an_image_or_a_text_are_left_out(pictures, capsys):
 
 def test_half_a_character_is_replaced(pictures):
     rows = ['{"image": "1.png", "caption": "a \\ud800 cat", "question": "\\udc00?", "answer": "\\ud83d\\ude00 \u00e9"}']
-    row = data.Records(write_jsonl(pictures / "d.jsonl", rows), 16).row(0)
+    row = data.Records(write_jsonl(pictures / "d.jsonl", rows), 16).record(0)
     assert row.captions == ("a ? cat",) and row.questions == (("??", "\U0001f600 \u00e9"),)
 
 
@@ -604,7 +604,7 @@ def test_records_kept_apart_go_by_the_picture(tmp_path):
     records = data.Records(write_jsonl(tmp_path / "d.jsonl", rows), 16)
     apart, others = records.split(250)
     assert len(apart) == 2 * 3 and sorted([*apart, *others]) == list(range(120))  # one in twenty
-    names = [{records.row(i).image for i in part} for part in (apart, others)]
+    names = [{records.record(i).image for i in part} for part in (apart, others)]
     assert not names[0] & names[1]
     assert len(records.split(2)[0]) == 2 * 2
 
@@ -612,13 +612,13 @@ def test_records_kept_apart_go_by_the_picture(tmp_path):
 def test_the_index_is_kept_and_made_anew_when_the_data_change(tmp_path, monkeypatch):
     save(tmp_path / "x.png", "L", 7)
     path = write_jsonl(tmp_path / "d.jsonl", [{"image": "x.png", "caption": "one"}])
-    assert data.Records(path, 16, tmp_path / "kept").row(0).captions == ("one",)
+    assert data.Records(path, 16, tmp_path / "kept").record(0).captions == ("one",)
     read = []
     monkeypatch.setattr(data, "read_list", lambda path, read_list=data.read_list: read.append(path) or read_list(path))
-    assert data.Records(path, 16, tmp_path / "kept").row(0).captions == ("one",) and not read
+    assert data.Records(path, 16, tmp_path / "kept").record(0).captions == ("one",) and not read
     write_jsonl(tmp_path / "d.jsonl", [{"image": "x.png", "caption": "two"}])
     os.utime(path, (1, 1))
-    assert data.Records(path, 16, tmp_path / "kept").row(0).captions == ("two",) and read == [path]
+    assert data.Records(path, 16, tmp_path / "kept").record(0).captions == ("two",) and read == [path]
 
 
 def test_a_damaged_index_is_made_again(tmp_path):
@@ -638,6 +638,6 @@ def test_a_damaged_index_is_made_again(tmp_path):
                 file.write_bytes(content)
             os.symlink(victim, f"{file}.partial")
             records = data.Records(path, 16, kept)
-            assert [records.row(i).captions for i in (0, 99)] == [("0",), ("99",)] and len(records) == 100
+            assert [records.record(i).captions for i in (0, 99)] == [("0",), ("99",)] and len(records) == 100
             assert sorted(kept.iterdir()) == [lines, index] and victim.read_bytes() == b"precious"
             assert file.read_bytes() == whole

@@ -93,9 +93,9 @@ def test_the_stacked_pass_has_the_gradients_of_two_passes():
     torch.manual_seed(0)
     mix = torch.nn.Linear(6, 5)
 
-    def ddit(latents, t, text, predict=None, draw=None):
+    def ddit(latents, t, text, predict=None, image_rows=None):
         h = text + latents.mean((1, 2, 3))[:, None, None] + t[:, None, None]
-        return latents[:draw] * h.mean((1, 2))[:draw, None, None, None], mix(h.flatten(0, 1)[predict])
+        return latents[:image_rows] * h.mean((1, 2))[:image_rows, None, None, None], mix(h.flatten(0, 1)[predict])
 
     table = torch.nn.Embedding(5, 6)
     latents, captions, tokens = torch.randn(8, 2, 4, 4), torch.randint(4, (8, 6)), torch.randint(4, (8, 6))

@@ -77,10 +77,10 @@ def test_predict_and_draw_give_the_same_rows(ddit):
     predict = logits[:, :, 0] > 0
     predict[0] = False
     assert 0 < predict.sum() < predict[1:].numel()
-    drawn, predicted = ddit(*inputs(), predict=predict, draw=2)
+    drawn, predicted = ddit(*inputs(), predict=predict, image_rows=2)
     assert_close(drawn, velocity[:2])
     assert_close(predicted, logits[predict])
-    drawn, predicted = ddit(*inputs(), predict=torch.zeros_like(predict), draw=0)
+    drawn, predicted = ddit(*inputs(), predict=torch.zeros_like(predict), image_rows=0)
     assert drawn.shape == (0, *velocity.shape[1:]) and predicted.shape == (0, logits.shape[2])
 
 

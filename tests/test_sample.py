@@ -22,8 +22,8 @@ V, L, MASK = 3, 3, 2  # two real tokens and the mask token
 def toy_system():
     table = torch.randn(V ** L, L, V, generator=torch.Generator().manual_seed(3)) * 1.5
 
-    def ddit(latents, t, text, predict=None, draw=None):
-        assert (t == 0).all() and draw == 0
+    def ddit(latents, t, text, predict=None, image_rows=None):
+        assert (t == 0).all() and image_rows == 0
         return None, table[text @ torch.tensor([V * V, V, 1])][predict]
 
     return SimpleNamespace(tokenizer=SimpleNamespace(mask_id=MASK), device="cpu", t5=lambda tokens: tokens, ddit=ddit,
@@ -106,7 +106,7 @@ def test_confidence_order_rounds_up(steps):
 def test_unmask_runs_only_at_occupied_steps_and_only_those_rows():
     dd, seen = toy_system(), []
     ddit = dd.ddit
-    dd.ddit = lambda latents, t, text, predict, draw: seen.append(predict) or ddit(latents, t, text, predict, draw)
+    dd.ddit = lambda *inputs, **choice: seen.append(choice["predict"]) or ddit(*inputs, **choice)
     tokens = torch.tensor([[MASK, 0, MASK], [1, 0, 1], [1, MASK, 0]])
     drawn, passes = sample.unmask(dd, torch.zeros(3, 1), tokens, tokens == MASK, 1000,
                                   generator=torch.Generator().manual_seed(0))
@@ -136,7 +136,7 @@ def test_drawn_tokens_follow_the_softmax_and_never_the_mask():
 
 def test_euler_and_guidance_in_closed_form():
     """A network whose velocity is a constant that depends on the text: the path is a straight line."""
-    def ddit(latents, t, text, predict=None, draw=None):
+    def ddit(latents, t, text, predict=None, image_rows=None):
         return torch.ones_like(latents) * text[:, :1, None, None], None
 
     dd = SimpleNamespace(
@@ -188,7 +188,7 @@ def spy(monkeypatch, module, name="forward"):
 
 @pytest.mark.parametrize("count, height, width", [(1, 64, 64), (3000, 64, 64), (9, 512, 512), (2, 4096, 4096)])
 def test_batches_hold_every_image_once_and_no_more_pixels_than_said(count, height, width):
-    parts = list(data.batches(count, height, width))
+    parts = list(data.slices(count, height, width))
     sizes = [len(range(count)[part]) for part in parts]
     assert [i for part in parts for i in range(count)[part]] == list(range(count))
     assert all(size == 1 or size * height * width <= data.PIXELS for size in sizes)

@@ -349,7 +349,7 @@ def test_bad_images_without_end(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "here")
     source = data.Records(str(tmp_path / "here" / "b.jsonl"), 64)
     for i in source.split(2)[1]:
-        open(source.row(i).image, "wb").close()
+        open(source.record(i).image, "wb").close()
     args = ["--stage", 1, "--init", SHIPPED, "--data", tmp_path / "here" / "b.jsonl", "--steps", 10, "--out", tmp_path]
     assert "none of the images can be read" in run(*args, *SMALL, status=2)[1]
     err = run(*args, *SMALL, "--latents", 8, "--workers", 1, status=2)[1]
