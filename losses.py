@@ -23,14 +23,15 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- text: masked diffusion
 
-EPS = 1e-3  # the share of tokens that is still readable at t = 1, and the smallest time of a text in training
+READABLE_AT_1 = 1e-3  # the share of tokens that is still readable at t = 1
+MIN_TIME = 1e-3       # the smallest time of a text in training, where the weight 1/t is largest
 
 
 def alpha(t):
-    """The schedule: the share of tokens still readable at time t. All else follows from it: what is masked, the weight
-    of the loss, and at which steps sampling reveals tokens. The paper calls it log-linear, after the noise level
-    sigma = -log(alpha) of other papers; alpha itself is a straight line."""
-    return 1 - (1 - EPS) * t
+    """The schedule: the share of tokens still readable at time t (a tensor). All else follows from it: what is masked,
+    the weight of the loss, and at which steps sampling reveals tokens. The paper calls it log-linear, after the noise
+    level -log(alpha) of other papers; alpha itself is a straight line."""
+    return 1 - (1 - READABLE_AT_1) * t
 
 
 def reveal_rate(t):
@@ -38,7 +39,7 @@ def reveal_rate(t):
 
     Run time backwards, from t to t - dt. The share of readable tokens grows by -alpha'(t) dt, all of it out of the
     share 1 - alpha(t) that is masked. So this is the rate at which a masked token is revealed. For the straight line it
-    is (1-EPS) / ((1-EPS) t) = 1/t. Autograd finds the slope, so another schedule needs no second formula; in float64,
+    is 0.999 / (0.999 t) = 1/t. Autograd finds the slope, so another schedule needs no second formula; in float64,
     because at small t, 1 - alpha(t) is the difference of two numbers near 1."""
     with torch.enable_grad():
         t = t.detach().double().requires_grad_()
@@ -47,7 +48,7 @@ def reveal_rate(t):
     return (-slope / (1 - readable.detach())).float()
 
 
-def stratified_times(n, eps=EPS, generator=None):
+def stratified_times(n, eps=MIN_TIME, generator=None):
     """(n,) times in [eps, 1] for the texts of a batch, in random order. They are antithetic (variational diffusion
     models): evenly spaced, with one random offset for all. Each time alone is uniform, but a batch always has early and
     late times in equal parts, so that its loss varies less."""
@@ -60,7 +61,7 @@ def mask_tokens(tokens, t, maskable, mask_id, generator=None):
     """The forward process of text: each maskable token turns into the mask token with probability 1 - alpha(t), alone.
 
     tokens (B,L) long, t (B,), maskable (B,L) bool -> noisy (B,L); masked (B,L) bool, which tokens are now the mask."""
-    masked = (torch.rand(tokens.shape, generator=generator) < 1 - alpha(t)[:, None]) & maskable  # Eq. 6
+    masked = (torch.rand(tokens.shape, generator=generator) < 1 - alpha(t.double())[:, None]) & maskable  # Eq. 6
     return torch.where(masked, mask_id, tokens), masked
 
 
@@ -73,14 +74,15 @@ def flat_positions(mask):
 def masked_diffusion_loss(logits, tokens, masked, t):
     """Eq. 7: the cross-entropy of the masked tokens, each weighted by the rate at which it is revealed at that time.
 
-    Think of writing the text backwards in time. In a short time dt a masked token is revealed with probability rate x
-    dt, and to reveal it costs its cross-entropy in nats. So rate x cross-entropy x dt is the expected cost, and its
+    Think of writing the text backwards in time. In a short time dt a masked token is revealed with probability rate·dt,
+    and to reveal it costs its cross-entropy, in nats. So rate · cross-entropy · dt is the expected cost, and its
     integral over t is the cost of writing the whole text: an upper bound on its negative log-likelihood. The bound is
-    the same for every schedule. A schedule decides how often training sees few or many masks; the weight undoes that.
+    the same for every schedule (substitute alpha for t): the network sees which tokens are masked, not the time, and
+    the weight undoes how often the schedule shows few masks or many.
 
-    The sum is divided by batch x length, which is the same at every t. (To divide by the number of masked tokens, about
-    t x length, would be to weight by 1/t twice.) Length counts all tokens: the question, which is never masked and
-    costs nothing, and the EOS padding, which is masked and costs like any token.
+    The sum is divided by batch · length, so the loss is in nats per token of the padded text, and every row counts
+    alike. Length counts the question, which is never masked and costs nothing, and the EOS padding, which is masked and
+    costs like any token. (To divide by the number of masked tokens, about t · length, would weight by 1/t twice.)
 
     SUBS, two facts that the network need not learn: the mask token is never right, so its logit, the last of the V, is
     left out; and a token that is not masked is known, so it costs nothing.
@@ -103,8 +105,9 @@ def logit_normal_times(n, mean=0.0, std=1.0, generator=None):
 
 
 def noise_latents(latents, noise, t):
-    """The forward process of images, with alpha_t = 1-t and sigma_t = t: a straight line from the image to the noise.
-    latents, noise (B,C,H,W), t (B,) -> (B,C,H,W)."""
+    """The forward process of images: a straight line from the image to the noise. The paper writes it alpha_t x +
+    sigma_t noise; here alpha_t is 1-t, and has nothing to do with the `alpha` of texts. latents, noise (B,C,H,W),
+    t (B,) -> (B,C,H,W)."""
     t = t[:, None, None, None]
     return (1 - t) * latents + t * noise  # Eq. 1
 

@@ -80,7 +80,9 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
 
 def revealed_share(steps):
     """(steps+1,) float64, from 0 to 1: the share of the masked tokens that sampling has revealed, at each time of an
-    even grid from t = 1 down to 0. It is alpha(t), scaled to begin at 0, for sampling begins with masks alone."""
+    even grid from t = 1 down to 0. It is alpha(t), scaled to begin at 0, for sampling begins with masks alone. (Eq. 5
+    gives the chance that a token stays masked in one step; over several steps the product of these is 1 - this share.)
+    """
     readable = losses.alpha(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     return (readable - readable[0]) / (readable[-1] - readable[0])  # Eq. 5
 

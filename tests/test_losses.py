@@ -19,17 +19,17 @@ def toy_logits(tokens):
     return table[tokens @ torch.tensor([V * V, V, 1])]
 
 
-def test_eq7_agrees_with_exhaustive_enumeration():
+def test_eq7_agrees_with_exhaustive_enumeration(straight_line):
     tokens = torch.tensor([0, 2, 1])
-    times = torch.linspace(losses.EPS, 1, 20001, dtype=torch.float64)
+    times = torch.linspace(losses.MIN_TIME, 1, 20001, dtype=torch.float64)
     exact = torch.zeros_like(times)
     for mask in itertools.product([False, True], repeat=L):
         mask = torch.tensor(mask)
         noisy = torch.where(mask, MASK, tokens)
         nats = F.cross_entropy(toy_logits(noisy[None])[0, :, :-1].double(), tokens, reduction="none")[mask].sum()
-        hidden = (1 - losses.EPS) * times
+        hidden = (1 - losses.MIN_TIME) * times
         exact += hidden ** mask.sum() * (1 - hidden) ** (~mask).sum() * nats / times / L
-    exact = (torch.trapezoid(exact, times) / (1 - losses.EPS)).item()
+    exact = (torch.trapezoid(exact, times) / (1 - losses.MIN_TIME)).item()
 
     n, generator = 100_000, torch.Generator().manual_seed(0)
     batch = tokens.expand(n, L)
@@ -41,7 +41,7 @@ def test_eq7_agrees_with_exhaustive_enumeration():
     assert math.isclose(estimate, losses.masked_diffusion_loss(logits[masked], batch, masked, t).item(), rel_tol=1e-6)
 
 
-def test_the_mask_token_costs_nothing_and_is_never_learned():
+def test_the_mask_token_costs_nothing_and_is_never_learned(straight_line):
     logits = torch.zeros(1, 1, V, requires_grad=True)
     loss = losses.masked_diffusion_loss(logits, torch.tensor([[1]]), torch.tensor([[True]]), torch.tensor([0.5]))
     loss.backward()
@@ -52,18 +52,18 @@ def test_the_mask_token_costs_nothing_and_is_never_learned():
 def test_stratified_times_hit_every_stratum():
     for n in (1, 2, 7, 64):
         t = losses.stratified_times(n, generator=torch.Generator().manual_seed(n))
-        stratum = ((t - losses.EPS) / (1 - losses.EPS) * n).floor().long()
+        stratum = ((t - losses.MIN_TIME) / (1 - losses.MIN_TIME) * n).floor().long()
         assert sorted(stratum.tolist()) == list(range(n))
-        assert t.min() >= losses.EPS and t.max() <= 1
+        assert t.min() >= losses.MIN_TIME and t.max() <= 1
 
 
-def test_mask_tokens_masks_at_the_stated_rate_and_only_what_may_be():
+def test_mask_tokens_masks_at_the_stated_rate_and_only_what_may_be(straight_line):
     n, generator = 40_000, torch.Generator().manual_seed(0)
     tokens = torch.arange(5).expand(n, 5)
     maskable = torch.tensor([True, True, True, True, False]).expand(n, 5)
-    for t in (losses.EPS, 0.3, 1.0):
+    for t in (losses.MIN_TIME, 0.3, 1.0):
         noisy, masked = losses.mask_tokens(tokens, torch.full((n,), t), maskable, 99, generator=generator)
-        p, rate = (1 - losses.EPS) * t, masked[:, :4].float().mean().item()
+        p, rate = (1 - losses.MIN_TIME) * t, masked[:, :4].float().mean().item()
         assert abs(rate - p) < 5 * math.sqrt(p * (1 - p) / (4 * n)) + 1e-9
         assert not masked[:, 4].any()
         assert (noisy[masked] == 99).all() and (noisy[~masked] == tokens[~masked]).all()
@@ -132,9 +132,14 @@ def test_the_stacked_pass_has_the_gradients_of_two_passes():
     assert all(p.grad.isfinite().all() for p in mix.parameters())
 
 
-def test_the_weight_follows_the_schedule(monkeypatch):
+def test_the_schedule_is_the_paper_s():
+    t = torch.linspace(0, 1, 11)
+    assert torch.allclose(losses.alpha(t), 1 - 0.999 * t), "losses.alpha is not the paper's schedule"
+
+
+def test_the_weight_follows_the_schedule(monkeypatch, straight_line):
     """From alpha alone, by autograd: 1/t for the straight line; and a cosine's, against its closed form."""
-    t = torch.linspace(losses.EPS, 0.999, 1000)
+    t = torch.linspace(losses.MIN_TIME, 0.999, 1000)
     assert torch.allclose(losses.reveal_rate(t), 1 / t, rtol=1e-6)
     monkeypatch.setattr(losses, "alpha", lambda t: torch.cos(math.pi / 2 * t))
     x = math.pi / 2 * t.double()
