@@ -272,7 +272,7 @@ def load_image(path, width, height=None, span=("", 0, -1)):
             if image.mode[0] in "IF":  # grey in 16 bits, or in fractions of 1
                 grey = np.asarray(image).astype(float) * (255 if image.mode == "F" else 1 / 257)
                 image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-            if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+            if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return ImageOps.fit(image.convert("RGB"), (width, height or width), Image.Resampling.BICUBIC)
@@ -366,19 +366,17 @@ def read_folder(path):
 def read_shard(path):
     """The records of a WebDataset shard, a .tar of images, each with its .txt or .json, in one pass over the headers.
     Members of one sample share their name up to the first dot (a dot that it begins with does not count)."""
-    def stem(member):
-        if member.size < 0:  # would be read over and over
-            raise tarfile.ReadError(f"{member.name} has a negative size")
-        return re.match(r"(.*/)?\.*[^.]*", os.path.normpath(member.name))[0]
-
     try:
         with open(regular_file(path), "rb") as f:
             if f.peek(2)[:2] == b"\x1f\x8b":
                 raise tarfile.ReadError("compressed; gunzip it first")
             tar = tarfile.open(path, "r:", f)
-            for _, sample in itertools.groupby(tar, stem):
+            stem = re.compile(r"(.*/)?\.*[^.]*")
+            for _, sample in itertools.groupby(tar, lambda member: stem.match(os.path.normpath(member.name))[0]):
                 row, image, span = {}, None, ()
                 for member in sample:
+                    if member.size < 0:  # would be read over and over
+                        raise tarfile.ReadError(f"{member.name} has a negative size")
                     name = member.name.lower()
                     if name.endswith(".txt"):
                         row["caption"] = parse(tar.extractfile(member).read(), member.name, str).strip()
@@ -409,12 +407,13 @@ def files_of(path):
 
 def expand(pattern):
     """"d/{000..002}.tar" -> ["d/000.tar", "d/001.tar", "d/002.tar"], as a shell would."""
-    texts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)  # text, first, last, text, ...
-    spans = [range(int(first), int(last) + 1) for first, last in zip(texts[1::3], texts[2::3])]
-    if not 1 <= math.prod(map(len, spans)) <= 1_000_000:
-        raise ValueError(f"{pattern}: stands for no file, or for more than a million")
-    numbers = ([f"{n:0{len(first)}d}" for n in span] for first, span in zip(texts[1::3], spans))
-    return ["".join(map("".join, zip(texts[::3], (*some, "")))) for some in itertools.product(*numbers)]
+    paths = [pattern]
+    while span := re.search(r"\{(\d+)\.\.(\d+)\}", paths[0]):
+        numbers = range(int(span[1]), int(span[2]) + 1)
+        if not 1 <= len(paths) * len(numbers) <= 1_000_000:
+            raise ValueError(f"{pattern}: stands for no file, or for more than a million")
+        paths = [path.replace(span[0], f"{n:0{len(span[1])}d}", 1) for path in paths for n in numbers]
+    return paths
 
 
 class Mapped:
@@ -689,7 +688,7 @@ def one_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:120]
 
 
-def parse(raw, where, kind, form=None):
+def parse(raw, where, kind, form="an object"):
     """Bytes or str -> the JSON (`kind` list or dict) that they are, or of bytes the text (`kind` str). `where` is for
     messages, and so is `form`, what a value of that kind looks like here. Raises ValueError with one line."""
     try:
@@ -698,7 +697,7 @@ def parse(raw, where, kind, form=None):
         why = one_line(error).replace("line 1 ", "")  # of a .jsonl, `where` has the line
         raise ValueError(f"{where}: not valid {'UTF-8' if kind is str else 'JSON'} ({why})") from None
     if not isinstance(value, kind):
-        raise ValueError(f"{where}: want {form or {list: 'a list', dict: 'an object'}[kind]}")
+        raise ValueError(f"{where}: want {form}")
     return value
 
 
@@ -721,19 +720,18 @@ def replacing(path):
         if os.path.lexists(beside):  # left by a kill; or a link, through which nothing must be written
             os.remove(beside)
         yield beside
-        umask = os.umask(0)
-        os.umask(umask)
+        os.umask(umask := os.umask(0))  # it can only be read by setting it
         os.chmod(beside, 0o666 & ~umask)  # some libraries give files narrower rights than files have here
         with open(beside, "rb") as f:
             os.fsync(f.fileno())
         os.replace(beside, path)
-    except BaseException as error:
-        if os.path.isfile(beside):
-            os.remove(beside)
-        other = getattr(error, "filename", None) not in (None, beside)
-        if other or isinstance(error, ValueError) or not isinstance(error, Exception):
+    except Exception as error:
+        if isinstance(error, ValueError) or getattr(error, "filename", None) not in (None, beside):
             raise
         raise OSError(f"{path}: could not be written ({one_line(error)})") from None
+    finally:
+        if os.path.isfile(beside):
+            os.remove(beside)
 
 
 def claim(path, wait=False):
