@@ -332,11 +332,11 @@ def read_list(path):
     total, missing = 0, []
     with open(regular_file(path), "rb") as f:
         if path.endswith(".json"):
-            rows = enumerate(parse(f.read(), path, list, f"a list of {FORM}"), 1)
-            rows = ((f"{path}, item {k}", row) for k, row in rows)
+            items = parse(f.read(), path, list, f"a list of {FORM}")
+            rows = ((f"{path}, item {k}", item) for k, item in enumerate(items, 1))
         else:
-            rows = ((f"{path}, line {k}", line.strip()) for k, line in enumerate(f, 1) if line.strip())
-            rows = ((where, parse(line, where, dict, FORM)) for where, line in rows)
+            lines = ((f"{path}, line {k}", line.strip()) for k, line in enumerate(f, 1) if line.strip())
+            rows = ((where, parse(line, where, dict, FORM)) for where, line in lines)
         for total, (where, row) in enumerate(rows, 1):
             record = Record.read(row, os.path.dirname(path), where)
             if record and not os.path.isfile(record.image):
@@ -371,8 +371,7 @@ def read_shard(path):
             if f.peek(2)[:2] == b"\x1f\x8b":
                 raise tarfile.ReadError("compressed; gunzip it first")
             tar = tarfile.open(path, "r:", f)
-            stem = re.compile(r"(.*/)?\.*[^.]*")
-            for _, sample in itertools.groupby(tar, lambda member: stem.match(os.path.normpath(member.name))[0]):
+            for _, sample in itertools.groupby(tar, lambda m: re.match(r"(.*/)?\.*[^.]*", os.path.normpath(m.name))[0]):
                 row, image, span = {}, None, ()
                 for member in sample:
                     if member.size < 0:  # would be read over and over
@@ -434,7 +433,6 @@ class Records:
     """The user's data, from one or several of: a .json list or .jsonl of objects (`Record.read` knows the forms), a
     folder of images, WebDataset shards ({000..999} for many). All is read once into an index on disk, which `folder`
     keeps for the next time; so each record is one seek away and none lies in memory. An image is opened when needed.
-
     captioned, questioned: how many have a caption, a question; fingerprint: of all names and texts, wherever they
     lie. Raises ValueError or OSError that names a bad line or file."""
     def __init__(self, paths, size, folder=None):
@@ -605,12 +603,6 @@ def encode_images(source, ids, vae, shape, path):
             warn(f"{len(bad)} of {len(ids)} images cannot be read and are left out: {path}.bad.txt names them")
 
 
-@functools.lru_cache(maxsize=4)
-def epoch_order(total, seed, epoch):
-    """The order of all records in one epoch, 8 bytes per record. The last two epochs of two subsets are kept."""
-    return np.random.default_rng((seed, epoch)).permutation(total)
-
-
 class Batch(NamedTuple):
     """What one process computes in one pass of a step."""
     images: torch.Tensor              # (B,2,C,h,w) moments or (B,3,H,W) pixels, for the image loss
@@ -627,10 +619,8 @@ class Batches(torch.utils.data.Dataset):
     """batches[step] -> what one process computes at a step: a list of `passes` Batch, together the `rows` (a slice) of
     the whole batch. All rows are one endless stream, in which each epoch has every record once. A row is a function of
     the seed and of its number in the stream. So what is learned at a step depends neither on the number of processes
-    nor on where a run was interrupted.
-
-    images, texts: Subsets for the two losses, or twice the same. recipe has: batch (rows per step), length (tokens),
-    drop (share of captions that the image loss sees empty), questions (share of texts that are questions)."""
+    nor on where a run was interrupted. images, texts: Subsets for the two losses, or twice the same. recipe has batch,
+    length, drop and questions, of which train.Recipe says what they are."""
     def __init__(self, images, texts, tokenizer, recipe, seed, rows, passes=1):
         self.images, self.texts, self.tokenizer = images, texts, tokenizer
         self.recipe, self.seed, self.rows, self.passes = recipe, seed, rows, passes
@@ -664,7 +654,11 @@ class Batches(torch.utils.data.Dataset):
 
     def load(self, subset, n, bad):
         epoch, k = divmod(n, len(subset.ids))
-        return subset.load(epoch_order(len(subset.ids), self.seed, epoch)[k], bad)
+        return subset.load(self.order(len(subset.ids), epoch)[k], bad)
+
+    @functools.lru_cache(maxsize=4)  # the last two epochs of two subsets, 8 bytes per record
+    def order(self, total, epoch):
+        return np.random.default_rng((self.seed, epoch)).permutation(total)
 
 
 # ---------------------------------------------------------------- what all files share
@@ -741,6 +735,5 @@ def claim(path, wait=False):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        folder = os.path.dirname(path)
-        raise OSError(f"{folder}: another run is at work here; let it end, or stop its processes") from None
+        raise OSError(f"{os.path.dirname(path)}: another run is at work here; let it end, or stop its processes")
     return lock
