@@ -15,7 +15,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -371,7 +370,8 @@ def read_shard(path):
             if f.peek(2)[:2] == b"\x1f\x8b":
                 raise tarfile.ReadError("compressed; gunzip it first")
             tar = tarfile.open(path, "r:", f)
-            for _, sample in itertools.groupby(tar, lambda m: re.match(r"(.*/)?\.*[^.]*", os.path.normpath(m.name))[0]):
+            stem = re.compile(r"(.*/)?\.*[^.]*")
+            for _, sample in itertools.groupby(tar, lambda member: stem.match(os.path.normpath(member.name))[0]):
                 row, image, span = {}, None, ()
                 for member in sample:
                     if member.size < 0:  # would be read over and over
@@ -582,7 +582,7 @@ def with_latents(subset, vae, folder, limit):
 @torch.no_grad()
 def encode_images(source, ids, vae, shape, path):
     bad, device = [], next(vae.parameters()).device
-    if (total := 2 * math.prod(shape)) > shutil.disk_usage(os.path.dirname(path) or ".").free:
+    if (total := 2 * np.prod(shape)) > shutil.disk_usage(os.path.dirname(path) or ".").free:
         raise OSError(f"{path} would take {total / 1e9:.1f} GB, and the disk has less: free some, or give a smaller "
                       "--latents")
     with replacing(path) as beside:
@@ -719,13 +719,13 @@ def replacing(path):
         with open(beside, "rb") as f:
             os.fsync(f.fileno())
         os.replace(beside, path)
-    except Exception as error:
-        if isinstance(error, ValueError) or getattr(error, "filename", None) not in (None, beside):
-            raise
-        raise OSError(f"{path}: could not be written ({one_line(error)})") from None
-    finally:
+    except BaseException as error:
         if os.path.isfile(beside):
             os.remove(beside)
+        other = getattr(error, "filename", None) not in (None, beside)
+        if other or isinstance(error, ValueError) or not isinstance(error, Exception):
+            raise
+        raise OSError(f"{path}: could not be written ({one_line(error)})") from None
 
 
 def claim(path, wait=False):
