@@ -15,7 +15,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -272,7 +271,7 @@ def load_image(path, width, height=None, span=("", 0, -1)):
             if image.mode[0] in "IF":  # grey in 16 bits, or in fractions of 1
                 grey = np.asarray(image).astype(float) * (255 if image.mode == "F" else 1 / 257)
                 image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-            if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+            if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return ImageOps.fit(image.convert("RGB"), (width, height or width), Image.Resampling.BICUBIC)
@@ -332,11 +331,11 @@ def read_list(path):
     total, missing = 0, []
     with open(regular_file(path), "rb") as f:
         if path.endswith(".json"):
-            rows = enumerate(parse(f.read(), path, list, f"a list of {FORM}"), 1)
-            rows = ((f"{path}, item {k}", row) for k, row in rows)
+            items = parse(f.read(), path, list, f"a list of {FORM}")
+            rows = ((f"{path}, item {k}", item) for k, item in enumerate(items, 1))
         else:
-            rows = ((f"{path}, line {k}", line.strip()) for k, line in enumerate(f, 1) if line.strip())
-            rows = ((where, parse(line, where, dict, FORM)) for where, line in rows)
+            lines = ((f"{path}, line {k}", line.strip()) for k, line in enumerate(f, 1) if line.strip())
+            rows = ((where, parse(line, where, dict, FORM)) for where, line in lines)
         for total, (where, row) in enumerate(rows, 1):
             record = Record.read(row, os.path.dirname(path), where)
             if record and not os.path.isfile(record.image):
@@ -366,19 +365,17 @@ def read_folder(path):
 def read_shard(path):
     """The records of a WebDataset shard, a .tar of images, each with its .txt or .json, in one pass over the headers.
     Members of one sample share their name up to the first dot (a dot that it begins with does not count)."""
-    def stem(member):
-        if member.size < 0:  # would be read over and over
-            raise tarfile.ReadError(f"{member.name} has a negative size")
-        return re.match(r"(.*/)?\.*[^.]*", os.path.normpath(member.name))[0]
-
     try:
         with open(regular_file(path), "rb") as f:
             if f.peek(2)[:2] == b"\x1f\x8b":
                 raise tarfile.ReadError("compressed; gunzip it first")
             tar = tarfile.open(path, "r:", f)
-            for _, sample in itertools.groupby(tar, stem):
+            stem = re.compile(r"(.*/)?\.*[^.]*")
+            for _, sample in itertools.groupby(tar, lambda member: stem.match(os.path.normpath(member.name))[0]):
                 row, image, span = {}, None, ()
                 for member in sample:
+                    if member.size < 0:  # would be read over and over
+                        raise tarfile.ReadError(f"{member.name} has a negative size")
                     name = member.name.lower()
                     if name.endswith(".txt"):
                         row["caption"] = parse(tar.extractfile(member).read(), member.name, str).strip()
@@ -409,12 +406,13 @@ def files_of(path):
 
 def expand(pattern):
     """"d/{000..002}.tar" -> ["d/000.tar", "d/001.tar", "d/002.tar"], as a shell would."""
-    texts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)  # text, first, last, text, ...
-    spans = [range(int(first), int(last) + 1) for first, last in zip(texts[1::3], texts[2::3])]
-    if not 1 <= math.prod(map(len, spans)) <= 1_000_000:
-        raise ValueError(f"{pattern}: stands for no file, or for more than a million")
-    numbers = ([f"{n:0{len(first)}d}" for n in span] for first, span in zip(texts[1::3], spans))
-    return ["".join(map("".join, zip(texts[::3], (*some, "")))) for some in itertools.product(*numbers)]
+    paths = [pattern]
+    while span := re.search(r"\{(\d+)\.\.(\d+)\}", paths[0]):
+        numbers = range(int(span[1]), int(span[2]) + 1)
+        if not 1 <= len(paths) * len(numbers) <= 1_000_000:
+            raise ValueError(f"{pattern}: stands for no file, or for more than a million")
+        paths = [path.replace(span[0], f"{n:0{len(span[1])}d}", 1) for path in paths for n in numbers]
+    return paths
 
 
 class Mapped:
@@ -435,7 +433,6 @@ class Records:
     """The user's data, from one or several of: a .json list or .jsonl of objects (`Record.read` knows the forms), a
     folder of images, WebDataset shards ({000..999} for many). All is read once into an index on disk, which `folder`
     keeps for the next time; so each record is one seek away and none lies in memory. An image is opened when needed.
-
     captioned, questioned: how many have a caption, a question; fingerprint: of all names and texts, wherever they
     lie. Raises ValueError or OSError that names a bad line or file."""
     def __init__(self, paths, size, folder=None):
@@ -585,7 +582,7 @@ def with_latents(subset, vae, folder, limit):
 @torch.no_grad()
 def encode_images(source, ids, vae, shape, path):
     bad, device = [], next(vae.parameters()).device
-    if (total := 2 * math.prod(shape)) > shutil.disk_usage(os.path.dirname(path) or ".").free:
+    if (total := 2 * np.prod(shape)) > shutil.disk_usage(os.path.dirname(path) or ".").free:
         raise OSError(f"{path} would take {total / 1e9:.1f} GB, and the disk has less: free some, or give a smaller "
                       "--latents")
     with replacing(path) as beside:
@@ -606,12 +603,6 @@ def encode_images(source, ids, vae, shape, path):
             warn(f"{len(bad)} of {len(ids)} images cannot be read and are left out: {path}.bad.txt names them")
 
 
-@functools.lru_cache(maxsize=4)
-def epoch_order(total, seed, epoch):
-    """The order of all records in one epoch, 8 bytes per record. The last two epochs of two subsets are kept."""
-    return np.random.default_rng((seed, epoch)).permutation(total)
-
-
 class Batch(NamedTuple):
     """What one process computes in one pass of a step."""
     images: torch.Tensor              # (B,2,C,h,w) moments or (B,3,H,W) pixels, for the image loss
@@ -628,10 +619,8 @@ class Batches(torch.utils.data.Dataset):
     """batches[step] -> what one process computes at a step: a list of `passes` Batch, together the `rows` (a slice) of
     the whole batch. All rows are one endless stream, in which each epoch has every record once. A row is a function of
     the seed and of its number in the stream. So what is learned at a step depends neither on the number of processes
-    nor on where a run was interrupted.
-
-    images, texts: Subsets for the two losses, or twice the same. recipe has: batch (rows per step), length (tokens),
-    drop (share of captions that the image loss sees empty), questions (share of texts that are questions)."""
+    nor on where a run was interrupted. images, texts: Subsets for the two losses, or twice the same. recipe has batch,
+    length, drop and questions, of which train.Recipe says what they are."""
     def __init__(self, images, texts, tokenizer, recipe, seed, rows, passes=1):
         self.images, self.texts, self.tokenizer = images, texts, tokenizer
         self.recipe, self.seed, self.rows, self.passes = recipe, seed, rows, passes
@@ -665,7 +654,11 @@ class Batches(torch.utils.data.Dataset):
 
     def load(self, subset, n, bad):
         epoch, k = divmod(n, len(subset.ids))
-        return subset.load(epoch_order(len(subset.ids), self.seed, epoch)[k], bad)
+        return subset.load(self.order(len(subset.ids), epoch)[k], bad)
+
+    @functools.lru_cache(maxsize=4)  # the last two epochs of two subsets, 8 bytes per record
+    def order(self, total, epoch):
+        return np.random.default_rng((self.seed, epoch)).permutation(total)
 
 
 # ---------------------------------------------------------------- what all files share
@@ -689,7 +682,7 @@ def one_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:120]
 
 
-def parse(raw, where, kind, form=None):
+def parse(raw, where, kind, form="an object"):
     """Bytes or str -> the JSON (`kind` list or dict) that they are, or of bytes the text (`kind` str). `where` is for
     messages, and so is `form`, what a value of that kind looks like here. Raises ValueError with one line."""
     try:
@@ -698,7 +691,7 @@ def parse(raw, where, kind, form=None):
         why = one_line(error).replace("line 1 ", "")  # of a .jsonl, `where` has the line
         raise ValueError(f"{where}: not valid {'UTF-8' if kind is str else 'JSON'} ({why})") from None
     if not isinstance(value, kind):
-        raise ValueError(f"{where}: want {form or {list: 'a list', dict: 'an object'}[kind]}")
+        raise ValueError(f"{where}: want {form}")
     return value
 
 
@@ -721,8 +714,7 @@ def replacing(path):
         if os.path.lexists(beside):  # left by a kill; or a link, through which nothing must be written
             os.remove(beside)
         yield beside
-        umask = os.umask(0)
-        os.umask(umask)
+        os.umask(umask := os.umask(0))  # it can only be read by setting it
         os.chmod(beside, 0o666 & ~umask)  # some libraries give files narrower rights than files have here
         with open(beside, "rb") as f:
             os.fsync(f.fileno())
@@ -743,6 +735,5 @@ def claim(path, wait=False):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        folder = os.path.dirname(path)
-        raise OSError(f"{folder}: another run is at work here; let it end, or stop its processes") from None
+        raise OSError(f"{os.path.dirname(path)}: another run is at work here; let it end, or stop its processes")
     return lock

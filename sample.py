@@ -299,36 +299,22 @@ def run_program(main, stopped="stopped", lower="--size, or give --offload"):
 
 def describe(config, parts, tokenizer):
     """What `inspect` returns, in words: of each part its parameters, types, size, file and configuration."""
-    lines, able = [], "can draw and read"
-    for part, title in PART_NAMES.items():
-        if part in parts:
-            with torch.device("meta"):
-                names = MODULES[part](getattr(config, part)).state_dict()
-            stored = [info for name in names for info in parts[part].pieces(name)]
-            counts, types = [torch.Size(s.shape).numel() for s in stored], [s.dtype for s in stored]
-            size = sum(n * TYPES.get(dtype, torch.int8).itemsize for n, dtype in zip(counts, types)) / 1e9
-            lines.append(f"{title:12s} {sum(counts):,} parameters, {', '.join(sorted(set(types)))}, {size:.3f} GB, "
-                         f"in {parts[part].path}\n{'':12s} {getattr(config, part)}")
-        else:
-            lines.append(f"{title:12s} missing")
-    if len(parts) < len(MODULES) or tokenizer is None:
+    lines = {title: "missing" for title in [*PART_NAMES.values(), "tokenizer"]}
+    for part, tensors in parts.items():
+        with torch.device("meta"):
+            names = MODULES[part](getattr(config, part)).state_dict()
+        stored = [info for name in names for info in tensors.pieces(name)]
+        counts, types = [torch.Size(info.shape).numel() for info in stored], [info.dtype for info in stored]
+        size = sum(n * TYPES.get(dtype, torch.int8).itemsize for n, dtype in zip(counts, types)) / 1e9
+        lines[PART_NAMES[part]] = (f"{sum(counts):,} parameters, {', '.join(sorted(set(types)))}, {size:.3f} GB, "
+                                   f"in {tensors.path}\n{'':12s} {getattr(config, part)}")
+    if tokenizer:
+        lines["tokenizer"] = f"{tokenizer.vocab_size} tokens, the mask token among them"
+    able = "can draw and read" if HEAD in parts.get("ddit", ()) else (
+        "can draw; to read, it must be trained first (no text head)")
+    if "missing" in lines.values():
         able = "can do nothing yet: give what is missing (--t5, --vae, --spiece)"
-    elif HEAD not in parts["ddit"]:
-        able = "can draw; to read, it must be trained first (no text head)"
-    words = f"{tokenizer.vocab_size} tokens, the mask token among them" if tokenizer else "missing"
-    return "\n".join([*lines, f"tokenizer    {words}", able])
-
-
-def describe_and_export(files, folder):
-    """Print what a checkpoint is, by its names and shapes; with a folder, write it there in diffusers layout."""
-    if folder is not None:
-        refuse_full(folder)
-    checkpoint = inspect(*files)
-    print(describe(*checkpoint))
-    check_together(*checkpoint)
-    if folder is not None:
-        DualDiffusion.load(*files, dtype=None).export(folder)
-        print(f"wrote {folder}")
+    return "\n".join([*(f"{title:12s} {words}" for title, words in lines.items()), able])
 
 
 def grid(images, columns, gap=2):
@@ -434,8 +420,15 @@ def prepare_text(dd, text, room):
 def main():
     args = parse_args()
     files, reads = (args.ckpt or SHIPPED, args.t5, args.vae, args.spiece), args.vqa + args.caption + args.infill
+    if args.export is not None:
+        refuse_full(args.export)
     if args.describe or args.export is not None:
-        describe_and_export(files, args.export)
+        checkpoint = inspect(*files)
+        print(describe(*checkpoint))
+        check_together(*checkpoint)
+    if args.export is not None:
+        DualDiffusion.load(*files, dtype=None).export(args.export)
+        print(f"wrote {args.export}")
     if not (reads or args.t2i):
         return
     dtype = DTYPES[args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")]
