@@ -31,7 +31,6 @@ import sys
 import time
 import warnings
 import zipfile
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -47,7 +46,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -202,13 +201,12 @@ def subsets(paths, args, recipe):
 def starting_file(args, settings):
     """The checkpoint that a stage begins with. A run that goes on keeps the one that it began with. By default it is
     what the stage before left; for stage 1 without a stage 0, the shipped file, for its tokenizer and VAE."""
-    stages = {"0": [], "1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}[args.stage]
-    paths = [os.path.join(args.out, f"stage{stage}", "model.safetensors") for stage in stages]
-    if args.init or not paths or os.path.exists(settings.get("start", "")):
+    if args.init or args.stage == "0" or os.path.exists(settings.get("start", "")):
         return args.init or settings.get("start", "")
-    before = next(filter(os.path.exists, paths), paths[-1])
-    if os.path.exists(before):
-        return before
+    for stage in {"1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}[args.stage]:
+        before = os.path.join(args.out, f"stage{stage}", "model.safetensors")
+        if os.path.exists(before):
+            return before
     if args.stage != "1":
         fail(f"{before}: no such checkpoint; run the stage before with the same --out, or give --init")
     if args.preset != "tiny" and not (args.text_encoder == "none" and args.vae):
@@ -279,8 +277,7 @@ class MaskRow(nn.Module):
 
 def make_mesh(device, parallel):
     """How the processes hold the weights. ddp: every process holds everything. fsdp: the processes of a node share out
-    gradients and optimizer state, and gather weights for a step (ZeRO-2); every node holds all of it. A lone process is
-    a mesh of one."""
+    gradients and optimizer state, and gather weights for a step (ZeRO-2); every node holds all of it."""
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if parallel == "fsdp" else 1
     shape = dist.get_world_size() // sharing, sharing
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
@@ -295,7 +292,6 @@ def checkpoint_activations(module):
 def parallelize(module, mesh, dtype, compiled=False):
     """Share a module out among the processes of a mesh, in place, by FSDP2 (`fully_shard`). From then on its parameters
     are DTensors: `p.to_local()` is what this process holds, which in ddp is all of it.
-
     The network computes in `dtype`. The weights themselves, their gradients' mean over the processes and the optimizer
     stay in float32 (the "master weights"): a bf16 weight could not take a step smaller than 1/256 of itself."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here changes one in place
@@ -304,32 +300,26 @@ def parallelize(module, mesh, dtype, compiled=False):
         if compiled and part is not module:
             part.compile()
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for method in ("encode", "decode"):  # the VAE's: they too need its weights gathered
-        if hasattr(module, method):
-            register_fsdp_forward_method(module, method)
 
 
 def make_optimizers(modules, recipe):
-    """Which optimizer learns what -> optimizers, [(parameter, view)].
-
-    Muon, where the recipe has it: the matrices of linear and convolution layers inside the blocks. AdamW: all else; of
-    that, matrices decay, but not biases, norms and embedding tables. Muon wants plain matrices, so it learns a view of
-    each parameter, on the same memory, a convolution's as (out, in * k * k)."""
+    """-> optimizers, [(parameter, view)]. Muon, where the recipe has it, learns the matrices of linear and convolution
+    layers inside the blocks. AdamW learns all else; of that, matrices decay, but not biases, norms and embedding
+    tables. Muon wants plain matrices, so it learns a view of each parameter, on the same memory, a convolution's as
+    (out, in * k * k)."""
     decayed, plain, views, muon_groups = [], [], [], []
     for name, module in modules.items():
         layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
         blocks = [part for part in module.modules() if isinstance(part, JointBlock | t5.Block | vae.Level | vae.Middle)]
         matrices, in_blocks = {id(layer.weight) for layer in layers}, {id(p) for b in blocks for p in b.parameters()}
-        pairs = []
+        # T5 has neither 1/sqrt(d) on its attention scores nor norms on q and k: at the full rate they explode.
+        muon_groups.append({"params": [], "peak": recipe.muon * (0.2 if name == "t5" else 1.0)})
         for p in module.parameters():
             if recipe.muon and id(p) in matrices & in_blocks:
-                pairs.append((p, nn.Parameter(p.data.to_local().flatten(1))))
+                views.append((p, nn.Parameter(p.data.to_local().flatten(1))))
+                muon_groups[-1]["params"].append(views[-1][1])
             else:
                 (decayed if id(p) in matrices else plain).append(p)
-        # T5 has neither 1/sqrt(d) on its attention scores nor norms on q and k: at the full rate they explode.
-        peak = recipe.muon * (0.2 if name == "t5" else 1.0)
-        muon_groups.append({"params": [view for _, view in pairs], "peak": peak})
-        views += pairs
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay, "peak": recipe.rate},
               {"params": plain, "weight_decay": 0.0, "peak": recipe.rate}]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=True)]
@@ -414,9 +404,8 @@ class Learner:
     def save(self, step):
         """Write a checkpoint atomically: every process writes its part beside, then rank 0 renames the folder."""
         path, first = os.path.join(self.folder, f"step-{step:08d}"), dist.get_rank() == 0
-        if first:
-            for leftover in glob(os.path.join(escape(self.folder), "step-*.partial")):
-                remove(leftover)
+        for leftover in glob(os.path.join(escape(self.folder), "step-*.partial")) if first else ():
+            remove(leftover)
         try:
             dist.barrier()
             # A lone process saves without collectives: they would make gloo's threads start OpenMP teams of their own,
@@ -511,29 +500,31 @@ class TensorsOnly(dcp.FileSystemReader):
 
 class Log:
     """The progress bar, metrics.jsonl, the lists of bad images, and signals. start: the step to go on from."""
-    def __init__(self, folder, names, recipe, start, device):
-        self.folder, self.names, self.recipe, self.rank, self.device = folder, names, recipe, dist.get_rank(), device
+    def __init__(self, folder, names, start, steps):
+        self.folder, self.names, self.rank = folder, names, dist.get_rank()
         self.window, self.rows, self.bad, self.signals = [], 0, [], []
         self.metrics = os.path.join(folder, "metrics.jsonl")
         if self.rank == 0 and os.path.exists(self.metrics):  # forget what was logged after that step
             with open(self.metrics, errors="replace") as f:
-                matches = [re.match(r'{"step": (\d+), .*}\n', line) for line in f]
+                matches = [re.match(r'{"step": (\d+), [ -~]*}\n', line) for line in f]
             with replacing(self.metrics) as beside, open(beside, "w") as f:
                 f.writelines(match[0] for match in matches if match and int(match[1]) <= start)
-        self.bar = tqdm(range(start, recipe.steps), os.path.basename(folder), initial=start, total=recipe.steps,
-                        mininterval=1, disable=self.rank > 0)
-        # Ctrl-C, a polite kill and a closed terminal end the run after the step, with a checkpoint.
-        self.handlers = {kind: signal.signal(kind, lambda number, frame: self.signals.append(number))
-                         for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-                         if signal.getsignal(kind) != signal.SIG_IGN}  # as nohup has it
+        self.bar = tqdm(range(start, steps), os.path.basename(folder), initial=start, total=steps, mininterval=1,
+                        disable=self.rank > 0)
 
     def steps(self, loader):
-        """-> (step, passes) with the bar; the clock for images per second starts again after each line of metrics."""
+        """-> (step, passes) with the bar. Meanwhile Ctrl-C, a polite kill and a closed terminal end the run after the
+        step, with a checkpoint."""
+        handlers = {kind: signal.signal(kind, lambda number, frame: self.signals.append(number))
+                    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                    if signal.getsignal(kind) != signal.SIG_IGN}  # as nohup has it
         self.since = time.perf_counter()
         for step, passes in zip(self.bar, loader):
             yield step, passes
-            if not self.window:
+            if not self.window:  # after a line of metrics the clock for images per second starts again
                 self.since = time.perf_counter()
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
 
     def add(self, parts, batch):
         """Note one pass: its losses, and which images could not be read. Raises ValueError if those are too many."""
@@ -556,13 +547,12 @@ class Log:
         if not np.isfinite([*parts, norm]).all():
             raise ValueError(f"the loss or its gradient is not a number at step {done}; the last checkpoint is from "
                              f"before it. Lower --rate or --muon")
-        steps, memory = len(self.window) / passes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory *= 1 if sys.platform == "darwin" else 1024  # the peak, in bytes: of this process, or of its GPU
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.device)
+        steps, device = len(self.window) / passes, learner.dd.device
+        memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else  # the peak, in bytes
+                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
         line = {"step": done, **dict(zip(self.names, parts)), "grad_norm": norm,
                 "rate": learner.optimizers[0].param_groups[0]["lr"],
-                "images_per_s": steps * self.recipe.batch / (time.perf_counter() - self.since),
+                "images_per_s": steps * learner.recipe.batch / (time.perf_counter() - self.since),
                 "memory_gb": memory / 1e9, "bad": len({message for _, message in self.bad})}
         line |= {f"val_{name}": loss for name, loss in zip(self.names, validation)}
         self.bar.set_postfix({name: f"{loss:.4f}" for name, loss in zip(self.names, parts)}
@@ -576,11 +566,6 @@ class Log:
         status = 128 + (self.signals or [signal.SIGTERM])[0]
         fail(f"stopped after step {done}; the same command goes on from there", status)
 
-    def close(self):
-        self.bar.close()
-        for kind, handler in self.handlers.items():
-            signal.signal(kind, handler)
-
 
 def mean_over_processes(numbers):
     """A few numbers, each the mean of what all processes have there -> list."""
@@ -590,16 +575,15 @@ def mean_over_processes(numbers):
 
 
 def show(dd, subset, path=None):
-    """A sheet: eight images drawn from captions, and eight unseen images with the caption and the answer that the model
-    gives. In stage 0, images beside their reconstructions. Without a path nothing is written: all processes must draw,
-    since they gather sharded weights together."""
+    """A sheet: eight images drawn from captions, and eight with the model's caption and answer. In stage 0, images
+    beside their reconstructions. All processes must draw, since they gather sharded weights; one with a path writes."""
     source, rng, generator = subset.source, np.random.default_rng([0, 3]), torch.Generator().manual_seed(0)
     ids, settings = rng.permutation(subset.ids), dd.config.settings  # of data sorted by class, not one class alone
     images = [source.image(i) for i in ids[-8:]]
     pixels = torch.from_numpy(data.to_pixels(images))
     if dd.ddit is None:
         with torch.no_grad():
-            decoded = data.to_images(dd.decode_image(dd.encode_image(pixels)))
+            decoded = data.to_images(dd.vae(pixels.to(dd.device), torch.zeros(()))[0])  # of the mean, without noise
         cells = [cell for pair in zip(images, decoded) for cell in zip(pair, ("image", "reconstruction"))]
     else:
         texts = [source.caption(i, rng) or "" for i in ids[:8]]
@@ -607,8 +591,8 @@ def show(dd, subset, path=None):
         questions = [(source.question(i, rng) or ("what is this?",))[0] for i in ids[-8:]]
         captions = sample.caption(dd, pixels, generator=generator)
         answers = sample.answer(dd, pixels, questions, generator=generator)
-        cells = [*zip(data.to_images(drawn), texts),
-                 *zip(images, ["\n".join((c, q, f"> {a}")) for c, q, a in zip(captions, questions, answers)])]
+        texts += map("{}\n{}\n> {}".format, captions, questions, answers)
+        cells = [*zip([*data.to_images(drawn), *images], texts)]
     if path:
         sample.sheet(path, cells)
 
@@ -633,47 +617,39 @@ def preview(args, recipe):
 # ---------------------------------------------------------------- a stage from end to end, and its settings
 
 
-@contextmanager
-def rank_0_first():
-    """What rank 0 writes in this block, the others find when they enter it."""
-    if dist.get_rank() > 0:
-        dist.barrier()
-    yield
-    if dist.get_rank() == 0:
-        dist.barrier()
-
-
-def prepare(args, recipe, device, folder):
+def prepare(args, recipe, folder):
     """What a stage begins with -> dd, its modules that learn, Subsets (to learn from; held out), the run's settings."""
-    with rank_0_first():
-        before = read_settings(folder)
-        args.start = starting_file(args, before)
-        if args.stage == "3" and args.size is None and (args.data or args.image_data):  # after stage 2hr: 512
-            recipe.size = inspect(args.start, args.t5, args.vae, args.spiece)[0].settings.size
-        images, unseen_images = subsets(args.image_data or args.data, args, recipe)
-        texts, unseen = images, unseen_images
-        if args.image_data or args.text_data:
-            texts, unseen = subsets(args.text_data or args.data, args, recipe)
-        os.makedirs(folder, exist_ok=True)
-        args.lock = data.claim(os.path.join(folder, ".lock")) if dist.get_rank() == 0 else None  # until the end
-        settings = check_settings(folder, before, args, recipe, images, texts, device)
+    before = read_settings(folder)
+    args.start = starting_file(args, before)
+    if args.stage == "3" and args.size is None and (args.data or args.image_data):  # after stage 2hr: 512
+        recipe.size = inspect(args.start, args.t5, args.vae, args.spiece)[0].settings.size
+    images, unseen_images = subsets(args.image_data or args.data, args, recipe)
+    texts, unseen = images, unseen_images
+    if args.image_data or args.text_data:
+        texts, unseen = subsets(args.text_data or args.data, args, recipe)
+    os.makedirs(folder, exist_ok=True)
+    args.lock = data.claim(os.path.join(folder, ".lock")) if dist.get_rank() == 0 else None  # until the end
+    settings = check_settings(folder, before, args, recipe, images, texts)
     if args.data and args.start == SHIPPED and not args.init and dist.get_rank() == 0:
         warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
              f"python train.py --stage 0 --data {' '.join(args.data)} --out {args.out}")
-    dd, modules = starting_point(args, recipe, texts, device, DTYPES[settings["dtype"]])
+    dd, modules = starting_point(args, recipe, texts, args.device, DTYPES[settings["dtype"]])
     if dd.ddit:
         sample.latent_size(dd, recipe.size, recipe.size)  # refuses now what is too large
-        with rank_0_first():
-            encode = partial(data.with_latents, vae=dd.vae, folder=args.out, limit=recipe.latents)
-            images, texts = (encode(images),) * 2 if texts is images else (encode(images), encode(texts))
+        encode = partial(data.with_latents, vae=dd.vae, folder=args.out, limit=recipe.latents)
+        images, texts = (encode(images),) * 2 if texts is images else (encode(images), encode(texts))
     return dd, modules, (images, texts), (unseen_images, unseen), settings
 
 
-def learn(args, recipe, device):
+def learn(args, recipe):
     """One stage, from its start or its newest checkpoint to the file that it leaves."""
-    rank, share = dist.get_rank(), recipe.batch // dist.get_world_size()
+    rank, share, device = dist.get_rank(), recipe.batch // dist.get_world_size(), args.device
     folder, rows = os.path.join(args.out, f"stage{args.stage}"), slice(rank * share, (rank + 1) * share)
-    dd, modules, (images, texts), held_out, settings = prepare(args, recipe, device, folder)
+    if rank > 0:
+        dist.barrier()  # what rank 0 prepares, the others find
+    dd, modules, (images, texts), held_out, settings = prepare(args, recipe, folder)
+    if rank == 0:
+        dist.barrier()
     learner = Learner(dd, modules, recipe, args, DTYPES[settings["dtype"]], folder)
     start = learner.load()
     if start > recipe.steps:
@@ -684,7 +660,7 @@ def learn(args, recipe, device):
         print(f"{sum(p.numel() for p in learner.parameters):,} parameters learn from {len(texts.ids):,} images, in "
               f"{settings['dtype']}, on {dist.get_world_size()} x {device.type}", file=sys.stderr)
 
-    log = Log(folder, ("image_loss", "text_loss") if dd.ddit else ("reconstruction", "kl"), recipe, start, device)
+    log = Log(folder, ("image_loss", "text_loss") if dd.ddit else ("reconstruction", "kl"), start, recipe.steps)
     batches = data.Batches(images, texts, dd.tokenizer, recipe, args.seed, rows, args.accumulate)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), pin_memory=device.type == "cuda",
                         num_workers=workers(images, device) if args.workers is None else args.workers)
@@ -699,7 +675,6 @@ def learn(args, recipe, device):
 
     train(learner, log, loader, validate,
           lambda done: show(dd, held_out[1], rank == 0 and f"{folder}/samples-{done:06d}.png"), args, recipe)
-    log.close()
     weights, path = learner.weights(), os.path.join(folder, "model.safetensors")
     show(dd, held_out[1], rank == 0 and f"{folder}/samples.png")
     if rank == 0:  # where nothing new was learned, the file stays, and so stays what has begun from it
@@ -756,11 +731,11 @@ def read_settings(folder):
         fail(f"{path}: the settings of the run in this folder cannot be read ({one_line(error)}); give another --out")
 
 
-def check_settings(folder, before, args, recipe, images, texts, device):
+def check_settings(folder, before, args, recipe, images, texts):
     """-> the settings for run.json. A folder holds one run: others than `before` would overwrite what it has left, and
     are refused. But a run at a constant rate may be made longer, and files may be moved."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # bf16, where it is fast; stage 0's narrow layers never gain
-    fast = device.type == "cuda" or device.type == "cpu" and args.stage != "0" and (
+    fast = args.device.type == "cuda" or args.device.type == "cpu" and args.stage != "0" and (
         cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     names = "preset", "init", "t5", "vae", "spiece", "text_encoder", "seed", "start"
     settings = {name: vars(args)[name] for name in names} | asdict(recipe) | {
@@ -875,7 +850,7 @@ def main():
     # On the CPU the backward pass of bf16 flash attention is slow: fall back on plain matrix products there.
     torch.backends.cuda.enable_flash_sdp(device.type == "cuda")
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    learn(args, recipe, device)
+    learn(args, recipe)
     dist.destroy_process_group()
 
 
