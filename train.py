@@ -21,7 +21,6 @@ import inspect as python_inspect
 import io
 import json
 import logging
-import math
 import os
 import pickle
 import re
@@ -32,7 +31,6 @@ import sys
 import time
 import warnings
 import zipfile
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -48,7 +46,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -203,13 +201,12 @@ def subsets(paths, args, recipe):
 def starting_file(args, settings):
     """The checkpoint that a stage begins with. A run that goes on keeps the one that it began with. By default it is
     what the stage before left; for stage 1 without a stage 0, the shipped file, for its tokenizer and VAE."""
-    stages = {"0": [], "1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}[args.stage]
-    paths = [os.path.join(args.out, f"stage{stage}", "model.safetensors") for stage in stages]
-    if args.init or not paths or os.path.exists(settings.get("start", "")):
+    if args.init or args.stage == "0" or os.path.exists(settings.get("start", "")):
         return args.init or settings.get("start", "")
-    before = next(filter(os.path.exists, paths), paths[-1])
-    if os.path.exists(before):
-        return before
+    for stage in {"1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}[args.stage]:
+        before = os.path.join(args.out, f"stage{stage}", "model.safetensors")
+        if os.path.exists(before):
+            return before
     if args.stage != "1":
         fail(f"{before}: no such checkpoint; run the stage before with the same --out, or give --init")
     if args.preset != "tiny" and not (args.text_encoder == "none" and args.vae):
@@ -274,29 +271,20 @@ class MaskRow(nn.Module):
     def forward(self, tokens):
         return self.frozen[0](tokens)
 
-    def merge(self):
-        """-> T5, the row written into its table."""
-        self.frozen[0].shared.weight.data[self.mask_id] = self.row.detach()
-        return self.frozen[0]
 
-
-# ---------------------------------------------------------------- processes and optimizers
-
-BLOCKS = JointBlock, t5.Block, vae.Level, vae.Middle  # what the networks repeat
+# ---------------------------------------------------------------- processes, optimizers, checkpoints
 
 
 def make_mesh(device, parallel):
     """How the processes hold the weights. ddp: every process holds everything. fsdp: the processes of a node share out
-    gradients and optimizer state, and gather weights for a step (ZeRO-2); every node holds all of it. A lone process is
-    a mesh of one."""
+    gradients and optimizer state, and gather weights for a step (ZeRO-2); every node holds all of it."""
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if parallel == "fsdp" else 1
     shape = dist.get_world_size() // sharing, sharing
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def checkpoint_activations(module):
-    """Keep only what enters a block, and compute its inside again in the backward pass: less memory, a third more
-    time."""
+    """Compute the inside of each block again in the backward pass: less memory, a third more time."""
     for block in [part for part in module.modules() if isinstance(part, JointBlock | t5.Block)]:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -304,7 +292,6 @@ def checkpoint_activations(module):
 def parallelize(module, mesh, dtype, compiled=False):
     """Share a module out among the processes of a mesh, in place, by FSDP2 (`fully_shard`). From then on its parameters
     are DTensors: `p.to_local()` is what this process holds, which in ddp is all of it.
-
     The network computes in `dtype`. The weights themselves, their gradients' mean over the processes and the optimizer
     stay in float32 (the "master weights"): a bf16 weight could not take a step smaller than 1/256 of itself."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here changes one in place
@@ -313,40 +300,32 @@ def parallelize(module, mesh, dtype, compiled=False):
         if compiled and part is not module:
             part.compile()
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for method in ("encode", "decode"):  # the VAE's: they too need its weights gathered
-        if hasattr(module, method):
-            register_fsdp_forward_method(module, method)
 
 
 def make_optimizers(modules, recipe):
-    """Which optimizer learns what -> optimizers, [(parameter, view)].
-
-    Muon, where the recipe has it: the matrices of linear and convolution layers inside the blocks. AdamW: all else; of
-    that, matrices decay, but not biases, norms and embedding tables. Muon wants plain matrices, so it learns a view of
-    each parameter, on the same memory, a convolution's as (out, in * k * k)."""
-    decayed, plain, views = [], [], {1.0: [], 0.2: []}
+    """-> optimizers, [(parameter, view)]. Muon, where the recipe has it, learns the matrices of linear and convolution
+    layers inside the blocks. AdamW learns all else; of that, matrices decay, but not biases, norms and embedding
+    tables. Muon wants plain matrices, so it learns a view of each parameter, on the same memory, a convolution's as
+    (out, in * k * k)."""
+    decayed, plain, views, muon_groups = [], [], [], []
     for name, module in modules.items():
         layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-        matrices = {id(layer.weight) for layer in layers}
-        in_blocks = {id(p) for block in module.modules() if isinstance(block, BLOCKS) for p in block.parameters()}
+        blocks = [part for part in module.modules() if isinstance(part, JointBlock | t5.Block | vae.Level | vae.Middle)]
+        matrices, in_blocks = {id(layer.weight) for layer in layers}, {id(p) for b in blocks for p in b.parameters()}
         # T5 has neither 1/sqrt(d) on its attention scores nor norms on q and k: at the full rate they explode.
-        factor = 0.2 if name == "t5" else 1.0
+        muon_groups.append({"params": [], "peak": recipe.muon * (0.2 if name == "t5" else 1.0)})
         for p in module.parameters():
             if recipe.muon and id(p) in matrices & in_blocks:
-                views[factor].append((p, nn.Parameter(p.data.to_local().flatten(1))))
+                views.append((p, nn.Parameter(p.data.to_local().flatten(1))))
+                muon_groups[-1]["params"].append(views[-1][1])
             else:
                 (decayed if id(p) in matrices else plain).append(p)
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.rate,
-                                    betas=(0.9, recipe.beta2), fused=True)]
-    groups = [{"params": [view for _, view in pairs], "lr": recipe.muon * factor}
-              for factor, pairs in views.items() if pairs]
-    if groups:
-        optimizers.append(torch.optim.Muon(groups, lr=recipe.muon, weight_decay=recipe.weight_decay))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return optimizers, [pair for pairs in views.values() for pair in pairs]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay, "peak": recipe.rate},
+              {"params": plain, "weight_decay": 0.0, "peak": recipe.rate}]
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=True)]
+    if views:
+        optimizers.append(torch.optim.Muon(muon_groups, weight_decay=recipe.weight_decay))
+    return optimizers, views
 
 
 def learning_rate(recipe, step):
@@ -360,9 +339,7 @@ class Learner:
     checkpoints. modules: some of the system dd's, {name: module}."""
     def __init__(self, dd, modules, recipe, args, dtype, folder):
         self.dd, self.modules, self.recipe, self.keep = dd, modules, recipe, args.keep
-        self.losses = training_losses if dd.ddit else autoencoder_losses
-        self.autocast = partial(torch.autocast, dd.device.type, torch.bfloat16,
-                                enabled=dd.device.type == "cuda" and dtype == torch.bfloat16)
+        self.autocast = dd.device.type == "cuda" and dtype == torch.bfloat16
         self.folder = os.path.join(folder, "checkpoints")
         mesh = make_mesh(dd.device, args.parallel)
         for module in modules.values():
@@ -378,16 +355,16 @@ class Learner:
         now. Such an image is met once, so here, unlike in what is stored, the rounding of bf16 does not stay."""
         images = images.to(self.dd.device, non_blocking=True)
         if images.ndim == 4:
-            with torch.no_grad(), self.autocast():
+            with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, self.autocast):
                 images = torch.stack(self.dd.vae.encode(images), 1)
         return images.float()
 
     def objective(self, batch):
         """-> the loss to learn from, and two to look at. Nothing here waits for the device."""
-        if self.dd.ddit:
-            batch = batch._replace(images=self.moments(batch.images), text_images=None if batch.text_images is None
-                                   else self.moments(batch.text_images))
-        return self.losses(self.dd, batch, self.recipe)
+        if self.dd.ddit is None:
+            return autoencoder_losses(self.dd, batch, self.recipe)
+        images, text_images = (x if x is None else self.moments(x) for x in (batch.images, batch.text_images))
+        return training_losses(self.dd, batch._replace(images=images, text_images=text_images), self.recipe)
 
     def backward(self, loss, last):
         """Only the last pass of a step exchanges gradients among the processes and lets gathered weights go."""
@@ -400,13 +377,12 @@ class Learner:
         """Let the optimizers take this step -> the gradient's norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
         for p, view in self.views:
-            view.grad = p.grad.to_local().flatten(1)
+            view.grad, p.grad = p.grad.to_local().flatten(1), None
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(self.recipe, step)
             optimizer.step()
-        for p in (*self.parameters, *(view for _, view in self.views)):
-            p.grad = None
+            optimizer.zero_grad()
         for average, p in zip(self.averages, self.parameters):
             average.to_local().lerp_(p.detach().to_local(), 1 - self.recipe.ema)
         return norm.full_tensor()
@@ -428,9 +404,8 @@ class Learner:
     def save(self, step):
         """Write a checkpoint atomically: every process writes its part beside, then rank 0 renames the folder."""
         path, first = os.path.join(self.folder, f"step-{step:08d}"), dist.get_rank() == 0
-        if first:
-            for leftover in (path, *glob(os.path.join(escape(self.folder), "step-*.partial"))):
-                remove(leftover)
+        for leftover in glob(os.path.join(escape(self.folder), "step-*.partial")) if first else ():
+            remove(leftover)
         try:
             dist.barrier()
             # A lone process saves without collectives: they would make gloo's threads start OpenMP teams of their own,
@@ -445,7 +420,7 @@ class Learner:
                  f"checkpoints before it stand")
         if first:
             os.replace(f"{path}.partial", path)
-            for old in [old for old in checkpoints(self.folder) if int(old[-8:]) <= step][:-self.keep]:
+            for old in checkpoints(self.folder)[:-self.keep]:
                 remove(old)
 
     def load(self):
@@ -453,12 +428,14 @@ class Learner:
         are moved aside, so that they do not count among those to keep."""
         logging.disable(logging.WARNING)  # torch.distributed.checkpoint would print tracebacks of what one line says
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # see `save`: we mean it
-        paths, unreadable = checkpoints(self.folder), []
+        paths = checkpoints(self.folder)
         if not paths:
             return 0
-        self.create_optimizer_state()
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p)
+        self.step(-1)  # optimizers have no state before their first step; one at rate 0 changes nothing
         state = self.state(0)
-        for path in reversed(paths):
+        for k, path in reversed(list(enumerate(paths))):
             try:
                 dcp.load(state, storage_reader=TensorsOnly(path), no_dist=dist.get_world_size() == 1)
             except (Exception, CheckpointException) as error:
@@ -466,26 +443,12 @@ class Learner:
                 if re.search("KeyboardInterrupt|MemoryError", reason):  # which torch wraps; not the file's fault
                     raise KeyboardInterrupt if "Keyboard" in reason else MemoryError from None
                 warn(f"{path}: cannot be read ({reason}); the one before it is tried")
-                unreadable.append(path)
                 continue
-            for other in unreadable if dist.get_rank() == 0 else ():
-                remove(f"{other}.unreadable")
-                os.replace(other, f"{other}.unreadable")
+            for unreadable in paths[k + 1:] if dist.get_rank() == 0 else ():
+                remove(f"{unreadable}.unreadable")
+                os.replace(unreadable, f"{unreadable}.unreadable")
             return int(state["step"])
         fail(f"{self.folder}: none of its checkpoints can be read; delete them to start this stage anew")
-
-    def create_optimizer_state(self):
-        """An optimizer has no state before its first step: one at rate 0, with zero gradients, changes nothing."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0
-                for p in group["params"]:
-                    p.grad = torch.zeros_like(p)
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-# ---------------------------------------------------------------- checkpoints
 
 
 def checkpoints(folder):
@@ -495,9 +458,8 @@ def checkpoints(folder):
 
 def remove(path):
     """Whatever it is: a folder, a file, a link."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path, ignore_errors=True)
-    elif os.path.lexists(path):
+    shutil.rmtree(path, ignore_errors=True)  # leaves files and links
+    if os.path.islink(path) or os.path.isfile(path):
         os.remove(path)
 
 
@@ -538,30 +500,31 @@ class TensorsOnly(dcp.FileSystemReader):
 
 class Log:
     """The progress bar, metrics.jsonl, the lists of bad images, and signals. start: the step to go on from."""
-    def __init__(self, folder, names, recipe, start, device):
-        self.folder, self.names, self.recipe, self.rank, self.device = folder, names, recipe, dist.get_rank(), device
-        self.window, self.rows, self.bad, self.since, self.signals = [], 0, [], time.perf_counter(), []
+    def __init__(self, folder, names, start, steps):
+        self.folder, self.names, self.rank = folder, names, dist.get_rank()
+        self.window, self.rows, self.bad, self.signals = [], 0, [], []
         self.metrics = os.path.join(folder, "metrics.jsonl")
         if self.rank == 0 and os.path.exists(self.metrics):  # forget what was logged after that step
             with open(self.metrics, errors="replace") as f:
-                lines = [line for line in f if step_of(line) <= start]
+                matches = [re.match(r'{"step": (\d+), [ -~]*}\n', line) for line in f]
             with replacing(self.metrics) as beside, open(beside, "w") as f:
-                f.writelines(lines)
-        self.bar = tqdm(range(start, recipe.steps), os.path.basename(folder), initial=start, total=recipe.steps,
-                        mininterval=1, disable=self.rank > 0)
-        # Ctrl-C, a polite kill and a closed terminal end the run after the step, with a checkpoint.
-        self.handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        for kind, handler in self.handlers.items():
-            if handler != signal.SIG_IGN:  # as nohup has it
-                signal.signal(kind, lambda number, frame: self.signals.append(number))
+                f.writelines(match[0] for match in matches if match and int(match[1]) <= start)
+        self.bar = tqdm(range(start, steps), os.path.basename(folder), initial=start, total=steps, mininterval=1,
+                        disable=self.rank > 0)
 
     def steps(self, loader):
-        """-> (step, passes) with the bar; the clock for images per second starts again after each line of metrics."""
-        batches = iter(loader)
-        for step in self.bar:
-            if not self.window:
+        """-> (step, passes) with the bar. Meanwhile Ctrl-C, a polite kill and a closed terminal end the run after the
+        step, with a checkpoint."""
+        handlers = {kind: signal.signal(kind, lambda number, frame: self.signals.append(number))
+                    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                    if signal.getsignal(kind) != signal.SIG_IGN}  # as nohup has it
+        self.since = time.perf_counter()
+        for step, passes in zip(self.bar, loader):
+            yield step, passes
+            if not self.window:  # after a line of metrics the clock for images per second starts again
                 self.since = time.perf_counter()
-            yield step, next(batches)
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
 
     def add(self, parts, batch):
         """Note one pass: its losses, and which images could not be read. Raises ValueError if those are too many."""
@@ -579,17 +542,18 @@ class Log:
         return mean_over_processes([torch.tensor(float(len(self.signals)))])[0] > 0
 
     def write(self, done, norm, learner, passes, validation):
-        """A line of metrics, means over the steps since the last one. Raises ValueError for a loss that is not finite.
-        """
+        """A line of metrics, means over the steps since the last one. Raises ValueError if a loss is not finite."""
         *parts, norm = mean_over_processes([*torch.stack(self.window).mean(0), norm])
         if not np.isfinite([*parts, norm]).all():
             raise ValueError(f"the loss or its gradient is not a number at step {done}; the last checkpoint is from "
                              f"before it. Lower --rate or --muon")
-        steps = len(self.window) / passes
+        steps, device = len(self.window) / passes, learner.dd.device
+        memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else  # the peak, in bytes
+                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
         line = {"step": done, **dict(zip(self.names, parts)), "grad_norm": norm,
                 "rate": learner.optimizers[0].param_groups[0]["lr"],
-                "images_per_s": steps * self.recipe.batch / (time.perf_counter() - self.since),
-                "memory_gb": memory_used(self.device) / 1e9, "bad": len({message for _, message in self.bad})}
+                "images_per_s": steps * learner.recipe.batch / (time.perf_counter() - self.since),
+                "memory_gb": memory / 1e9, "bad": len({message for _, message in self.bad})}
         line |= {f"val_{name}": loss for name, loss in zip(self.names, validation)}
         self.bar.set_postfix({name: f"{loss:.4f}" for name, loss in zip(self.names, parts)}
                              | {"rate": f"{line['rate']:.1e}", "images/s": f"{line['images_per_s']:.0f}"})
@@ -600,22 +564,7 @@ class Log:
 
     def stop(self, done):
         status = 128 + (self.signals or [signal.SIGTERM])[0]
-        if self.rank == 0:
-            fail(f"stopped after step {done}; the same command goes on from there", status)
-        sys.exit(status)
-
-    def close(self):
-        self.bar.close()
-        for kind, handler in self.handlers.items():
-            signal.signal(kind, handler)
-
-
-def step_of(line):
-    """The step of a line of metrics.jsonl; of one that cannot be read, a step that is never reached."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        fail(f"stopped after step {done}; the same command goes on from there", status)
 
 
 def mean_over_processes(numbers):
@@ -625,24 +574,16 @@ def mean_over_processes(numbers):
     return (x / dist.get_world_size()).tolist()
 
 
-def memory_used(device):
-    """Peak so far, in bytes: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def show(dd, subset, path=None, seed=0):
-    """A sheet: eight images drawn from captions, and eight unseen images with the caption and the answer that the model
-    gives. In stage 0, images beside their reconstructions. Without a path nothing is written: all processes must draw,
-    since they gather sharded weights together."""
-    source, rng, generator = subset.source, np.random.default_rng([seed, 3]), torch.Generator().manual_seed(seed)
+def show(dd, subset, path=None):
+    """A sheet: eight images drawn from captions, and eight with the model's caption and answer. In stage 0, images
+    beside their reconstructions. All processes must draw, since they gather sharded weights; one with a path writes."""
+    source, rng, generator = subset.source, np.random.default_rng([0, 3]), torch.Generator().manual_seed(0)
     ids, settings = rng.permutation(subset.ids), dd.config.settings  # of data sorted by class, not one class alone
     images = [source.image(i) for i in ids[-8:]]
     pixels = torch.from_numpy(data.to_pixels(images))
     if dd.ddit is None:
         with torch.no_grad():
-            decoded = data.to_images(dd.decode_image(dd.encode_image(pixels)))
+            decoded = data.to_images(dd.vae(pixels.to(dd.device), torch.zeros(()))[0])  # of the mean, without noise
         cells = [cell for pair in zip(images, decoded) for cell in zip(pair, ("image", "reconstruction"))]
     else:
         texts = [source.caption(i, rng) or "" for i in ids[:8]]
@@ -650,8 +591,8 @@ def show(dd, subset, path=None, seed=0):
         questions = [(source.question(i, rng) or ("what is this?",))[0] for i in ids[-8:]]
         captions = sample.caption(dd, pixels, generator=generator)
         answers = sample.answer(dd, pixels, questions, generator=generator)
-        cells = [*zip(data.to_images(drawn), texts),
-                 *zip(images, ["\n".join((c, q, f"> {a}")) for c, q, a in zip(captions, questions, answers)])]
+        texts += map("{}\n{}\n> {}".format, captions, questions, answers)
+        cells = [*zip([*data.to_images(drawn), *images], texts)]
     if path:
         sample.sheet(path, cells)
 
@@ -661,14 +602,10 @@ def preview(args, recipe):
     source = data.Records(args.data, recipe.size) if args.data else data.World(args.seed, kinds=args.kinds)
     rng, cells, bad = np.random.default_rng(args.seed), [], []
     count = len(source) if args.data else 10_000
-    for i in rng.permutation(count):
-        image = data.readable(source, int(i), bad)
-        if image is not None:
-            question = source.question(int(i), rng)
-            text = f"[{source.caption(int(i), rng) or ''}]"
-            cells.append((image, text + ("\nQ: {} A: [{}]".format(*question) if question else "")))
-        if len(cells) == 16:
-            break
+    for i in rng.permutation(count).tolist():
+        if len(cells) < 16 and (image := data.readable(source, i, bad)) is not None:
+            question, caption = source.question(i, rng), source.caption(i, rng) or ""
+            cells.append((image, f"[{caption}]" + ("\nQ: {} A: [{}]".format(*question) if question else "")))
     for message in bad:
         warn(message)
     if not cells:
@@ -677,60 +614,42 @@ def preview(args, recipe):
     print(f"{args.preview}: {len(cells)} of {count} samples; what is in [brackets] may be masked")
 
 
-# ---------------------------------------------------------------- a stage from end to end
+# ---------------------------------------------------------------- a stage from end to end, and its settings
 
 
-@contextmanager
-def rank_0_first():
-    """What rank 0 writes in this block, the others find when they enter it."""
-    if dist.get_rank() > 0:
-        dist.barrier()
-    yield
-    if dist.get_rank() == 0:
-        dist.barrier()
-
-
-def select_data(args, recipe):
-    """-> data.Subsets: images for the image loss, texts for the text loss, the same held out. Where --image-data and
-    --text-data do not differ, images and texts are one object."""
+def prepare(args, recipe, folder):
+    """What a stage begins with -> dd, its modules that learn, Subsets (to learn from; held out), the run's settings."""
+    before = read_settings(folder)
+    args.start = starting_file(args, before)
+    if args.stage == "3" and args.size is None and (args.data or args.image_data):  # after stage 2hr: 512
+        recipe.size = inspect(args.start, args.t5, args.vae, args.spiece)[0].settings.size
     images, unseen_images = subsets(args.image_data or args.data, args, recipe)
-    if not (args.image_data or args.text_data):
-        return images, images, unseen_images, unseen_images
-    texts, unseen_texts = subsets(args.text_data or args.data, args, recipe)
-    return images, texts, unseen_images, unseen_texts
-
-
-def prepare(args, recipe, device, folder):
-    """Whatever a stage needs before its first step -> the system dd, its modules that learn, the Subsets, the run's
-    settings."""
-    with rank_0_first():
-        before = read_settings(folder)
-        args.start = starting_file(args, before)
-        if args.stage == "3" and args.size is None and (args.data or args.image_data):  # after stage 2hr: 512
-            recipe.size = inspect(args.start, args.t5, args.vae, args.spiece)[0].settings.size
-        subsets = images, texts, *unseen = select_data(args, recipe)
-        os.makedirs(folder, exist_ok=True)
-        args.lock = data.claim(os.path.join(folder, ".lock")) if dist.get_rank() == 0 else None  # until the end
-        settings = check_settings(folder, before, args, recipe, images, texts, device)
+    texts, unseen = images, unseen_images
+    if args.image_data or args.text_data:
+        texts, unseen = subsets(args.text_data or args.data, args, recipe)
+    os.makedirs(folder, exist_ok=True)
+    args.lock = data.claim(os.path.join(folder, ".lock")) if dist.get_rank() == 0 else None  # until the end
+    settings = check_settings(folder, before, args, recipe, images, texts)
     if args.data and args.start == SHIPPED and not args.init and dist.get_rank() == 0:
         warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
              f"python train.py --stage 0 --data {' '.join(args.data)} --out {args.out}")
-    dd, modules = starting_point(args, recipe, texts, device, DTYPES[settings["dtype"]])
+    dd, modules = starting_point(args, recipe, texts, args.device, DTYPES[settings["dtype"]])
     if dd.ddit:
         sample.latent_size(dd, recipe.size, recipe.size)  # refuses now what is too large
-        with rank_0_first():
-            encoded = [data.with_latents(images, dd.vae, args.out, recipe.latents)]
-            encoded.append(data.with_latents(texts, dd.vae, args.out, recipe.latents) if texts is not images else
-                           encoded[0])
-        subsets = *encoded, *unseen
-    return dd, modules, subsets, settings
+        encode = partial(data.with_latents, vae=dd.vae, folder=args.out, limit=recipe.latents)
+        images, texts = (encode(images),) * 2 if texts is images else (encode(images), encode(texts))
+    return dd, modules, (images, texts), (unseen_images, unseen), settings
 
 
-def learn(args, recipe, device):
+def learn(args, recipe):
     """One stage, from its start or its newest checkpoint to the file that it leaves."""
-    rank, share = dist.get_rank(), recipe.batch // dist.get_world_size()
+    rank, share, device = dist.get_rank(), recipe.batch // dist.get_world_size(), args.device
     folder, rows = os.path.join(args.out, f"stage{args.stage}"), slice(rank * share, (rank + 1) * share)
-    dd, modules, (images, texts, unseen_images, unseen), settings = prepare(args, recipe, device, folder)
+    if rank > 0:
+        dist.barrier()  # what rank 0 prepares, the others find
+    dd, modules, (images, texts), held_out, settings = prepare(args, recipe, folder)
+    if rank == 0:
+        dist.barrier()
     learner = Learner(dd, modules, recipe, args, DTYPES[settings["dtype"]], folder)
     start = learner.load()
     if start > recipe.steps:
@@ -741,33 +660,29 @@ def learn(args, recipe, device):
         print(f"{sum(p.numel() for p in learner.parameters):,} parameters learn from {len(texts.ids):,} images, in "
               f"{settings['dtype']}, on {dist.get_world_size()} x {device.type}", file=sys.stderr)
 
-    def sheet(name):
-        show(dd, unseen, os.path.join(folder, name) if rank == 0 else None)
-
-    log = Log(folder, ("image_loss", "text_loss") if dd.ddit else ("reconstruction", "kl"), recipe, start, device)
+    log = Log(folder, ("image_loss", "text_loss") if dd.ddit else ("reconstruction", "kl"), start, recipe.steps)
     batches = data.Batches(images, texts, dd.tokenizer, recipe, args.seed, rows, args.accumulate)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), pin_memory=device.type == "cuda",
                         num_workers=workers(images, device) if args.workers is None else args.workers)
-    validation = data.Batches(unseen_images, unseen, dd.tokenizer, recipe, UNSEEN, rows, args.accumulate)
-    train(learner, log, loader, partial(validate, learner, validation, len(unseen.ids)),
-          lambda done: sheet(f"samples-{done:06d}.png"), args, recipe)
-    log.close()
+    validation = data.Batches(*held_out, dd.tokenizer, recipe, UNSEEN, rows, args.accumulate)
+
+    def validate():
+        """Both losses on images that are held out, with the same noise and masks every time and in every run."""
+        steps = -(-min(256, len(held_out[1].ids)) // recipe.batch)
+        with torch.no_grad():
+            parts = [torch.stack(learner.objective(batch)[1:]) for step in range(steps) for batch in validation[step]]
+        return mean_over_processes(torch.stack(parts).mean(0))
+
+    train(learner, log, loader, validate,
+          lambda done: show(dd, held_out[1], rank == 0 and f"{folder}/samples-{done:06d}.png"), args, recipe)
     weights, path = learner.weights(), os.path.join(folder, "model.safetensors")
-    sheet("samples.png")
+    show(dd, held_out[1], rank == 0 and f"{folder}/samples.png")
     if rank == 0:  # where nothing new was learned, the file stays, and so stays what has begun from it
         if start < recipe.steps or not os.path.exists(path):
             write_model(args, recipe, weights, texts, settings, path)
         paths = args.text_data or args.data
         benchmark = f"data --unseen --data {' '.join(paths)}" if paths else "world"
         print(f"wrote {path}\nto judge it: python tests/evaluate.py {benchmark} --ckpt {path}")
-
-
-def validate(learner, batches, count):
-    """Both losses on images that are held out, with the same noise and masks every time and in every run."""
-    steps = -(-min(256, count) // learner.recipe.batch)
-    with torch.no_grad():
-        parts = [torch.stack(learner.objective(batch)[1:]) for step in range(steps) for batch in batches[step]]
-    return mean_over_processes(torch.stack(parts).mean(0))
 
 
 def workers(images, device):
@@ -779,8 +694,7 @@ def workers(images, device):
 
 
 def write_model(args, recipe, weights, texts, settings, path):
-    """The file for sample.py: what has learned, and beside it the frozen parts of the start, as they were given and not
-    as they were computed with."""
+    """The file for sample.py: what has learned, and beside it the frozen parts, as precise as the start has them."""
     if changed_at(args.start) != settings["start changed at"]:
         fail(f"{args.start} has changed since this stage began, so what did not learn is lost: put it back, and the "
              f"same command ends the stage")
@@ -788,16 +702,14 @@ def write_model(args, recipe, weights, texts, settings, path):
     for name, module in modules.items():
         module.load_state_dict(weights[name])
     if isinstance(dd.t5, MaskRow):
-        dd.t5 = dd.t5.merge()
+        row, dd.t5 = dd.t5.row, dd.t5.frozen[0]
+        dd.t5.shared.weight.data[dd.tokenizer.mask_id] = row.detach()
     if args.stage == "0":  # bring latents to mean 0 and deviation 1, which the transformer expects
         pixels = torch.stack([texts.load(k, [])[1] for k in range(min(512, len(texts.ids)))])
         with torch.no_grad():
             z = torch.cat([dd.vae.encode(pixels[part])[0] for part in data.slices(len(pixels), *pixels.shape[2:])])
         dd.config.vae.shift, dd.config.vae.scale = z.mean().item(), 1 / z.std().item()
     dd.save(path, dtype=torch.float16)
-
-
-# ---------------------------------------------------------------- settings of a run
 
 
 def changed_at(path):
@@ -807,8 +719,7 @@ def changed_at(path):
 def read_settings(folder):
     """run.json, the settings of the run in this folder; {} if no run has left anything here that must not be lost."""
     path = os.path.join(folder, "run.json")
-    left = checkpoints(os.path.join(folder, "checkpoints")), glob(os.path.join(escape(folder), "model.safetensors"))
-    if not any(left):
+    if not checkpoints(f"{folder}/checkpoints") and not os.path.exists(f"{folder}/model.safetensors"):
         return {}
     try:
         with open(path) as f:
@@ -820,13 +731,16 @@ def read_settings(folder):
         fail(f"{path}: the settings of the run in this folder cannot be read ({one_line(error)}); give another --out")
 
 
-def check_settings(folder, before, args, recipe, images, texts, device):
+def check_settings(folder, before, args, recipe, images, texts):
     """-> the settings for run.json. A folder holds one run: others than `before` would overwrite what it has left, and
     are refused. But a run at a constant rate may be made longer, and files may be moved."""
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # bf16, where it is fast; stage 0's narrow layers never gain
+    fast = args.device.type == "cuda" or args.device.type == "cpu" and args.stage != "0" and (
+        cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     names = "preset", "init", "t5", "vae", "spiece", "text_encoder", "seed", "start"
     settings = {name: vars(args)[name] for name in names} | asdict(recipe) | {
         "start changed at": changed_at(args.start), "data": [images.source.fingerprint, texts.source.fingerprint],
-        "dtype": args.dtype or before.get("dtype") or fast_dtype(device, args.stage)}
+        "dtype": args.dtype or before.get("dtype") or ("bf16" if fast else "fp32")}
     may_change = {"start", "latents", *(["steps"] if recipe.schedule == "constant" else [])}
     messages = {"start changed at": f"{args.start} has been written since", "data": "the data are not the same"}
     changed = [messages.get(name, f"{name} {before.get(name)} is now {value}") for name, value in settings.items()
@@ -834,14 +748,6 @@ def check_settings(folder, before, args, recipe, images, texts, device):
     if changed:
         fail(f"{folder} holds a run with other settings ({', '.join(changed)}); delete it or give another --out")
     return settings
-
-
-def fast_dtype(device, stage):
-    """bf16 on a GPU, and on a CPU that has instructions for it; but narrow convolutions (stage 0) never gain on one."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = device.type == "cuda" or stage != "0" and device.type == "cpu" and (
-        cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-    return "bf16" if fast else "fp32"
 
 
 # ---------------------------------------------------------------- arguments
@@ -944,7 +850,7 @@ def main():
     # On the CPU the backward pass of bf16 flash attention is slow: fall back on plain matrix products there.
     torch.backends.cuda.enable_flash_sdp(device.type == "cuda")
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    learn(args, recipe, device)
+    learn(args, recipe)
     dist.destroy_process_group()
 
 
