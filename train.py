@@ -133,9 +133,9 @@ def training_losses(dd, batch, recipe):
         losses.TextHalf(text_latents, tokens, noisy, masked, text_t), recipe.text_weight, recipe.image_weight)
 
 
-def train(learner, log, loader, validate, show, args, recipe):
-    """The loop, to the last step. loader: the data.Batches of each step; validate() and show(step) look at what the
-    model can do so far."""
+def train(learner, log, loader, validation, sheet, args, recipe):
+    """The loop, to the last step. loader gives the data.Batches of each step; validation() the losses on images that
+    are held out; sheet(step) draws samples."""
     for step, passes in log.steps(loader):
         for k, batch in enumerate(passes, 1):  # several, where the memory is too small for one
             loss, *parts = learner.objective(batch)
@@ -148,11 +148,11 @@ def train(learner, log, loader, validate, show, args, recipe):
         save_now = done % args.save_every == 0 or done == recipe.steps or ending
         show_now = done % args.show_every == 0 and done < recipe.steps
         if done % 20 == 0 or save_now or show_now:  # only here does the loop wait for the device
-            log.write(done, norm, learner, len(passes), validate() if show_now or done == recipe.steps else ())
+            log.write(done, norm, learner, len(passes), validation() if show_now or done == recipe.steps else ())
         if save_now:
             learner.save(done)
         if show_now:
-            show(done)
+            sheet(done)
         if ending:
             log.stop(done)
 
@@ -312,7 +312,7 @@ def make_optimizers(modules, recipe):
         layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
         blocks = [part for part in module.modules() if isinstance(part, JointBlock | t5.Block | vae.Level | vae.Middle)]
         matrices, in_blocks = {id(layer.weight) for layer in layers}, {id(p) for b in blocks for p in b.parameters()}
-        # T5 has neither 1/sqrt(d) on its attention scores nor norms on q and k: at the full rate they explode.
+        # T5 has neither 1/sqrt(d) on its attention scores nor norms on q and k: at Muon's full rate they explode.
         muon_groups.append({"params": [], "peak": recipe.muon * (0.2 if name == "t5" else 1.0)})
         for p in module.parameters():
             if recipe.muon and id(p) in matrices & in_blocks:
@@ -621,8 +621,12 @@ def prepare(args, recipe, folder):
     """What a stage begins with -> dd, its modules that learn, Subsets (to learn from; held out), the run's settings."""
     before = read_settings(folder)
     args.start = starting_file(args, before)
-    if args.stage == "3" and args.size is None and (args.data or args.image_data):  # after stage 2hr: 512
-        recipe.size = inspect(args.start, args.t5, args.vae, args.spiece)[0].settings.size
+    if args.stage not in ("0", "1"):
+        start = inspect(args.start, args.t5, args.vae, args.spiece)[0].settings
+        if args.stage == "3" and args.size is None and (args.data or args.image_data):  # after stage 2hr: 512
+            recipe.size = start.size
+        if args.length is None and start.length != recipe.length and dist.get_rank() == 0:
+            warn(f"{args.start} was trained at --length {start.length}; this stage takes {recipe.length}")
     images, unseen_images = subsets(args.image_data or args.data, args, recipe)
     texts, unseen = images, unseen_images
     if args.image_data or args.text_data:
@@ -636,7 +640,8 @@ def prepare(args, recipe, folder):
     dd, modules = starting_point(args, recipe, texts, args.device, DTYPES[settings["dtype"]])
     if dd.ddit:
         sample.latent_size(dd, recipe.size, recipe.size)  # refuses now what is too large
-        encode = partial(data.with_latents, vae=dd.vae, folder=args.out, limit=recipe.latents)
+        limit = recipe.latents if args.data or args.image_data else recipe.pool
+        encode = partial(data.with_latents, vae=dd.vae, folder=args.out, limit=limit)
         images, texts = (encode(images),) * 2 if texts is images else (encode(images), encode(texts))
     return dd, modules, (images, texts), (unseen_images, unseen), settings
 
@@ -664,13 +669,13 @@ def learn(args, recipe):
     batches = data.Batches(images, texts, dd.tokenizer, recipe, args.seed, rows, args.accumulate)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), pin_memory=device.type == "cuda",
                         num_workers=workers(images, device) if args.workers is None else args.workers)
-    validation = data.Batches(*held_out, dd.tokenizer, recipe, UNSEEN, rows, args.accumulate)
+    unseen_batches = data.Batches(*held_out, dd.tokenizer, recipe, UNSEEN, rows, args.accumulate)
 
     def validate():
         """Both losses on images that are held out, with the same noise and masks every time and in every run."""
         steps = -(-min(256, len(held_out[1].ids)) // recipe.batch)
         with torch.no_grad():
-            parts = [torch.stack(learner.objective(batch)[1:]) for step in range(steps) for batch in validation[step]]
+            parts = [torch.stack(learner.objective(batch)[1:]) for k in range(steps) for batch in unseen_batches[k]]
         return mean_over_processes(torch.stack(parts).mean(0))
 
     train(learner, log, loader, validate,
