@@ -543,7 +543,7 @@ class Subset(NamedTuple):
     ids: np.ndarray                # which records
     latents: Mapped | None = None  # array[i]: moments of image i
 
-    def load(self, k, bad):
+    def record(self, k, bad):
         """-> which record the k-th is, and its image: moments (2,C,h,w), or pixels (3,H,W) in [-1,1]. An image that
         cannot be read is replaced by the next; `bad` gets the message."""
         for i in (int(self.ids[n % len(self.ids)]) for n in range(k, k + 1000)):
@@ -639,11 +639,11 @@ class Batches(torch.utils.data.Dataset):
     def row(self, n, bad):
         """Row n of the stream -> image, image of the text loss, caption's ids, text's ids, and which are maskable."""
         recipe, tokenizer, rng = self.recipe, self.tokenizer, np.random.default_rng([self.seed, 1, n])
-        i, image = self.load(self.images, n, bad)
+        i, image = self.record(self.images, n, bad)
         caption = text = self.images.source.caption(i, rng)
         j, text_image = i, image
         if self.texts is not self.images:
-            j, text_image = self.load(self.texts, n, bad)
+            j, text_image = self.record(self.texts, n, bad)
             text = self.texts.source.caption(j, rng)
         ask = rng.random() < recipe.questions or text is None
         question = self.texts.source.question(j, rng) if ask else None
@@ -652,9 +652,9 @@ class Batches(torch.utils.data.Dataset):
                          tokenizer.caption_ids(text, recipe.length))
         return image, text_image, tokenizer.encode(caption, recipe.length), ids, maskable
 
-    def load(self, subset, n, bad):
+    def record(self, subset, n, bad):
         epoch, k = divmod(n, len(subset.ids))
-        return subset.load(self.order(len(subset.ids), epoch)[k], bad)
+        return subset.record(self.order(len(subset.ids), epoch)[k], bad)
 
     @functools.lru_cache(maxsize=4)  # the last two epochs of two subsets, 8 bytes per record
     def order(self, total, epoch):

@@ -23,15 +23,14 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- text: masked diffusion
 
-READABLE_AT_1 = 1e-3  # the share of tokens that is still readable at t = 1
-MIN_TIME = 1e-3       # the smallest time of a text in training, where the weight 1/t is largest
+MIN_TIME = 1e-3  # the smallest time of a text in training; there the weight of the loss is largest
 
 
 def alpha(t):
     """The schedule: the share of tokens still readable at time t (a tensor). All else follows from it: what is masked,
-    the weight of the loss, and at which steps sampling reveals tokens. The paper calls it log-linear, after the noise
-    level -log(alpha) of other papers; alpha itself is a straight line."""
-    return 1 - (1 - READABLE_AT_1) * t
+    the weight of the loss, and at which steps sampling reveals tokens. This one is the paper's, a straight line. (It is
+    called log-linear, because other papers write alpha as exp(-sigma).)"""
+    return 1 - 0.999 * t
 
 
 def reveal_rate(t):
@@ -49,9 +48,9 @@ def reveal_rate(t):
 
 
 def stratified_times(n, eps=MIN_TIME, generator=None):
-    """(n,) times in [eps, 1] for the texts of a batch, in random order. They are antithetic (variational diffusion
-    models): evenly spaced, with one random offset for all. Each time alone is uniform, but a batch always has early and
-    late times in equal parts, so that its loss varies less."""
+    """(n,) times in [eps, 1] for the texts of a batch, in random order. One lies in each of n equal strata, all with
+    the same random offset (variational diffusion models call that antithetic). Each time alone is uniform, but a batch
+    has early and late times in equal parts, so its loss varies less."""
     u = torch.rand(1, generator=generator)
     t = (u + torch.randperm(n, generator=generator)) / n
     return eps + (1 - eps) * t
@@ -66,8 +65,8 @@ def mask_tokens(tokens, t, maskable, mask_id, generator=None):
 
 
 def flat_positions(mask):
-    """(B,L) bool -> (N,) long: the positions that are true, counted row by row. A GPU that indexes with the mask itself
-    must first count it, and the program waits for the count; positions made on the CPU avoid that."""
+    """(B,L) bool -> (N,) long: the positions that are true, counted row by row. (Made on the CPU, they spare a GPU the
+    counting, for which the program would wait.)"""
     return mask.flatten().nonzero()[:, 0]
 
 
@@ -76,9 +75,9 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 
     Think of writing the text backwards in time. In a short time dt a masked token is revealed with probability rate·dt,
     and to reveal it costs its cross-entropy, in nats. So rate · cross-entropy · dt is the expected cost, and its
-    integral over t is the cost of writing the whole text: an upper bound on its negative log-likelihood. The bound is
-    the same for every schedule (substitute alpha for t): the network sees which tokens are masked, not the time, and
-    the weight undoes how often the schedule shows few masks or many.
+    integral over t is the cost of writing the whole text: an upper bound on its negative log-likelihood. It is the
+    same for every schedule, because rate · dt = -d(alpha) / (1 - alpha) has nothing but alpha in it, and the network
+    sees no time. A schedule only decides how often training shows few masks or many.
 
     The sum is divided by batch · length, so the loss is in nats per token of the padded text, and every row counts
     alike. Length counts the question, which is never masked and costs nothing, and the EOS padding, which is masked and
@@ -105,9 +104,8 @@ def logit_normal_times(n, mean=0.0, std=1.0, generator=None):
 
 
 def noise_latents(latents, noise, t):
-    """The forward process of images: a straight line from the image to the noise. The paper writes it alpha_t x +
-    sigma_t noise; here alpha_t is 1-t, and has nothing to do with the `alpha` of texts. latents, noise (B,C,H,W),
-    t (B,) -> (B,C,H,W)."""
+    """The forward process of images: a straight line from the image to the noise; the paper's alpha_t and sigma_t are
+    1-t and t. latents, noise (B,C,H,W), t (B,) -> (B,C,H,W)."""
     t = t[:, None, None, None]
     return (1 - t) * latents + t * noise  # Eq. 1
 
@@ -150,7 +148,8 @@ def joint_loss(ddit, t5, images, texts, text_weight=0.2, image_weight=1.0):
     latents = torch.cat([noise_latents(images.latents, images.noise, images.t), texts.latents])
     times = torch.cat([images.t, torch.zeros_like(texts.t)])
     states = t5(torch.cat([images.captions, texts.noisy]))
-    velocity, logits = ddit(latents, times, states, predict=n * length + texts.masked, image_rows=n)
+    masked = n * length + texts.masked  # in the stack, the texts stand n rows further down
+    velocity, logits = ddit(latents, times, states, predict=masked, image_rows=n)
     image_loss = flow_matching_loss(velocity, images.latents, images.noise)              # Eq. 8, images
     text_loss = masked_diffusion_loss(logits, texts.tokens, texts.masked, texts.t)       # Eq. 8, text
     return image_weight * image_loss + text_weight * text_loss, image_loss, text_loss    # Eq. 9

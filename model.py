@@ -249,11 +249,6 @@ class DualDiffusion(nn.Module):
     def device(self):
         return next(self.parameters()).device
 
-    @property
-    def missing(self):
-        """What it still needs to draw and read, in words: ["T5"]; empty when whole."""
-        return [name for part, name in PART_NAMES.items() if getattr(self, part) is None]
-
     @classmethod
     def load(cls, path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
         """A file of ours, an SD3 single file, or a folder in diffusers layout -> the system. See `read_parts`."""
@@ -701,6 +696,11 @@ def write_file(dd, path, dtype=None):
         save_file(tensors, beside, {"format": "pt", "config": json.dumps(asdict(dd.config))})
 
 
+def missing_parts(dd):
+    """What a system still needs to draw and read, in words: ["T5"]; empty when whole."""
+    return [name for part, name in PART_NAMES.items() if getattr(dd, part) is None]
+
+
 def refuse_full(folder):
     """An export starts from nothing: mixed with other files it would be neither."""
     if not folder or os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
@@ -710,8 +710,8 @@ def refuse_full(folder):
 def write_folder(dd, folder):
     """The diffusers layout as the authors' release has it, whole or not at all: a folder per part. The tensors are this
     model's, bit for bit. Raises ValueError or OSError with one line."""
-    if dd.missing:
-        raise ValueError(f"nothing written to {folder}: holds no {' and no '.join(dd.missing)}")
+    if missing_parts(dd):
+        raise ValueError(f"nothing written to {folder}: holds no {' and no '.join(missing_parts(dd))}")
     if dd.config.t5.places:
         raise ValueError(f"nothing written to {folder}: that layout knows no learned embeddings in T5's place")
     refuse_full(folder)

@@ -29,8 +29,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import losses
+import model
 from data import load_image, one_line, replacing, slices, to_images, to_pixels, warn
-from model import DTYPES, HEAD, MODULES, PART_NAMES, TYPES, DualDiffusion, check_together, inspect, refuse_full
+from model import DTYPES, DualDiffusion
 from t5 import unseen_words
 
 
@@ -80,9 +81,9 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
 
 def revealed_share(steps):
     """(steps+1,) float64, from 0 to 1: the share of the masked tokens that sampling has revealed, at each time of an
-    even grid from t = 1 down to 0. It is alpha(t), scaled to begin at 0, for sampling begins with masks alone. (Eq. 5
-    gives the chance that a token stays masked in one step; over several steps the product of these is 1 - this share.)
-    """
+    even grid from t = 1 down to 0. It is alpha(t), scaled to begin at 0, for sampling begins with masks alone. (By
+    Eq. 5 a token stays masked through a step from t to s with chance (1 - alpha(s)) / (1 - alpha(t)); the product of
+    these over all steps so far is 1 - this share.)"""
     readable = losses.alpha(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     return (readable - readable[0]) / (readable[-1] - readable[0])  # Eq. 5
 
@@ -157,6 +158,17 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
     return tokens, passes
 
 
+@torch.no_grad()
+def unmask_texts(dd, images, texts, steps, order, temperature, generator, whole=False):
+    """Unmask one text (ids, maskable) per image -> list of str: what stands at the masks, or the whole texts."""
+    latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
+    tokens, maskable = (torch.tensor(column) for column in zip(*texts))
+    for part in slices(len(images), *images.shape[2:]):
+        latents = dd.encode_image(images[part])
+        tokens[part], _ = unmask(dd, latents, tokens[part], maskable[part], steps, order, temperature, generator)
+    return [dd.tokenizer.decode(ids if whole else ids[m]) for ids, m in zip(tokens, maskable)]
+
+
 def caption(dd, images, length=None, steps=None, order="random", temperature=0.0, generator=None):
     """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; steps: forward passes at most. A
     model that was tuned on answers alone is asked for a caption by a question, `caption_prompt`."""
@@ -192,17 +204,6 @@ def latent_size(dd, height, width):
         raise ValueError(f"this model wants images with sides that are multiples of {unit}, not {width}x{height}")
     dd.ddit.positions(height // unit, width // unit)  # raises where it has fewer
     return height // factor, width // factor
-
-
-@torch.no_grad()
-def unmask_texts(dd, images, texts, steps, order, temperature, generator, whole=False):
-    """Unmask one text (ids, maskable) per image -> list of str: what stands at the masks, or the whole texts."""
-    latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
-    tokens, maskable = (torch.tensor(column) for column in zip(*texts))
-    for part in slices(len(images), *images.shape[2:]):
-        latents = dd.encode_image(images[part])
-        tokens[part], _ = unmask(dd, latents, tokens[part], maskable[part], steps, order, temperature, generator)
-    return [dd.tokenizer.decode(ids if whole else ids[m]) for ids, m in zip(tokens, maskable)]
 
 
 def finite(tensor):
@@ -299,18 +300,18 @@ def run_program(main, stopped="stopped", lower="--size, or give --offload"):
 
 def describe(config, parts, tokenizer):
     """What `inspect` returns, in words: of each part its parameters, types, size, file and configuration."""
-    lines = {title: "missing" for title in [*PART_NAMES.values(), "tokenizer"]}
+    lines = {title: "missing" for title in [*model.PART_NAMES.values(), "tokenizer"]}
     for part, tensors in parts.items():
         with torch.device("meta"):
-            names = MODULES[part](getattr(config, part)).state_dict()
+            names = model.MODULES[part](getattr(config, part)).state_dict()
         stored = [info for name in names for info in tensors.pieces(name)]
         counts, types = [torch.Size(info.shape).numel() for info in stored], [info.dtype for info in stored]
-        size = sum(n * TYPES.get(dtype, torch.int8).itemsize for n, dtype in zip(counts, types)) / 1e9
-        lines[PART_NAMES[part]] = (f"{sum(counts):,} parameters, {', '.join(sorted(set(types)))}, {size:.3f} GB, "
+        size = sum(n * model.TYPES.get(dtype, torch.int8).itemsize for n, dtype in zip(counts, types)) / 1e9
+        lines[model.PART_NAMES[part]] = (f"{sum(counts):,} parameters, {', '.join(sorted(set(types)))}, {size:.3f} GB, "
                                    f"in {tensors.path}\n{'':12s} {getattr(config, part)}")
     if tokenizer:
         lines["tokenizer"] = f"{tokenizer.vocab_size} tokens, the mask token among them"
-    able = "can draw and read" if HEAD in parts.get("ddit", ()) else (
+    able = "can draw and read" if model.HEAD in parts.get("ddit", ()) else (
         "can draw; to read, it must be trained first (no text head)")
     if "missing" in lines.values():
         able = "can do nothing yet: give what is missing (--t5, --vae, --spiece)"
@@ -356,11 +357,11 @@ def parse_args():
     add("--caption", nargs="+", action="extend", metavar="IMAGE", default=[])
     add("--t2i", nargs="+", action="extend", metavar="TEXT", default=[])
     add("--infill", nargs="+", action="append", metavar="IMAGE ... TEXT", default=[], help="an underscore is one token")
-    model = parser.add_argument_group("the model")
-    add = model.add_argument
+    group = parser.add_argument_group("the model")
+    add = group.add_argument
     add("--ckpt", metavar="FILE", help="a file of ours or of SD3, or a folder in diffusers layout; default: the small "
         "model that ships")
-    add_parts(model)
+    add_parts(group)
     add("--describe", action="store_true", help="print what the checkpoint is; its weights are not read")
     add("--export", metavar="DIR", help="write the checkpoint in diffusers layout, as the authors' release has it")
     add("--device", type=existing_device, default=default_device(), help="default: the GPU, if there is one")
@@ -421,11 +422,11 @@ def main():
     args = parse_args()
     files, reads = (args.ckpt or SHIPPED, args.t5, args.vae, args.spiece), args.vqa + args.caption + args.infill
     if args.export is not None:
-        refuse_full(args.export)
+        model.refuse_full(args.export)
     if args.describe or args.export is not None:
-        checkpoint = inspect(*files)
+        checkpoint = model.inspect(*files)
         print(describe(*checkpoint))
-        check_together(*checkpoint)
+        model.check_together(*checkpoint)
     if args.export is not None:
         DualDiffusion.load(*files, dtype=None).export(args.export)
         print(f"wrote {args.export}")
@@ -433,8 +434,8 @@ def main():
         return
     dtype = DTYPES[args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")]
     dd = DualDiffusion.load(*files, args.device, dtype, args.offload)
-    if dd.missing:
-        fail(f"{files[0]}: holds no {' and no '.join(dd.missing)}; `python sample.py --ckpt {files[0]} --describe` "
+    if missing := model.missing_parts(dd):
+        fail(f"{files[0]}: holds no {' and no '.join(missing)}; `python sample.py --ckpt {files[0]} --describe` "
              "tells what it holds")
     if reads and not dd.ddit.text_head.linear.weight.any():
         warn("this model's text head was never trained: it can draw, but what it reads means nothing")

@@ -101,11 +101,6 @@ class T5Config:
     places: int = 0  # above 0, with no layers: not T5 but embeddings of tokens and of so many places (D-DiT, Table 9)
 
 
-def embedding(count, dim):
-    """A table of `count` vectors, without initial values: `init_weights` or a file gives them."""
-    return nn.Embedding.from_pretrained(torch.empty(count, dim), freeze=False)
-
-
 class RMSNorm(nn.Module):
     def __init__(self, dim):
         super().__init__()
@@ -132,7 +127,7 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(cfg.d_model, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, cfg.d_model, bias=False)
         if has_relative_bias:
-            self.relative_attention_bias = embedding(cfg.buckets, cfg.num_heads)
+            self.relative_attention_bias = nn.Embedding.from_pretrained(torch.empty(cfg.buckets, cfg.num_heads), False)
 
     def position_bias(self, length, device):
         at = torch.arange(length, device=device)
@@ -175,7 +170,7 @@ class T5Encoder(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.shared = embedding(config.vocab_size, config.d_model)
+        self.shared = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), False)  # not frozen
         if config.places:
             self.places = nn.Parameter(torch.zeros(config.places, config.d_model))
         self.encoder = nn.ModuleDict({

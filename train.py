@@ -90,8 +90,7 @@ class Recipe:
     vocab: int = 412            # pieces, at most, of the tokenizer that stage 0 makes
 
 
-# Images of plain shapes stay readable under much noise: what goes where is settled at t > 0.9, which a logit of mean 0
-# would draw once in seventy times.
+# Plain shapes stay readable under much noise: what goes where is settled at t > 0.9, rarely drawn with mean 0.
 _tiny = Recipe(steps=600, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, size=64, length=24, text_weight=1.0,
                time_mean=1.5, time_std=1.2, learn_t5="all")
 _paper = Recipe(ema=0.9995)
@@ -116,7 +115,7 @@ def training_losses(dd, batch, recipe):
     rows, generator = batch.rows, torch.Generator().manual_seed(batch.seed)
     image_t = losses.logit_normal_times(recipe.batch, recipe.time_mean, recipe.time_std, generator)[rows]
     text_t = losses.stratified_times(recipe.batch, generator=generator)[rows]
-    posterior, noise = batch_noise(2, recipe.batch, batch.images.shape[2:], generator, dd.device)[:, rows]
+    vae_noise, noise = batch_noise(2, recipe.batch, batch.images.shape[2:], generator, dd.device)[:, rows]
     torch.rand(rows.start, recipe.length, generator=generator)  # passes over the numbers that mask the rows before
     noisy, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id, generator)
     masked = losses.flat_positions(masked)
@@ -124,9 +123,9 @@ def training_losses(dd, batch, recipe):
     # The network's inputs go to its device while the program goes on.
     captions, tokens, noisy, masked, image_t, text_t = (
         x.to(dd.device, non_blocking=True) for x in (batch.captions, batch.tokens, noisy, masked, image_t, text_t))
-    latents = text_latents = dd.vae.normalize(dd.vae.sample(*batch.images.unbind(1), posterior))
+    latents = text_latents = dd.vae.normalize(dd.vae.sample(*batch.images.unbind(1), vae_noise))
     if batch.text_images is not None:  # stage 2hr: the text half is about other images
-        text_latents = dd.vae.normalize(dd.vae.sample(*batch.text_images.unbind(1), posterior))
+        text_latents = dd.vae.normalize(dd.vae.sample(*batch.text_images.unbind(1), vae_noise))
     drawn = len(latents) if recipe.image_weight else 0  # Table 10: no image half
     return losses.joint_loss(
         dd.ddit, dd.t5, losses.ImageHalf(latents[:drawn], captions[:drawn], noise[:drawn], image_t[:drawn]),
@@ -172,8 +171,8 @@ def autoencoder_losses(dd, batch, recipe):
     """What a step of stage 0 learns from -> total, reconstruction, KL."""
     pixels, factor = batch.images.to(dd.device, non_blocking=True), dd.config.vae.factor
     shape = dd.config.vae.latent_channels, pixels.shape[2] // factor, pixels.shape[3] // factor
-    posterior = batch_noise(1, recipe.batch, shape, torch.Generator().manual_seed(batch.seed), dd.device)[0, batch.rows]
-    return losses.autoencoding_loss(dd.vae, pixels, posterior)
+    noise = batch_noise(1, recipe.batch, shape, torch.Generator().manual_seed(batch.seed), dd.device)[0, batch.rows]
+    return losses.autoencoding_loss(dd.vae, pixels, noise)
 
 
 # ---------------------------------------------------------------- where a stage starts
@@ -303,8 +302,10 @@ def parallelize(module, mesh, dtype, compiled=False):
 
 
 def make_optimizers(modules, recipe):
-    """-> optimizers, [(parameter, view)]. Muon, where the recipe has it, learns the matrices of linear and convolution
-    layers inside the blocks. AdamW learns all else; of that, matrices decay, but not biases, norms and embedding
+    """modules: {"ddit", "t5" or "vae": module} -> optimizers, [(parameter, view)].
+
+    Muon, where the recipe has it, learns the matrices of linear and convolution layers inside the blocks. AdamW learns
+    all else; of that, matrices decay, but not biases, norms and embedding
     tables. Muon wants plain matrices, so it learns a view of each parameter, on the same memory, a convolution's as
     (out, in * k * k)."""
     decayed, plain, views, muon_groups = [], [], [], []
@@ -518,13 +519,15 @@ class Log:
         handlers = {kind: signal.signal(kind, lambda number, frame: self.signals.append(number))
                     for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
                     if signal.getsignal(kind) != signal.SIG_IGN}  # as nohup has it
-        self.since = time.perf_counter()
-        for step, passes in zip(self.bar, loader):
-            yield step, passes
-            if not self.window:  # after a line of metrics the clock for images per second starts again
-                self.since = time.perf_counter()
-        for kind, handler in handlers.items():
-            signal.signal(kind, handler)
+        try:
+            self.since = time.perf_counter()
+            for step, passes in zip(self.bar, loader):
+                yield step, passes
+                if not self.window:  # after a line of metrics the clock for images per second starts again
+                    self.since = time.perf_counter()
+        finally:
+            for kind, handler in handlers.items():
+                signal.signal(kind, handler)
 
     def add(self, parts, batch):
         """Note one pass: its losses, and which images could not be read. Raises ValueError if those are too many."""
@@ -710,7 +713,7 @@ def write_model(args, recipe, weights, texts, settings, path):
         row, dd.t5 = dd.t5.row, dd.t5.frozen[0]
         dd.t5.shared.weight.data[dd.tokenizer.mask_id] = row.detach()
     if args.stage == "0":  # bring latents to mean 0 and deviation 1, which the transformer expects
-        pixels = torch.stack([texts.load(k, [])[1] for k in range(min(512, len(texts.ids)))])
+        pixels = torch.stack([texts.record(k, [])[1] for k in range(min(512, len(texts.ids)))])
         with torch.no_grad():
             z = torch.cat([dd.vae.encode(pixels[part])[0] for part in data.slices(len(pixels), *pixels.shape[2:])])
         dd.config.vae.shift, dd.config.vae.scale = z.mean().item(), 1 / z.std().item()

@@ -161,7 +161,7 @@ class VAE(nn.Module):
 
     @staticmethod
     def sample(mean, logvar, noise):
-        """A draw from the posterior, of standard normal noise of its shape."""
+        """A draw from the Gaussian; noise: standard normal, of its shape."""
         return mean + torch.exp(0.5 * logvar) * noise
 
     def normalize(self, z):

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
-from model import DTYPES, DualDiffusion
+from model import DTYPES, DualDiffusion, missing_parts
 from sample import (
     SHIPPED,
     Parser,
@@ -285,8 +285,8 @@ def main():
     dtype = DTYPES[args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")]  # as sample.py
     dd = DualDiffusion.load(args.ckpt, args.t5, args.vae, args.spiece, args.device, dtype)
     autoencoder_alone = dd.vae and not dd.ddit and not dd.t5  # what stage 0 leaves
-    if dd.missing and not autoencoder_alone:
-        fail(f"{args.ckpt}: holds no {' and no '.join(dd.missing)}; `python sample.py --ckpt {args.ckpt} --describe` "
+    if (missing := missing_parts(dd)) and not autoencoder_alone:
+        fail(f"{args.ckpt}: holds no {' and no '.join(missing)}; `python sample.py --ckpt {args.ckpt} --describe` "
              f"tells what it holds")
     if scores := BENCHMARKS[args.benchmark](dd, args):
         print(report(scores))

@@ -531,10 +531,10 @@ def test_the_next_image_takes_a_bad_ones_place():
                 raise ValueError(f"{i} is bad")
             return super().image(i)
     bad, subset = [], data.Subset(Bad(), np.arange(90))
-    assert [subset.load(k, bad)[0] for k in (1, 2, 87, 91, 92)] == [1, 3, 88, 1, 3]
+    assert [subset.record(k, bad)[0] for k in (1, 2, 87, 91, 92)] == [1, 3, 88, 1, 3]
     assert bad == ["2 is bad", "87 is bad", "2 is bad"]
     with pytest.raises(ValueError, match="a thousand bad images in a row, the last: 91 is bad"):
-        data.Subset(Bad(), np.arange(91, 92)).load(0, [])
+        data.Subset(Bad(), np.arange(91, 92)).record(0, [])
     data.check_bad([(k, "bad") for k in range(100)] * 2, 1100)
     with pytest.raises(ValueError, match="more than 100 bad images among the last thousand: .*the last: bad"):
         data.check_bad([(k, "bad") for k in range(101)], 101)
@@ -561,7 +561,7 @@ def test_latents_are_encoded_once(pictures, tmp_path):
     with open(f"{latents.path}.bad.txt") as f:
         assert f.read() == f"{pictures / '3.png'}: cannot be read as an image (the file is empty)\n"
     mean, logvar = vae.encode(torch.from_numpy(data.to_pixels([subset.source.image(5)])))
-    i, moments = encoded[0].load(4, [])
+    i, moments = encoded[0].record(4, [])
     assert i == 5 and torch.allclose(moments.float(), torch.stack([mean, logvar], 1)[0], atol=5e-3)
     with open(latents.path, "rb") as f:
         beginning = f.read(1000)
