@@ -1,6 +1,6 @@
-"""The measures of the published benchmarks, as pure functions. What each of them takes and gives, and whose definition it
-follows, its docstring says. Where an official program has an oddity that changes a score, so has this file; a comment
-says it. evaluate.py asks the questions and reads the files.
+"""The measures of the published benchmarks, as pure functions. What each takes and gives, and whose definition it
+follows, its docstring says. Where an official program has an oddity that changes a score, so has this file, and says
+it.
 """
 import itertools
 import re
@@ -14,15 +14,16 @@ NUMBERS = {"none": "0"} | {name: str(n) for n, name in enumerate(
     "zero one two three four five six seven eight nine ten".split())}
 ARTICLES = {"a", "an", "the"}
 CONTRACTIONS = """
-    ain't aren't can't couldn't couldn't've could've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
-    how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
-    oughtn't 'ow's'at shan't she'd've shouldn't shouldn't've should've somebody'd've somebody'll somebody's someone'd
-    someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
-    they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
-    where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't wouldn't wouldn't've would've
-    y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+    ain't aren't can't couldn't couldn't've could've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+    he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
+    needn't not've o'clock oughtn't 'ow's'at shan't she'd've shouldn't shouldn't've should've somebody'd've
+    somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll
+    that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
+    we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's
+    who've why'll why're why's won't wouldn't wouldn't've would've y'all y'all'll y'all'd've you'd you'd've
+    you'll you're you've""".split()
 # Each is known by itself with any one apostrophe left out. The official list has one misprint, which is kept.
-CONTRACTIONS = {word[:k] + word[k + 1:]: word for word in CONTRACTIONS for k, letter in enumerate(word) if letter == "'"}
+CONTRACTIONS = {word[:k] + word[k + 1:]: word for word in CONTRACTIONS for k in range(len(word)) if word[k] == "'"}
 CONTRACTIONS["somebody'd"] = "somebodyd"
 
 
@@ -38,8 +39,8 @@ def normal_answer(text):
 
 
 def vqa_score(answer, truths):
-    """How right an answer is, 0 to 1, by the answers of (usually ten) people (Antol et al., arXiv 1505.00468): one third
-    for each person that says the same, at most 1, and this averaged over all choices that leave out one person.
+    """How right an answer is, 0 to 1, by the answers of people, usually ten (Antol et al., arXiv 1505.00468): one
+    third for each person who says the same, at most 1, and this averaged over all choices that leave out one person.
 
     As the official program does, answers are normalised only where people differ."""
     answer, *truths = (re.sub(r"[\n\t]", " ", text).strip() for text in (answer, *truths))
@@ -83,11 +84,12 @@ def mme_score(pairs):
 
 # ---------------------------------------------------------------- captions: tokens, CIDEr-D
 
-ABBREVIATIONS = """a.m p.m ph.d adj adm adv al ala alex apr assn assoc asst atty aug ave bldg blvd brig bros calif capt cf cmdr
-    co col colo conn corp cos cpl ct dec dept det dr drs elec esq est etc ext feb fla fri ft ga gen gov govs hon inc ind insp intl
-    jan jos jr jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich minn mlle mme mo mon mont mr mrs ms msgr mt mtg
-    natl neb nev nov oct okla penn pfc ph plc prof pres pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st
-    ste supt sys tel tenn thu thurs tue tues univ va vs vt wed wis wisc wm wyo"""
+ABBREVIATIONS = """
+    a.m p.m ph.d adj adm adv al ala alex apr assn assoc asst atty aug ave bldg blvd brig bros calif capt cf cmdr co
+    col colo conn corp cos cpl ct dec dept det dr drs elec esq est etc ext feb fla fri ft ga gen gov govs hon inc ind
+    insp intl jan jos jr jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich minn mlle mme mo mon mont mr mrs
+    ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc prof pres pvt rd rep reps rev rt sen sens sep sept seq
+    sfc sgt spc sq sr st ste supt sys tel tenn thu thurs tue tues univ va vs vt wed wis wisc wm wyo"""
 ABBREVIATIONS = f"(?i:{'|'.join(map(re.escape, sorted(ABBREVIATIONS.split(), key=len, reverse=True)))})"
 TOKEN = re.compile(rf"""
     (?:https?://|www\.)\S*[\w/] | [\w.]+@\w[\w.]*\w | [@#][a-zA-Z]\w*    # addresses, names, tags
@@ -114,7 +116,8 @@ def ptb_tokens(caption):
             tokens, token = [*tokens, "y'"], token[2:]
         cut = TWO_WORDS.get(token.lower(), 0)
         tokens += [part.lower() for part in (token[:cut], token[cut:], *ends) if part]
-    return [BRACKETS.get(token, token) for token in tokens if not re.fullmatch(r"""[.,:;'"`“”–—…?!]|\.\.+|-+""", token)]
+    mark = re.compile(r"""[.,:;'"`“”–—…?!]|\.\.+|-+""")
+    return [BRACKETS.get(token, token) for token in tokens if not mark.fullmatch(token)]
 
 
 def cider_d(captions, references):
@@ -144,3 +147,21 @@ def cider_d(captions, references):
     total = np.log(len(references))
     return [10 * np.mean([similarity(vector, vectors(text)) for text in texts])
             for vector, texts in zip(map(vectors, captions), references)]
+
+
+# ---------------------------------------------------------------- any score
+
+
+def interval(scores):
+    """Wilson's 95% interval of a share, from its scores, in per cent. Of scores between 0 and 1 it is a safe one: none
+    vary more, with the same mean, than those that are all 0 or 1."""
+    z, n = 1.96, max(len(scores), 1)
+    p = sum(scores) / n
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return tuple(100 * min(max((middle + sign * half) / (1 + z * z / n), 0), 1) for sign in (-1, 1))
+
+
+def mean(name, scores):
+    """A score's line, in per cent, and its interval's."""
+    low, high = interval(scores)
+    return [f"{name} {100 * np.mean(scores):.2f}", f"  95% interval [{low:.2f}, {high:.2f}], {len(scores)} answers"]
