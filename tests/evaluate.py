@@ -214,7 +214,8 @@ def read_published(benchmarks, args):
         return benchmarks[args.benchmark](args)
     except (LookupError, TypeError, AttributeError) as error:
         files = " and ".join(filter(None, (args.annotations, args.questions, args.prompts)))
-        fail(f"{files}: not in the form in which {args.benchmark} is published ({type(error).__name__}: {error})")
+        why = f"no {error}" if isinstance(error, KeyError) else data.one_line(error)
+        fail(f"{files}: not in the form in which {args.benchmark} is published ({why})")
 
 
 # ---------------------------------------------------------------- one judge per thing judged

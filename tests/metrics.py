@@ -2,7 +2,9 @@
 follows, its docstring says. Where an official program has an oddity that changes a score, so has this file, and says
 it.
 """
+import functools
 import itertools
+import math
 import re
 from collections import Counter
 
@@ -27,6 +29,7 @@ CONTRACTIONS = {word[:k] + word[k + 1:]: word for word in CONTRACTIONS for k in 
 CONTRACTIONS["somebody'd"] = "somebodyd"
 
 
+@functools.lru_cache(maxsize=2 ** 20)
 def normal_answer(text):
     """An answer as VQA compares it: without punctuation and articles, small numbers as digits, contractions with their
     apostrophes. A mark that touches a blank goes; any other becomes a blank, but if the answer has a comma between
@@ -95,9 +98,9 @@ TOKEN = re.compile(rf"""
     (?:https?://|www\.)\S*[\w/] | [\w.]+@\w[\w.]*\w | [@#][a-zA-Z]\w*    # addresses, names, tags
   | (?:[a-zA-Z]\.)+[a-zA-Z](?![\w'])\.? | [a-zA-Z]\.(?!\w)               # u.s. and T.
   | {ABBREVIATIONS}\.(?!\w) | (?:Az|La|Pa|Ark|Del|Ill|Ore|Tex|Mass|Miss|Wash)\.(?!\w) | [Nn]o\.(?=\s*\d)
-  | \d+:\d\d | \d+\.\d+(?=[a-zA-Z]) | (?:(?<!\S)[+-])?\d+(?:[.,/:-]\d+)*(?![\w/-])   # times, numbers, dates
+  | \d*(?:[.,:]\d+)+ | (?:(?<!\S)[+-])?\d+(?:[/-]\d+)*(?![\w/-])         # times, numbers, dates
   | '[nN]'(?!\w) | '\d0s | (?<!\d)'\d\d(?!\w) | '(?:em|til|s)(?!\w) | 't(?=is|was) | <[a-zA-Z/][^<>]*>
-  | [^\W_]+(?:(?:[./_-]|(?<=[A-Z])&(?=[A-Z])|(?<=[^\W\d])'(?=[^\W\d]))[^\W_]+)*  # t-shirt, and/or, AT&T, o'clock
+  | [^\W_]+(?:(?:[./_-]|(?<=[A-Z])&(?=[A-Z])|(?<=[^\W\d])'(?!n')(?=[^\W\d]))[^\W_]+)*  # t-shirt, and/or, AT&T, o'clock
   | [?!]+ | \.\.+ | --+ | \S""", re.VERBOSE)
 ENDINGS = re.compile(r"(?i)(.+?)(n't|'s|'m|'re|'ve|'ll|'d)$")  # what follows a word as a token of its own
 TWO_WORDS = {"cannot": 3, "gonna": 3, "gotta": 3, "wanna": 3, "gimme": 3, "lemme": 3}  # and where the second begins
@@ -135,16 +138,16 @@ def cider_d(captions, references):
         """-> n-gram's weight for each n, their norms, the length"""
         parts = [{}, {}, {}, {}]
         for ngram, count in ngrams(tokens).items():
-            parts[len(ngram) - 1][ngram] = count * (total - np.log(max(1, images_with[ngram])))
+            parts[len(ngram) - 1][ngram] = count * (total - math.log(max(1, images_with[ngram])))
         return parts, [sum(w * w for w in part.values()) ** 0.5 for part in parts], max(len(tokens) - 1, 0)
 
     def similarity(a, b):
-        penalty = np.exp(-(a[2] - b[2]) ** 2 / (2 * 6 ** 2))
+        penalty = math.exp(-(a[2] - b[2]) ** 2 / (2 * 6 ** 2))
         return penalty * np.mean([sum(min(w, y.get(ngram, 0)) * y.get(ngram, 0) for ngram, w in x.items()) /
                                   (x_norm * y_norm or 1) for x, y, x_norm, y_norm in zip(a[0], b[0], a[1], b[1])])
 
     images_with = Counter(itertools.chain.from_iterable(set().union(*map(ngrams, texts)) for texts in references))
-    total = np.log(len(references))
+    total = math.log(len(references))
     return [10 * np.mean([similarity(vector, vectors(text)) for text in texts])
             for vector, texts in zip(map(vectors, captions), references)]
 

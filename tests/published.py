@@ -179,7 +179,8 @@ def read_rows(path, *names):
             raise ValueError
     except ValueError:
         value = data.parse("\n".join(lines), path, (list, dict), "a list or an object")
-        value = next((value[name] for name in names if name in value), value) if isinstance(value, dict) else value
+        if names and isinstance(value, dict):
+            value = value[next((name for name in names if name in value), names[0])]
         if not value:
             raise ValueError(f"{path}: is empty") from None
         return value
