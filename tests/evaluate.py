@@ -143,6 +143,7 @@ def write_results(dd, args, asked, paths):
     """Ask the model about images, and write the answers of each batch at once -> list of str. An interrupted run goes
     on after its last whole batch. Every batch has random numbers of its own, so the file becomes the same."""
     size, texts = dd.config.settings.size, []
+    rows = max(1, data.PIXELS // size ** 2)  # of a batch
     with open(asked.path, "ab+") as f:
         f.seek(0)
         lines = f.read().split(b"\n")[:-1][:len(paths)]
@@ -151,7 +152,7 @@ def write_results(dd, args, asked, paths):
             if texts[k] is None or published.encode(asked, k, texts[k]) != line + b"\n":
                 raise ValueError(f"{asked.path}, line {k + 1}: is not of this run; remove the file, or give another "
                                  "--out")
-        whole = len(texts) if len(texts) == len(paths) else len(texts) // (n := max(1, data.PIXELS // size ** 2)) * n
+        whole = len(texts) if len(texts) == len(paths) else len(texts) // rows * rows
         f.truncate(sum(len(line) + 1 for line in lines[:whole]))
         del texts[whole:]
         for part in data.slices(len(paths), size, size, f"writing {os.path.basename(asked.path)}"):
