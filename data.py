@@ -309,7 +309,7 @@ class Record(NamedTuple):
         of a conversation every question counts, each alone, with the answer after it. base: the folder that paths start
         from; where: for messages."""
         try:
-            if "question_id" in row and "text" in row:
+            if "question_id" in row and "text" in row and "question" not in row:
                 row = row | {"question": row["text"], "answer": row.get("label"), "text": None}
             image = row.get("image") or row.get("image_path") or row.get("file_name") or ""
             captions = [row[key] for key in ("re_caption", "caption", "text") if row.get(key)]
