@@ -298,22 +298,25 @@ class Record(NamedTuple):
     """One image and its texts."""
     image: str                  # a path; in a .tar, the shard's path and the member's name
     captions: tuple             # of str; may be empty where there are questions
-    questions: tuple            # of (question, answer)
+    questions: tuple            # of (question, answer); of many people's answers all, the most frequent first
     span: tuple = ("", 0, -1)   # where its bytes are: shard ("": a file of its own), the first, how many (-1: all)
 
     @classmethod
     def read(cls, row, base, where, *span):
         """A JSON object in one of the forms that people have -> Record, or None if the image or all text is missing. A
-        "re_caption" counts alone; of many people's answers the most frequent; of a conversation every question, each
-        alone, with the answer after it. base: the folder that paths start from; where: for messages."""
+        "re_caption" counts alone; the "text" of a row with "question_id" is a question, its "label" the answer (POPE);
+        of a conversation every question counts, each alone, with the answer after it. base: the folder that paths start
+        from; where: for messages."""
         try:
+            if "question_id" in row and "text" in row and "question" not in row:
+                row = row | {"question": row["text"], "answer": row.get("label"), "text": None}
             image = row.get("image") or row.get("image_path") or row.get("file_name") or ""
             captions = [row[key] for key in ("re_caption", "caption", "text") if row.get(key)]
             answers = row.get("answers", row.get("answer"))
             answers = answers if isinstance(answers, list) else [answers]
             answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
-            answer = max(filter(None, answers), key=answers.count, default=None)
-            questions = [(row["question"], answer)] if row.get("question") and answer else []
+            answers = sorted(filter(None, answers), key=answers.count, reverse=True)
+            questions = [(row["question"], *answers)] if row.get("question") and answers else []
             turns = row.get("conversations") or []  # LLaVA: a human and the model in turn
             questions += [(a["value"].replace("<image>", "").strip(), b["value"].strip())
                           for a, b in zip(turns, turns[1:]) if (a["from"], b["from"]) == ("human", "gpt")]
@@ -488,7 +491,8 @@ class Records:
         return pick(rng, self.record(i).captions or (None,))
 
     def question(self, i, rng):
-        return pick(rng, self.record(i).questions or (None,))
+        question = pick(rng, self.record(i).questions or (None,))
+        return question and question[:2]
 
 
 def write_index(path, sources):

@@ -2,23 +2,33 @@
 
     python tests/evaluate.py world                                    the shipped model, on the built-in world
     python tests/evaluate.py data --ckpt FILE --data TEST.jsonl       a model of your own, on images of your own
+    python tests/evaluate.py vqa --ckpt FILE --annotations A.json --questions Q.json --images DIR --out R.json
+    python tests/evaluate.py vqa --annotations A.json --results R.json        scores what is there, without a model
 
-A benchmark is one function: it takes the model and the arguments, and gives {name: scores}, the scores from 0 (wrong)
-to 1 (right), one per answer, caption or drawing. All of them share what else there is: arguments, progress bars, the
-95% interval of a mean. So to add one is to write that function and to list it in BENCHMARKS.
+A benchmark is one function. Those in JUDGED take the model and the arguments, and give {name: scores}, the scores from
+0 (wrong) to 1 (right), one per answer, caption or drawing. The others are in published.py: those in ASKED give what to
+ask, and a function from the answers to the lines to print; those in DRAWN give what to draw. All else is shared:
+arguments, progress bars, the 95% interval of a mean, and result files in the official format, with which an interrupted
+run goes on. The measures are in metrics.py. So to add a benchmark is to write its function and to list it.
 """
 import argparse
 import colorsys
 import itertools
+import json
 import os
 import sys
+import zlib
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch comes; sample.py says why
 
 import numpy as np
 import torch
+from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import published
+from metrics import interval, vqa_score
+
 import data
 from model import DTYPES, DualDiffusion, missing_parts
 from sample import (
@@ -30,6 +40,7 @@ from sample import (
     default_device,
     existing_device,
     fail,
+    latent_size,
     number,
     run_program,
     seed,
@@ -74,8 +85,9 @@ def world(dd, args):
 def own_data(dd, args):
     """Images of your own (--data): one answer and one caption for each, which must equal the one in the data.
 
-    Capitals and blanks at the ends do not count. Where a record has several captions or questions, one is drawn. With
-    --unseen only those images that train.py kept apart. A model of stage 0 is judged by its reconstructions."""
+    Capitals and blanks at the ends do not count. Where a record has several captions or questions, one is drawn. Where
+    it has the answers of four people or more, they count as in VQA; of two or three, each is right. With --unseen only
+    those images that train.py kept apart. A model of stage 0 is judged by its reconstructions."""
     source = data.Records(args.data, dd.config.settings.size)
     rng, generator = np.random.default_rng([args.seed, 2]), torch.Generator().manual_seed(args.seed)
     ids = source.split(250)[0] if args.unseen else np.arange(len(source))
@@ -90,7 +102,7 @@ def own_data(dd, args):
         reconstruct(dd, source, ids)
         return {}
 
-    questions = [(i, *pair) for i in ids if (pair := source.question(i, rng))]
+    questions = [(i, *entry) for i in ids if (entry := data.pick(rng, source.record(i).questions or (None,)))]
     captioned = [i for i in ids if source.caption(i, np.random.default_rng(0)) is not None]
     scores = {"answers": judge_answers(dd, source, questions, generator)}
     captions = write_captions(dd, source, captioned, generator)
@@ -98,7 +110,113 @@ def own_data(dd, args):
     return {name: values for name, values in scores.items() if values}
 
 
-BENCHMARKS = {"world": world, "data": own_data}
+JUDGED = {"world": world, "data": own_data}
+ASKED = {name: getattr(published, name) for name in ("vqa", "gqa", "pope", "mme", "coco")}
+DRAWN = {name: getattr(published, name) for name in ("geneval", "pictures")}
+BENCHMARKS = JUDGED | ASKED | DRAWN
+
+
+# ---------------------------------------------------------------- asking and drawing, with result files
+
+
+def lock_results(dd, args, job=""):
+    """Make way for what a run writes. Beside it, OUT.settings says of which model and settings it is: no run goes on
+    with the results of another. -> that file, locked until it is closed. Raises ValueError if it is of another run."""
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    weights = b"".join(p.flatten()[:256].float().cpu().numpy().tobytes() for p in dd.state_dict().values())
+    settings = json.dumps({"benchmark": args.benchmark, "ckpt": os.path.basename(args.ckpt), "seed": args.seed,
+                           "weights": f"{zlib.crc32(weights):08x}", "job": f"{zlib.crc32(repr(job).encode()):08x}"})
+    path, begun = f"{args.out}.settings", os.path.exists(args.out)
+    begun = begun and (os.path.isfile(args.out) or bool(os.listdir(args.out)))
+    lock = data.claim(path)
+    with open(path, "r+") as f:
+        if begun and f.read() != settings:
+            raise ValueError(f"{args.out}: holds results of another model or of other settings; remove it, or give "
+                             "another --out")
+        f.seek(0)
+        f.truncate()
+        f.write(settings)
+    return lock
+
+
+def write_results(dd, args, asked, paths):
+    """Ask the model about images, and write the answers of each batch at once -> list of str. An interrupted run goes
+    on after its last whole batch. Every batch has random numbers of its own, so the file becomes the same."""
+    size, texts = dd.config.settings.size, []
+    rows = max(1, data.PIXELS // size ** 2)  # of a batch
+    with open(asked.path, "ab+") as f:
+        f.seek(0)
+        lines = f.read().split(b"\n")[:-1][:len(paths)]
+        for k, line in enumerate(lines):
+            texts.append(published.decode(asked, line))
+            if texts[k] is None or published.encode(asked, k, texts[k]) != line + b"\n":
+                raise ValueError(f"{asked.path}, line {k + 1}: is not of this run; remove the file, or give another "
+                                 "--out")
+        whole = len(texts) if len(texts) == len(paths) else len(texts) // rows * rows
+        f.truncate(sum(len(line) + 1 for line in lines[:whole]))
+        del texts[whole:]
+        for part in data.slices(len(paths), size, size, f"writing {os.path.basename(asked.path)}"):
+            if part.stop > whole:
+                generator = torch.Generator().manual_seed(args.seed * 1_000_003 + part.start)
+                pixels = torch.from_numpy(data.to_pixels([data.load_image(path, size) for path in paths[part]]))
+                new = (answer(dd, pixels, asked.texts[part], generator=generator) if asked.texts else
+                       caption(dd, pixels, generator=generator))
+                new = [" ".join(text.split()) for text in new]
+                texts += [text.lower().rstrip(".") for text in new] if args.benchmark == "gqa" else new
+                f.write(b"".join(published.encode(asked, k, texts[k]) for k in range(part.start, part.stop)))
+                f.flush()
+        if asked.path.endswith(".json"):
+            f.write(b"]\n")
+    return texts
+
+
+def ask(args):
+    """A benchmark of questions, scored from --results or by asking the model -> the lines to print."""
+    sheets, score = read_published(ASKED, args)
+    if args.results:
+        return score(*(published.read_results(asked, partly=args.benchmark == "coco") for asked in sheets))
+    paths = [published.find_images(args.images, asked.images, os.path.splitext(os.path.basename(asked.path))[0])
+             for asked in sheets]
+    dd = load_model(args)
+    with lock_results(dd, args):
+        if args.benchmark == "mme":
+            os.makedirs(args.out, exist_ok=True)
+        return score(*(write_results(dd, args, asked, images) for asked, images in zip(sheets, paths)))
+
+
+def draw(args):
+    """A benchmark of drawings. Every image has random numbers of its own; an interrupted run goes on at the first batch
+    that is not whole. -> the lines to print"""
+    jobs, notes = read_published(DRAWN, args)
+    dd = load_model(args)
+    settings = dd.config.settings
+    shape = (dd.config.vae.latent_channels, *latent_size(dd, settings.size, settings.size))
+    with lock_results(dd, args, jobs):
+        for folder in {os.path.dirname(path) for _, path in jobs}:
+            os.makedirs(folder, exist_ok=True)
+        for path, text in notes.items():
+            with data.replacing(path) as beside, open(beside, "w") as f:
+                f.write(text)
+        for part in data.slices(len(jobs), settings.size, settings.size, "drawing"):
+            prompts, paths = zip(*jobs[part])
+            if not all(map(os.path.exists, paths)):
+                seeds = [args.seed * 1_000_003 + k for k in range(part.start, part.stop)]
+                noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+                pixels = text_to_image(dd, prompts, cfg=settings.cfg, shift=settings.shift, noise=noise)
+                for path, image in zip(paths, data.to_images(pixels)):
+                    with data.replacing(path) as beside:
+                        Image.fromarray(image).save(beside, "PNG")
+    return [f"{args.out}: {len(jobs)} images"]
+
+
+def read_published(benchmarks, args):
+    """What a benchmark makes of its published files. If they have another form, this ends the program."""
+    try:
+        return benchmarks[args.benchmark](args)
+    except (LookupError, TypeError, AttributeError) as error:
+        files = " and ".join(filter(None, (args.annotations, args.questions, args.prompts)))
+        why = f"no {error}" if isinstance(error, KeyError) else data.one_line(error)
+        fail(f"{files}: not in the form in which {args.benchmark} is published ({why})")
 
 
 # ---------------------------------------------------------------- one judge per thing judged
@@ -121,9 +239,11 @@ def write_answers(dd, source, ids, questions, generator):
 
 
 def judge_answers(dd, source, questions, generator):
-    """questions: [(i, question, its right answer)] about images i of the source -> list of bool."""
-    ids, texts, truths = zip(*questions) if questions else ((), (), ())
-    return list(map(same_text, write_answers(dd, source, ids, texts, generator), truths))
+    """questions: [(i, question, its right answer or those of several people)] about images i of the source -> list of
+    scores, 0 to 1."""
+    ids, texts, truths = zip(*((i, text, people) for i, text, *people in questions)) if questions else ((), (), ())
+    return [vqa_score(text, people) if len(people) > 3 else any(same_text(text, truth) for truth in people)
+            for text, people in zip(write_answers(dd, source, ids, texts, generator), truths)]
 
 
 def write_captions(dd, source, ids, generator):
@@ -237,15 +357,6 @@ def fit_outline(patch, y, x):
 # ---------------------------------------------------------------- figures, arguments
 
 
-def interval(scores):
-    """Wilson's 95% interval of a share, from its scores, in per cent. Of scores between 0 and 1 it is a safe one: none
-    vary more, with the same mean, than those that are all 0 or 1."""
-    z, n = 1.96, max(len(scores), 1)
-    p = sum(scores) / n
-    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return tuple(100 * min(max((middle + sign * half) / (1 + z * z / n), 0), 1) for sign in (-1, 1))
-
-
 def report(scores):
     """{name: scores} -> one line per name: the mean in per cent, its interval, the sum of how many."""
     return "\n".join("{:26s}{:6.1f}%  [{:.1f}, {:.1f}]  {:.10g}/{}".format(
@@ -253,8 +364,30 @@ def report(scores):
         for name, values in scores.items())
 
 
+NEEDS = {"world": "", "data": "data", "vqa": "annotations images", "gqa": "questions images",
+         "pope": "questions images", "mme": "questions images", "coco": "annotations images", "geneval": "prompts out",
+         "pictures": "prompts out"}
+
+
+def check_files(args):
+    """Does the benchmark have the files that it needs, and no others?"""
+    needs = NEEDS[args.benchmark].split()
+    may = {*needs, *(["results", "out"] if args.benchmark in ASKED else []),
+           *(["questions"] if args.benchmark == "vqa" else [])}
+    if args.results:
+        needs = [name for name in needs if name == "annotations" or name == "questions" and args.benchmark != "mme"]
+    for name in ("data", "annotations", "questions", "images", "results", "prompts", "out"):
+        if getattr(args, name) and name not in may:
+            fail(f"{args.benchmark} has no use for it: leave out --{name}")
+    for name in needs:
+        if not getattr(args, name):
+            fail(f"{args.benchmark} wants --{name} (--help shows how)")
+    if args.results and args.num:
+        fail("--results are scored whole: leave out --num")
+
+
 def parse_args():
-    first_lines = (f"  {name:6s} {benchmark.__doc__.splitlines()[0]}" for name, benchmark in BENCHMARKS.items())
+    first_lines = (f"  {name:8s} {benchmark.__doc__.splitlines()[0]}" for name, benchmark in BENCHMARKS.items())
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="benchmarks:\n" + "\n".join(first_lines))
     parser.add_argument("benchmark", choices=list(BENCHMARKS))
@@ -265,31 +398,49 @@ def parse_args():
                         "folders")
     parser.add_argument("--unseen", action="store_true", help="of --data only the images that train.py keeps apart and "
                         "never learns from: one in twenty, at most 250")
-    parser.add_argument("--num", type=number(int, 1, 10 ** 6), default=1000,
-                        help="images to judge on, at most; default: 1000")
+    parser.add_argument("--annotations", metavar="FILE", help="of vqa, coco: what people said, as published")
+    parser.add_argument("--questions", metavar="FILE", help="of vqa, gqa, pope, and of mme a folder: as published")
+    parser.add_argument("--images", metavar="DIR", help="the folder of their images")
+    parser.add_argument("--prompts", metavar="FILE", help="of geneval, pictures: what to draw")
+    parser.add_argument("--out", metavar="FILE", help="where to write the results, in the official format, or the "
+                        "images (a folder); after an interruption the same command goes on; default of the results: "
+                        "vqa.json, gqa.json, pope.jsonl, mme, coco.json")
+    parser.add_argument("--results", metavar="FILE", help="score these results, without a model")
+    parser.add_argument("--num", type=number(int, 1, 10 ** 6), help="images to judge on, at most, or of the published "
+                        "benchmarks how many of the first questions, images, prompts; default: 1000, or all")
     parser.add_argument("--kinds", nargs="+", choices=[*data.KINDS, "same"], default=list(data.KINDS), metavar="KIND",
                         help="of questions in the built-in world, as train.py's; default: all but same")
     parser.add_argument("--seed", type=seed, default=0, help="of scenes, of what is drawn from --data, and of sampling")
     parser.add_argument("--device", type=existing_device, default=default_device())
     parser.add_argument("--dtype", choices=list(DTYPES), help="to compute in; default: bf16 on a GPU, fp32 on a CPU")
     args = parser.parse_args()
-    if args.benchmark == "world" and args.data:
-        fail("world draws its own images: leave out --data, or take the benchmark data")
-    if args.benchmark != "world" and not args.data:
-        fail(f"{args.benchmark} wants --data: the images and texts to judge on")
+    check_files(args)
+    if args.benchmark in JUDGED:
+        args.num = args.num or 1000
+    endings = {"pope": ".jsonl", "mme": ""}
+    args.out = (args.results or args.out or args.benchmark + endings.get(args.benchmark, ".json")).rstrip("/")
+    if args.benchmark in ("vqa", "gqa", "coco") and not args.results and not args.out.endswith(".json"):
+        fail(f"--out {args.out}: give a name that ends in .json")
     return args
+
+
+def load_model(args):
+    dtype = DTYPES[args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")]  # as sample.py
+    dd = DualDiffusion.load(args.ckpt, args.t5, args.vae, args.spiece, args.device, dtype)
+    autoencoder_alone = args.benchmark in JUDGED and dd.vae and not dd.ddit and not dd.t5  # what stage 0 leaves
+    if (missing := missing_parts(dd)) and not autoencoder_alone:
+        fail(f"{args.ckpt}: holds no {' and no '.join(missing)}; `python sample.py --ckpt {args.ckpt} --describe` "
+             f"tells what it holds")
+    return dd
 
 
 def main():
     args = parse_args()
-    dtype = DTYPES[args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")]  # as sample.py
-    dd = DualDiffusion.load(args.ckpt, args.t5, args.vae, args.spiece, args.device, dtype)
-    autoencoder_alone = dd.vae and not dd.ddit and not dd.t5  # what stage 0 leaves
-    if (missing := missing_parts(dd)) and not autoencoder_alone:
-        fail(f"{args.ckpt}: holds no {' and no '.join(missing)}; `python sample.py --ckpt {args.ckpt} --describe` "
-             f"tells what it holds")
-    if scores := BENCHMARKS[args.benchmark](dd, args):
-        print(report(scores))
+    if args.benchmark in JUDGED:
+        if scores := JUDGED[args.benchmark](load_model(args), args):
+            print(report(scores))
+    else:
+        print("\n".join((ask if args.benchmark in ASKED else draw)(args)))
 
 
 if __name__ == "__main__":

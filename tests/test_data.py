@@ -151,12 +151,13 @@ ROWS = [({"image": "0.png", "caption": "zero"}, (0, ("zero",), ())),
         ({"image_path": "1.png", "caption": "one", "re_caption": "a one"}, (10, ("a one",), ())),
         ({"image": "2.png", "question": "which?", "answers": "two"}, (20, (), (("which?", "two"),))),
         ({"image": "3.png", "question": "?", "answers": [{"answer": "b"}, {"answer": "a"}, {"answer": "a"}]},
-         (30, (), (("?", "a"),))),
+         (30, (), (("?", "a", "a", "b"),))),
         ({"image": "4.png", "conversations": [
             {"from": "system", "value": "be brief"},
             {"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "four"},
             {"from": "human", "value": "sure?"}, {"from": "gpt", "value": "yes"}]},
-         (40, (), (("what is it?", "four"), ("sure?", "yes"))))]
+         (40, (), (("what is it?", "four"), ("sure?", "yes")))),
+        ({"question_id": 7, "image": "5.png", "text": "is it?", "label": "no"}, (50, (), (("is it?", "no"),)))]
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
@@ -171,8 +172,9 @@ def test_json_in_every_form(pictures, ending, capsys):
     records = data.Records(path, 16)
     assert said(records) == list(wanted) and "left out: 1" in capsys.readouterr().err
     assert {records.question(4, RNG) for _ in range(50)} == set(wanted[4][2])
-    assert [records.caption(i, RNG) for i in range(5)] == ["zero", "a one", None, None, None]
-    assert (records.captioned, records.questioned) == (2, 3) and records.question(0, RNG) is None
+    assert [records.caption(i, RNG) for i in range(6)] == ["zero", "a one", None, None, None, None]
+    assert records.question(3, RNG) == ("?", "a")  # what most people said
+    assert (records.captioned, records.questioned) == (2, 4) and records.question(0, RNG) is None
     assert len(data.Records([path, path], 16)) == 2 * len(wanted)
 
 

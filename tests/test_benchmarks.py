@@ -1,0 +1,304 @@
+"""The paper's benchmarks: the measures, against values of the official programs; files, results, runs cut off."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import evaluate
+import metrics
+import numpy as np
+import pytest
+from PIL import Image
+from test_evaluate import figures, run
+
+from data import World
+
+with open(os.path.join(os.path.dirname(__file__), "golden_scores.json")) as f:
+    GOLDEN = json.load(f)  # its "about" says where the values come from
+N = 12  # images in `published`
+
+
+# ---------------------------------------------------------------- the measures
+
+
+def test_vqa_as_the_official_program():
+    for case in GOLDEN["vqa"]:
+        assert metrics.vqa_score(case["answer"], case["people"]) == pytest.approx(case["score"], abs=1e-6), case
+
+
+@pytest.mark.parametrize("text, normal", {
+    "The 2 dogs.": "2 dogs", "two-thirds": "2 thirds", "t - shirt": "t shirt", "1,000 (about)": "1000 about",
+    "None": "0", "dont": "don't", "youd've": "you'd've", "3.5": "3.5", "U.S.": "us", "a b. c": "b c", "a": "",
+    "man's": "man's", "10:30": "10:30", "somebody'd": "somebodyd", "well": "well", "TEN an": "10"}.items())
+def test_normal_answers(text, normal):
+    assert metrics.normal_answer(text) == normal
+
+
+def test_where_all_people_agree_answers_are_compared_as_they_are():
+    assert metrics.vqa_score("Two", ["two"] * 10) == 1 and metrics.vqa_score("2", ["two"] * 10) == 0
+    assert metrics.vqa_score("2", ["two"] * 9 + ["3"]) == 1
+
+
+def coco_tokens():
+    return ([metrics.ptb_tokens(case["caption"]) for case in GOLDEN["coco"]],
+            [list(map(metrics.ptb_tokens, case["references"])) for case in GOLDEN["coco"]])
+
+
+def test_cider_as_the_official_program():
+    scores = metrics.cider_d(*coco_tokens())
+    assert np.abs(np.array(scores) - [case["score"] for case in GOLDEN["coco"]]).max() < 1e-5
+    assert np.mean(scores) == pytest.approx(GOLDEN["cider"], rel=1e-5)
+
+
+def test_tokens_as_the_official_program():
+    """The golden scores are made so; this makes them anew, where pycocoevalcap and Java are installed."""
+    tokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
+    if not shutil.which("java"):
+        pytest.skip("no Java")
+    texts = [text for case in GOLDEN["coco"] for text in (case["caption"], *case["references"])]
+    official = tokenizer.PTBTokenizer().tokenize({k: [{"caption": text}] for k, text in enumerate(texts)})
+    assert [" ".join(metrics.ptb_tokens(text)) for text in texts] == [official[k][0] for k in range(len(texts))]
+
+
+@pytest.mark.parametrize("text, tokens", {
+    "A man's dog doesn't bark, it can't!": "a man 's dog does n't bark it ca n't", "": "", " . ": "",
+    "two-tone T-shirt & 50% of $5 (new)": "two-tone t-shirt & 50 % of $ 5 -lrb- new -rrb-",
+    "at 10:30 a.m. on Main St. in the U.S.": "at 10:30 a.m. on main st. in the u.s.",
+    "It sat in the sun.It is gonna rain... 1,000 times": "it sat in the sun.it is gon na rain 1,000 times",
+    "'quoted' \"words\" -- the dogs' o'clock": "quoted words the dogs o'clock"}.items())
+def test_tokens(text, tokens):
+    assert metrics.ptb_tokens(text) == tokens.split()
+
+
+def test_cider_of_the_same_and_of_nothing():
+    references = [["a b c d e".split()], ["f g h i j".split()]]
+    assert metrics.cider_d([references[0][0], []], references) == pytest.approx([10, 0])
+    assert metrics.cider_d([["a"]], [[["a"]]]) == [0]  # with one image no word is rare: log 1
+
+
+def test_pope_by_hand():
+    answers = ["Yes, it is.", "No.", "There is not a dog", "yes. no", "NO", "no, never", "I see nothing", "Yes"]
+    assert [metrics.pope_says_yes(text) for text in answers] == [True, False, False, True, True, False, True, True]
+    scores = metrics.pope_scores(["yes", "no", "yes", "yes", "no", "no", "no", "yes"], answers)
+    assert scores == pytest.approx({"accuracy": 5 / 8, "precision": 3 / 5, "recall": 3 / 4, "f1": 2 / 3,
+                                    "yes_ratio": 5 / 8})
+    assert metrics.pope_scores(["no"], ["no"])["f1"] == 0
+
+
+def test_mme_by_hand():
+    pairs = [(("Yes", "Yes, sure"), ("No", "no")), (("Yes", " yes"), ("No", "I do not know")),
+             (("Yes", "maybe"), ("No", "No."))]
+    assert metrics.mme_score(pairs) == pytest.approx(100 * 4 / 6 + 100 * 1 / 3)
+    assert metrics.mme_score(pairs[:1]) == 200
+
+
+# ---------------------------------------------------------------- files and runs
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Scenes of the world in the form of each benchmark, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    rng, world = np.random.default_rng(0), World(3)
+    questions, people, gqa, pope, mme, images, captions = [], [], {}, [], [], [], []
+    os.makedirs("img/sub")
+    for i in range(N):
+        name = f"COCO_val2014_{i:012}.png"
+        Image.fromarray(world.image(i)).save(f"img/{name}")
+        (question, answer), (exists, label) = world.question(i, rng, "where"), world.question(i, rng, "exists")
+        questions.append({"image_id": i, "question_id": 10 * i, "question": question})
+        people.append({"image_id": i, "question_id": 10 * i, "answer_type": "other" if i % 3 else "number", "answers": [
+            {"answer": answer if k < 8 else "it", "answer_id": k} for k in range(10)]})
+        gqa[str(i)] = {"question": question, "imageId": str(i), "answer": answer, "isBalanced": i != 5}
+        pope.append({"question_id": i, "image": name, "text": exists, "label": label})
+        mme += [f"{name}\t{exists}\t{label}", f"{name}\tis there a blue dog?\tno"]
+        images.append({"id": i, "file_name": name})
+        captions += [{"image_id": i, "caption": world.caption(i, rng)} for _ in range(3)]
+    write("q.json", {"questions": questions})
+    write("a.json", {"annotations": people})
+    write("viz.json", [{"image": row["file_name"], "question": q["question"], "answers": p["answers"]}
+                       for row, q, p in zip(images, questions, people)])
+    write("g.json", gqa)
+    write("c.json", {"images": images, "annotations": captions})
+    os.mkdir("mme_q")
+    drawn = [json.dumps({"prompt": "a red circle", "tag": k}) for k in range(2)]
+    for path, lines in {"p.json": map(json.dumps, pope), "mme_q/existence.txt": mme, "g.jsonl": drawn,
+                        "prompts.txt": ["a red circle"] * 3}.items():
+        with open(path, "w") as f:
+            f.write("\n".join(lines) + "\n")
+
+
+def write(path, value):
+    with open(path, "w") as f:
+        json.dump(value, f)
+
+
+def read(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+COMMANDS = {  # kind: files, those without a model, the result file
+    "vqa": ("--annotations a.json --questions q.json --images img --out r.json", "--annotations a.json", "r.json"),
+    "vizwiz": ("--annotations viz.json --images img --out v.json", "--annotations viz.json", "v.json"),
+    "gqa": ("--questions g.json --images img --out g_r.json", "--questions g.json", "g_r.json"),
+    "pope": ("--questions p.json --images img --out p_r.jsonl", "--questions p.json", "p_r.jsonl"),
+    "mme": ("--questions mme_q --images img --out mme_r", "", "mme_r"),
+    "coco": ("--annotations c.json --images img --out c_r.json", "--annotations c.json", "c_r.json")}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_run_and_its_results(published, name, monkeypatch, capsys):
+    files, without, results = COMMANDS[name]
+    kind = "vqa" if name == "vizwiz" else name
+    out, _ = run(monkeypatch, capsys, kind, *files.split())
+    scored, _ = run(monkeypatch, capsys, kind, *without.split(), "--results", results, "--ckpt", "no/model")
+    assert scored == out
+    scores = dict(line.rsplit(" ", 1) for line in out.splitlines() if "interval" not in line)
+    if name == "coco":
+        assert float(scores["cider"]) > 3
+        assert [row.keys() == {"image_id", "caption"} for row in json.loads(read(results))] == [True] * N
+    elif name == "mme":
+        assert scores["total"] == scores["existence"] and 100 < float(scores["total"]) <= 200
+        assert len(read("mme_r/existence.txt").splitlines()[0].split(b"\t")) == 4
+    else:
+        assert float(scores["accuracy"]) > 80 and "95% interval [" in out
+    if name == "vqa":
+        assert {"accuracy", "  number", "  other"} == scores.keys()
+    if name == "vizwiz":
+        assert json.loads(read(results))[0].keys() == {"image", "answer"}
+    if name == "gqa":
+        assert len(json.loads(read(results))) == N - 1  # one is not balanced
+    if name == "pope":
+        assert list(scores) == ["accuracy", "precision", "recall", "f1", "yes_ratio"]
+        assert json.loads(read(results).splitlines()[0]).keys() == {"question_id", "answer"}
+
+
+def test_known_results(published, monkeypatch, capsys):
+    """Scores of results whose right score is known, from results in the order of their own."""
+    write("r.json", [{"question_id": 10 * i, "answer": "it" if i < 6 else "Nowhere!"} for i in reversed(range(N))])
+    out = run(monkeypatch, capsys, "vqa", "--annotations", "a.json", "--results", "r.json")[0]
+    one = (2 * 1 / 3 + 8 * 2 / 3) / 10  # of two who say "it", one or none is left out
+    assert out.splitlines()[0] == f"accuracy {100 * one / 2:.2f}"
+    with open("c.json") as f:
+        first = {row["image_id"]: row["caption"] for row in reversed(json.load(f)["annotations"])}
+    write("c_r.json", [{"image_id": i, "caption": first[i]} for i in range(5)])  # some of the images
+    assert "5 images" in run(monkeypatch, capsys, "coco", "--annotations", "c.json", "--results", "c_r.json")[0]
+
+
+FEW = """import runpy, sys; sys.path[:0] = [{!r}, {!r}]; import data; data.PIXELS = 2 * 64 * 64; del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name='__main__')"""  # evaluate.py with two images in a batch
+
+
+def start(*args):
+    tests = os.path.dirname(evaluate.__file__)
+    return subprocess.Popen([sys.executable, "-c", FEW.format(tests, os.path.dirname(tests)), evaluate.__file__, *args],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_killed_and_started_again(published):
+    command = ["coco", "--annotations", "c.json", "--images", "img", "--out"]
+    whole = start(*command, "whole.json")
+    assert whole.communicate()[1] == b"" and whole.returncode == 0
+    killed = start(*command, "cut.json")
+    while killed.poll() is None and not (os.path.exists("cut.json") and os.path.getsize("cut.json")):
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    begun = read("cut.json")
+    assert killed.returncode == -signal.SIGKILL and 0 < len(begun) < len(read("whole.json"))
+    for rest in (begun, begun[:-20] if begun.count(b"\n") > 2 else begun + b',{"image_id": 2, "capt'):  # cut anywhere
+        with open("cut.json", "wb") as f:
+            f.write(rest)
+        again = start(*command, "cut.json")
+        assert again.communicate()[1] == b"" and again.returncode == 0
+        assert read("cut.json") == read("whole.json")
+
+
+def test_results_of_another_run_are_not_continued(published, monkeypatch, capsys):
+    command = ["pope", *COMMANDS["pope"][0].split()]
+    first = run(monkeypatch, capsys, *command, "--num", 4)[0]
+    assert run(monkeypatch, capsys, *command, "--num", 4)[0] == first
+    rows = read("p_r.jsonl")
+    run(monkeypatch, capsys, *command)
+    assert read("p_r.jsonl").startswith(rows)
+    err = run(monkeypatch, capsys, *command, "--seed", 1, status=2)[1]
+    assert "p_r.jsonl: holds results of another model or of other settings" in err
+    with open("p_r.jsonl", "wb") as f:
+        f.write(rows.replace(b'"question_id": 0', b'"question_id": 99'))
+    assert "p_r.jsonl, line 1: is not of this run" in run(monkeypatch, capsys, *command, status=2)[1]
+    os.remove("p_r.jsonl")
+    run(monkeypatch, capsys, *command, "--seed", 1, "--num", 4)
+
+
+def test_drawings(published, monkeypatch, capsys):
+    run(monkeypatch, capsys, "geneval", "--prompts", "g.jsonl", "--out", "gen")
+    assert sorted(os.listdir("gen")) == ["00000", "00001"]
+    assert json.loads(read("gen/00001/metadata.jsonl")) == {"prompt": "a red circle", "tag": 1}
+    assert sorted(os.listdir("gen/00000/samples")) == [f"000{k}.png" for k in range(4)]
+    images = [read(f"gen/0000{k}/samples/000{n}.png") for k in range(2) for n in range(4)]
+    assert len(set(images)) == 8
+    os.remove("gen/00000/samples/0002.png")
+    run(monkeypatch, capsys, "geneval", "--prompts", "g.jsonl", "--out", "gen")
+    assert read("gen/00000/samples/0002.png") == images[2]
+    run(monkeypatch, capsys, "pictures", "--prompts", "prompts.txt", "--out", "pics")
+    assert sorted(os.listdir("pics")) == ["00000.png", "00001.png", "00002.png"]
+    assert Image.open("pics/00000.png").size == (64, 64)
+    err = run(monkeypatch, capsys, "pictures", "--prompts", "prompts.txt", "--out", "pics", "--num", 1, status=2)[1]
+    assert "pics: holds results of another model" in err
+
+
+def test_ten_answers_of_the_users_data(published, monkeypatch, capsys):
+    with open("q.json") as f, open("a.json") as g:
+        rows = [{"image": f"img/COCO_val2014_{q['image_id']:012}.png"} | q | a
+                for q, a in zip(json.load(f)["questions"], json.load(g)["annotations"])]
+    rows[0]["answers"] = rows[0]["answers"][:2]  # of two people, each is right
+    for row in rows[1:4]:
+        row["answers"] = [{"answer": "it"}] * 9 + [row["answers"][0]]  # only one is right: (9 * 1/3 + 0) / 10
+    write("d.json", rows)
+    scores = figures(run(monkeypatch, capsys, "data", "--data", "d.json")[0])
+    assert scores["answers"][1] == N and scores["answers"][0] == pytest.approx(N - 3 + 3 * 0.3)
+
+
+@pytest.mark.parametrize("args, message", [
+    ("vqa", "vqa wants --annotations"), ("vqa --annotations a.json", "vqa wants --images"),
+    ("vqa --annotations a.json --images img", "a.json: has no question 0; give --questions"),
+    ("vqa --annotations a.json --results q.json", 'q.json: wants results like {"question_id": ..., "answer": ...}'),
+    ("vqa --annotations q.json --results q.json", "not in the form in which vqa is published (no 'annotations')"),
+    ("vqa --annotations viz.json --questions q.json --results q.json", "(no 'image')"),
+    ("vqa --annotations none.json --results q.json", "none.json: no such file"),
+    ("vqa --annotations prompts.txt --results q.json", "prompts.txt, line 1: not valid JSON"),
+    ("vqa --annotations a.json --results few.json", "few.json: has no answer to 10 (11 of 12 are missing)"),
+    ("vqa --annotations a.json --results other.json", "other.json: question_id 7 is not among what was asked"),
+    ("vqa --annotations a.json --results number.json", "number.json: 3 is no text"),
+    ("vqa --annotations a.json --results few.json --num 1", "leave out --num"),
+    ("vqa --annotations a.json --questions q.json --images img --out x.txt", "a name that ends in .json"),
+    ("gqa --questions g.json --images none", "none: no such folder of images"),
+    ("gqa --questions g.json --images img/sub", "img/sub/0: no such image (11 of 11 are missing)"),
+    ("pope --questions p.json --images img/sub", "_000000000000.png: no such image (12 of 12 are missing)"),
+    ("pope --questions q.json --images img", "q.json: not in the form in which pope is published"),
+    ("pope --questions p.json --images img --data p.json", "pope has no use for it: leave out --data"),
+    ("mme --questions none --images img", "none: no such folder"), ("mme --results img", "img: holds no TASK.txt"),
+    ("mme --results mme_q", "mme_q/existence.txt: wants the questions, in their order, and a fourth column"),
+    ("mme", "mme wants --questions"), ("coco --annotations c.json --results q.json", '{"image_id": ..., "caption": '),
+    ("coco --annotations a.json --images img", "a.json: not in the form in which coco is published"),
+    ("geneval --prompts g.jsonl", "geneval wants --out"), ("geneval --prompts prompts.txt --out o", "not valid JSON"),
+    ("pictures --prompts empty.txt --out o", "empty.txt: is empty"), ("world --out o", "leave out --out"),
+    ("pictures --prompts none.txt --out o", "none.txt: no such file")])
+def test_mistakes_give_one_line_and_status_2(published, monkeypatch, capsys, args, message):
+    write("few.json", [{"question_id": 0, "answer": "a"}])
+    write("other.json", [{"question_id": 7, "answer": "a"}])
+    write("number.json", [{"question_id": 0, "answer": 3}])
+    open("empty.txt", "w").close()
+    out, err = run(monkeypatch, capsys, *args.split(), status=2)
+    assert out == "" and len(err.strip().splitlines()) == 1 and message in err, err
+
+
+def test_an_image_that_is_none(published, monkeypatch, capsys):
+    with open("img/COCO_val2014_000000000003.png", "wb") as f:
+        f.write(b"no image")
+    err = run(monkeypatch, capsys, *"coco --annotations c.json --images img --out r.json".split(), status=2)[1]
+    assert len(err.strip().splitlines()) == 1 and "000000000003.png: cannot be read as an image" in err
