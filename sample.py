@@ -12,6 +12,7 @@ References:
   Ho & Salimans, Classifier-Free Guidance, arXiv 2207.12598; Esser et al., SD3, arXiv 2403.03206, section 5.3.2
   Zheng et al., Masked Diffusion Models are Secretly Time-Agnostic Masked Models, arXiv 2409.02908
   Chang et al., MaskGIT, arXiv 2202.04200: unmasking the most confident first
+  Ben-Hamu et al., Entropy-Bounded Unmasking, arXiv 2505.24857: as many at once as are nearly certain
 """
 import argparse
 import os
@@ -86,37 +87,37 @@ def revealed_share(steps):
 
 
 def draw_tokens(logits, temperature, generator):
-    """logits (N,V) -> tokens (N,) and their probabilities, on the CPU. In float64, for float32 noise would silently
-    lower the temperature; and so 256 rows at a time. The mask token, the last of the V, is never drawn."""
-    tokens, confidence = [], []
+    """logits (N,V) -> tokens (N,), their probabilities (N,), the entropies (N,) of what they were drawn from in nats,
+    on the CPU. In float64, for float32 noise would silently lower the temperature; and so 256 rows at a time. The mask
+    token, the last of the V, is never drawn."""
+    parts = []
     for part in logits.split(256):
         probs = torch.softmax(finite(part[:, :-1]).cpu().double() / (temperature or 1.0), dim=1)
         ids = torch.multinomial(probs, 1, generator=generator) if temperature else probs.argmax(1, keepdim=True)
-        tokens.append(ids)
-        confidence.append(probs.gather(1, ids))
-    return torch.cat(tokens)[:, 0], torch.cat(confidence)[:, 0]
+        parts.append((ids[:, 0], probs.gather(1, ids)[:, 0], torch.special.entr(probs).sum(1)))
+    return [torch.cat(column) for column in zip(*parts)]
 
 
-# The orders of unmasking. Each fills in `tokens` (B,L) where `masked` is true, and yields after every forward pass: a
-# call of predict_tokens, where (B,L) bool -> a token for each true position (N,), its probability (N,).
+# The orders of unmasking. For every forward pass each yields which tokens it reveals, (B,L) bool, and the tokens (N,).
+# `predict_tokens` is the forward pass: where, (B,L) bool -> what draw_tokens gives for each true position. `masked`
+# (B,L) bool is what is left to reveal; `unmask` updates it after every pass.
 
 
-def in_random_order(predict_tokens, tokens, masked, steps, generator):
+def in_random_order(predict_tokens, masked, steps, generator):
     """Ancestral sampling on a grid of `steps` steps, exactly, but with fewer passes.
 
     Which masked tokens a step reveals is chance alone, for each token independently (Eq. 5). The network only decides
     what they are, and it does not see the time. So the steps of all tokens can be drawn first. The network then runs
     only at steps that reveal something, and only for rows in which they do: elsewhere its output would not be used."""
-    u = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
+    u = torch.rand(masked.shape, dtype=torch.float64, generator=generator)
     step_of = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # k, where share[k] <= u < share[k+1]
     for step in range(steps):
         reveal = masked & (step_of == step)
         if reveal.any():
-            tokens[reveal], _ = predict_tokens(reveal)
-            yield
+            yield reveal, predict_tokens(reveal)[0]
 
 
-def by_confidence(predict_tokens, tokens, masked, steps, generator):
+def by_confidence(predict_tokens, masked, steps, generator):
     """As many tokens per step as ancestral sampling reveals on average, but the most probable first (MaskGIT). For this
     every pass predicts all masked tokens. The texts are not exact samples."""
     total = masked.sum(1)
@@ -124,16 +125,34 @@ def by_confidence(predict_tokens, tokens, masked, steps, generator):
         count = (share * total - 1e-9).ceil() - total + masked.sum(1)  # per row; 1e-9: more than float64's rounding
         candidates = masked & (count > 0)[:, None]
         if candidates.any():
-            ids, confidence = predict_tokens(candidates)
-            score = torch.full(tokens.shape, -1.0, dtype=torch.float64).masked_scatter(candidates, confidence)
+            ids, confidence, _ = predict_tokens(candidates)
+            score = torch.full(masked.shape, -1.0, dtype=torch.float64).masked_scatter(candidates, confidence)
             rank = score.argsort(1, descending=True).argsort(1)  # 0 for the surest of a row
             reveal = candidates & (rank < count[:, None])
-            tokens[reveal] = ids[reveal[candidates]]
-            masked = masked & ~reveal
-            yield
+            yield reveal, ids[reveal[candidates]]
 
 
-ORDERS = {"random": in_random_order, "confidence": by_confidence}
+# Nats. Captions of 400 unseen scenes by the shipped model, share that is right and passes per text: 0: 99.8%, 22.0;
+# 0.03: 100%, 9.5; 0.1: 99.8%, 8.2; @@. The paper's sampler: @@. Answers: 100% in 1.0 at each gamma above 0.
+GAMMA = 0.1
+
+
+def by_entropy(predict_tokens, masked, steps, generator):
+    """The surest first, and per pass as many as are nearly independent of each other; `steps` plays no part.
+
+    Tokens revealed in one pass are drawn each alone, as if they were independent. What that neglects, the divergence of
+    the product of their distributions from their joint one, is at most the sum of their entropies less the largest. So
+    each pass reveals the tokens of least entropy, the most for which this bound is at most GAMMA: at least one, and of
+    tokens that the network is certain of, all. Easy texts take few passes, hard ones as many as they need."""
+    while masked.any():
+        ids, _, entropy = predict_tokens(masked)
+        nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
+        within = nats.cumsum(1) - nats <= GAMMA  # of each the sum of all that are surer
+        reveal = masked & within.gather(1, order.argsort(1))
+        yield reveal, ids[reveal[masked]]
+
+
+ORDERS = {"random": in_random_order, "confidence": by_confidence, "entropy": by_entropy}
 
 
 @torch.no_grad()
@@ -142,7 +161,10 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
 
     latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; steps: of the time grid;
     order: one of ORDERS; "random", at temperature 1, is exact ancestral sampling. temperature divides the logits; 0
-    takes the likeliest token, which is no sampling but a greedy reading in that order."""
+    takes the likeliest token, which is no sampling but a greedy reading in that order.
+
+    A text is read up to its first EOS. So once that and all before it are revealed, nothing else of the row can matter,
+    and its other masks become EOS without a forward pass."""
     def predict_tokens(where):
         rows = where.any(1)
         states = dd.t5(tokens[rows].to(dd.device))
@@ -150,34 +172,35 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
         _, logits = dd.ddit(latents[rows], time, states, predict=where[rows], image_rows=0)
         return draw_tokens(logits, temperature, generator)
 
-    tokens = torch.where(maskable, dd.tokenizer.mask_id, tokens)
-    passes = sum(1 for _ in ORDERS[order](predict_tokens, tokens, maskable, steps, generator))
-    return tokens, passes
+    mask_id, eos_id, passes = dd.tokenizer.mask_id, dd.tokenizer.eos_id, 0
+    tokens, masked = torch.where(maskable, mask_id, tokens), maskable.clone()
+    for reveal, ids in ORDERS[order](predict_tokens, masked, steps, generator):
+        tokens[reveal] = ids
+        beginning = (masked & ~reveal).cumsum(1) == 0  # of each row all before its first mask
+        masked &= ~reveal & ~(beginning & (tokens == eos_id)).any(1, keepdim=True)
+        passes += 1
+    return torch.where(tokens == mask_id, eos_id, tokens), passes
 
 
-def caption(dd, images, length=None, steps=None, order="random", temperature=0.0, generator=None):
-    """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; steps: forward passes at most. A
-    model that was tuned on answers alone is asked for a caption by a question, `caption_prompt`."""
-    settings = dd.config.settings
-    length, steps, prompt = length or settings.length, steps or settings.caption_steps, settings.caption_prompt
-    text = dd.tokenizer.question_ids(prompt, "", length) if prompt else dd.tokenizer.caption_ids("", length)
-    return unmask_texts(dd, images, [text] * len(images), steps, order, temperature, generator)
+def caption(dd, images, length=None, steps=None, order=None, temperature=0.0, generator=None):
+    """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; steps: forward passes at most.
+    order: by default "entropy", which needs no steps; if steps are given, "random", the paper's. A model that was tuned
+    on answers alone is asked for a caption by a question, `caption_prompt`."""
+    texts = [text_ids(dd, "", length)] * len(images)
+    return unmask_texts(dd, images, texts, steps, order, temperature, generator, dd.config.settings.caption_steps)
 
 
-def answer(dd, images, questions, length=None, steps=None, order="random", temperature=0.0, generator=None):
+def answer(dd, images, questions, length=None, steps=None, order=None, temperature=0.0, generator=None):
     """Answer one question per image -> list of str. length: tokens of question and answer in sum. The model's own
-    suffix, if it has one, follows the question."""
-    settings = dd.config.settings
-    length, steps, suffix = length or settings.length, steps or settings.answer_steps, settings.answer_suffix
-    texts = [dd.tokenizer.question_ids(f"{question} {suffix}".rstrip(), "", length) for question in questions]
-    return unmask_texts(dd, images, texts, steps, order, temperature, generator)
+    suffix, if it has one, follows the question. The rest is as for `caption`."""
+    texts = [text_ids(dd, (question, ""), length) for question in questions]
+    return unmask_texts(dd, images, texts, steps, order, temperature, generator, dd.config.settings.answer_steps)
 
 
-def infill(dd, images, texts, length=None, steps=None, order="random", temperature=0.0, generator=None):
+def infill(dd, images, texts, length=None, steps=None, order=None, temperature=0.0, generator=None):
     """Fill in the blanks of one text per image -> list of str. Every underscore stands for one token."""
-    length = length or dd.config.settings.length
-    texts = [dd.tokenizer.blank_ids(text, length) for text in texts]
-    return unmask_texts(dd, images, texts, steps or length, order, temperature, generator, whole=True)
+    texts = [dd.tokenizer.blank_ids(text, length or dd.config.settings.length) for text in texts]
+    return unmask_texts(dd, images, texts, steps, order, temperature, generator, whole=True)
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
@@ -192,11 +215,23 @@ def latent_size(dd, height, width):
     return height // factor, width // factor
 
 
+def text_ids(dd, text, length=None):
+    """A caption, or a pair (question, answer) -> ids, maskable, as this model was trained on them."""
+    settings, length = dd.config.settings, length or dd.config.settings.length
+    if isinstance(text, str):
+        prompt = settings.caption_prompt
+        return dd.tokenizer.question_ids(prompt, text, length) if prompt else dd.tokenizer.caption_ids(text, length)
+    return dd.tokenizer.question_ids(f"{text[0]} {settings.answer_suffix}".rstrip(), text[1], length)
+
+
 @torch.no_grad()
-def unmask_texts(dd, images, texts, steps, order, temperature, generator, whole=False):
-    """Unmask one text (ids, maskable) per image -> list of str: what stands at the masks, or the whole texts."""
+def unmask_texts(dd, images, texts, steps, order, temperature, generator, random_steps=None, whole=False):
+    """Unmask one text (ids, maskable) per image -> list of str: what stands at the masks, or the whole texts. Without
+    `steps`, random order takes `random_steps`, and the others a token per step."""
     latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
     tokens, maskable = (torch.tensor(column) for column in zip(*texts))
+    order = order or ("random" if steps else "entropy")
+    steps = steps or (order == "random" and random_steps) or tokens.shape[1]
     for part in slices(len(images), *images.shape[2:]):
         latents = dd.encode_image(images[part])
         tokens[part], _ = unmask(dd, latents, tokens[part], maskable[part], steps, order, temperature, generator)
@@ -381,7 +416,8 @@ def parse_args():
     add = parser.add_argument_group("how to do it").add_argument
     add("--seed", type=seed, default=0, help="of the random numbers; default: 0")
     add("--steps", type=number(int, 1, 10_000), help="of sampling; default: 28 to draw, the checkpoint's to read")
-    add("--order", choices=list(ORDERS), default="random", help="of unmasking text; default: random")
+    add("--order", choices=list(ORDERS), help="of unmasking text; default: entropy, which chooses its own number of "
+        "steps; with --steps: random, the paper's")
     add("--temperature", type=float, default=0.0, help="of drawing tokens: divides the logits; default: 0, always the "
         "likeliest; with 1 and random order, samples are exact")
     add("--length", type=number(int, 8, 4096), help="of a text, in tokens; default: the checkpoint's")
