@@ -203,6 +203,29 @@ def infill(dd, images, texts, length=None, steps=None, order=None, temperature=0
     return unmask_texts(dd, images, texts, steps, order, temperature, generator, whole=True)
 
 
+@torch.no_grad()
+def score(dd, images, texts, length=None, draws=64, generator=None):
+    """How unlikely is each text, given its image? -> (N,) nats, an estimate of Eq. 7, which bounds -log p(text|image).
+
+    images (N,3,H,W) in [-1,1]; texts: N captions, or pairs (question, answer), of which only the answer counts. Each is
+    masked `draws` times, at stratified times, and all in the same way, so that what differs is not chance."""
+    length, nats = length or dd.config.settings.length, []
+    t, every = losses.stratified_times(draws, generator=generator), torch.ones(draws, length, dtype=torch.bool)
+    masks = losses.mask_tokens(every.long(), t, every, dd.tokenizer.mask_id, generator)[1]
+    for image, text in zip(images, texts):
+        ids, maskable = map(torch.tensor, text_ids(dd, text, length))
+        tokens, masked, latents = ids.expand(draws, -1), masks & maskable, dd.encode_image(image[None])
+        noisy, total = torch.where(masked, dd.tokenizer.mask_id, tokens), 0.0
+        for part in slices(draws, *images.shape[2:]):
+            times = torch.zeros(len(noisy[part]), device=dd.device)
+            _, logits = dd.ddit(latents.expand(len(times), -1, -1, -1), times, dd.t5(noisy[part].to(dd.device)),
+                                predict=masked[part], image_rows=0)
+            loss = losses.masked_diffusion_loss(finite(logits).cpu(), tokens[part], masked[part], t[part])  # Eq. 7
+            total += loss.item() * length * len(times) / draws  # the loss is per token
+        nats.append(total)
+    return torch.tensor(nats)
+
+
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
 
 
@@ -236,6 +259,23 @@ def unmask_texts(dd, images, texts, steps, order, temperature, generator, random
         latents = dd.encode_image(images[part])
         tokens[part], _ = unmask(dd, latents, tokens[part], maskable[part], steps, order, temperature, generator)
     return [dd.tokenizer.decode(ids if whole else ids[m]) for ids, m in zip(tokens, maskable)]
+
+
+def rank(dd, images, questions, options, length=None, generator=None):
+    """One question per image -> list of str: the options, likeliest first, with their probabilities in per cent."""
+    pairs = [(question, option) for question in questions for option in options]
+    nats = score(dd, images.repeat_interleave(len(options), 0), pairs, length, generator=generator)
+    shares = torch.softmax(-nats.view(len(questions), len(options)), dim=1).tolist()
+    return [", ".join(f"{option} ({100 * share:.1f}%)" for share, option in sorted(zip(row, options), reverse=True))
+            for row in shares]
+
+
+def keep_likeliest(dd, pixels, prompts, count, length=None, generator=None):
+    """Images (N,3,H,W), `count` in a row for each prompt -> (N/count,3,H,W): of each row the one from which the model
+    itself is the likeliest to read its prompt."""
+    texts = [prompt for prompt in prompts for _ in range(count)]
+    nats = score(dd, pixels, texts, length, draws=16, generator=generator).view(-1, count)
+    return pixels.unflatten(0, nats.shape)[torch.arange(len(nats)), nats.argmin(1)]
 
 
 def finite(tensor):
@@ -421,8 +461,11 @@ def parse_args():
     add("--temperature", type=float, default=0.0, help="of drawing tokens: divides the logits; default: 0, always the "
         "likeliest; with 1 and random order, samples are exact")
     add("--length", type=number(int, 8, 4096), help="of a text, in tokens; default: the checkpoint's")
+    add("--options", nargs="+", metavar="ANSWER", help="rank these answers to --vqa's question by their probability")
     add("--suffix", metavar="TEXT", help="added to every question; default: the checkpoint's")
     add("--num", type=number(int, 1, 10 ** 6), default=1, help="images per prompt; default: 1")
+    add("--best-of", type=number(int, 1, 1000), default=1, metavar="N", help="draw N images for each one, and keep that "
+        "from which the model itself is the likeliest to read the prompt; default: 1")
     add("--cfg", type=number(float, -1000, 1000), help="guidance, a factor; 1: none; default: the checkpoint's")
     add("--negative", default="", metavar="TEXT", help="what guidance leads away from; default: the empty text")
     add("--size", type=width_and_height, metavar="SIDES", help="pixels, 512 or 768x512; default: the checkpoint's")
@@ -439,6 +482,8 @@ def parse_args():
         fail("--infill's text has no blank: each underscore stands for one token to fill in")
     if not (args.vqa or args.caption or args.infill or args.t2i or args.describe or args.export is not None):
         fail("nothing to do: give --vqa, --caption, --t2i or --infill (--help shows how)")
+    if args.options and not args.vqa:
+        fail("--options wants --vqa: the question that they answer")
     if args.export is not None and args.ckpt is None:
         fail("--export wants --ckpt FILE: what to export")
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
@@ -490,8 +535,12 @@ def main():
     def rows(jobs, room):
         return [(path, text) for *paths, text in jobs for text in [prepare_text(dd, text, room)] for path in paths]
 
+    def choose(dd, images, questions, length, *how):
+        options = [prepare_text(dd, text, length) for text in args.options]
+        return rank(dd, images, questions, options, length, generator)
+
     longest, suffix = (dd.tokenizer.prompt_ids(s, length) for s in ("a " * length, settings.answer_suffix))
-    for reader, inputs in ((answer, rows(args.vqa, room=len(longest) - len(suffix))),
+    for reader, inputs in ((choose if args.options else answer, rows(args.vqa, room=len(longest) - len(suffix))),
                            (caption, [(path,) for path in args.caption]), (infill, rows(args.infill, room=length - 1))):
         for part in slices(len(inputs), height, width):
             paths, *texts = zip(*inputs[part])
@@ -502,8 +551,11 @@ def main():
     if args.t2i:
         *texts, negative = (prepare_text(dd, text, length - 1) for text in [*args.t2i, args.negative])
         prompts = [text for text in texts for _ in range(args.num)]
-        pixels = text_to_image(dd, prompts, negative, height, width, length, args.steps or 28,
+        candidates = [text for text in prompts for _ in range(args.best_of)]
+        pixels = text_to_image(dd, candidates, negative, height, width, length, args.steps or 28,
                                settings.cfg if args.cfg is None else args.cfg, settings.shift, generator=generator)
+        if args.best_of > 1:
+            pixels = keep_likeliest(dd, pixels, prompts, args.best_of, length, generator)
         columns = args.num if len(texts) > 1 else round(args.num ** 0.5 + 0.4)
         with replacing(args.out) as beside:
             grid([Image.fromarray(image) for image in to_images(pixels)], columns).save(beside, args.format)

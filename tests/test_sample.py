@@ -384,6 +384,36 @@ def test_blanks_are_filled_with_what_is_in_the_picture(dd, pixels):
             "a large green triangle above a small red circle and a small green square"]
 
 
+def test_the_score_is_the_bound_by_enumeration(monkeypatch):
+    """Eq. 7 over all masks of every size: a token that is revealed first, second, third..., each order as likely."""
+    table, text = toy_system().table, [1, 0, 1]
+    exact = 0.0
+    for order in itertools.permutations(range(L)):
+        state = [MASK] * L
+        for i in order:
+            logits = table[torch.tensor(state) @ torch.tensor([V * V, V, 1])][i, :-1]
+            exact -= torch.log_softmax(logits, 0)[text[i]].item() / 6
+            state[i] = text[i]
+    monkeypatch.setattr(sample, "text_ids", lambda dd, text, length: (text, [True] * L))
+    dd = toy_system()
+    dd.config, dd.encode_image = SimpleNamespace(settings=SimpleNamespace(length=L)), lambda image: image
+    nats = sample.score(dd, torch.zeros(2, 1, 1, 1), [text, text], draws=200_000, generator=seeded())
+    assert nats[0] == nats[1] and abs(nats[0] - exact) < 0.02 * exact
+
+
+def test_scores_tell_right_from_wrong(dd, pixels):
+    """assets/scene.png: a large green triangle, below it a small red circle and a small green square."""
+    images, rest = pixels.expand(3, -1, -1, -1), " green triangle above a small red circle and a small green square"
+    right, size, colour = sample.score(dd, images, [f"a large{rest}", f"a small{rest}", f"a large{rest[:-6]}circle"],
+                                       generator=seeded())
+    assert right + 3 < min(size, colour)
+    line, = sample.rank(dd, pixels, ["what color is the circle?"], ["green", "red", "blue"], generator=seeded())
+    assert line.startswith("red (") and float(line[5:].split("%")[0]) > 95 and line.count("%") == 3
+    shown = torch.cat([pixels, pixels.flip(2), pixels.flip(2), pixels])
+    kept = sample.keep_likeliest(dd, shown, [f"a large{rest}", f"a large{rest}"], 2, generator=seeded())
+    assert torch.equal(kept, shown[[0, 3]])
+
+
 def test_only_a_vocabulary_without_capitals_is_read_to_in_lower_case(dd, capsys):
     assert sample.prepare_text(dd, "What color is the CIRCLE?", 20) == "what color is the circle?"
     assert sample.prepare_text(dd, "a Square", 20) == "a square" and sample.prepare_text(dd, "A", 20) == "A"
