@@ -15,6 +15,7 @@ References:
   Ben-Hamu et al., Entropy-Bounded Unmasking, arXiv 2505.24857: as many at once as are nearly certain
 """
 import argparse
+import json
 import os
 import re
 import signal
@@ -26,7 +27,7 @@ import time
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
 import losses
@@ -425,6 +426,36 @@ def sheet(path, cells, columns=4, width=192):
         grid(tiles, columns, gap=0).save(beside, format="PNG")
 
 
+# ---------------------------------------------------------------- drawings that tell how they were drawn
+
+RECORDED = "t2i ckpt t5 vae spiece dtype seed steps length num best_of cfg negative size".split()  # arguments of main()
+
+
+def record(args, prompts, **settings):
+    """-> text chunks for a PNG: "parameters" in the form in which viewers of such images read them, and "arguments",
+    from which --again draws it again."""
+    lines = ["\n".join(prompts), f"Negative prompt: {args.negative}" * bool(args.negative),
+             ", ".join(f"{name}: {value}" for name, value in settings.items())]
+    values = {name: getattr(args, name) for name in RECORDED if getattr(args, name) is not None}
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("parameters", "\n".join(filter(None, lines)))
+    chunks.add_text("arguments", json.dumps(values))
+    return chunks
+
+
+def recorded_arguments(path):
+    """A PNG with a record -> its arguments, as they could be typed. Raises ValueError, OSError with one line."""
+    try:
+        with Image.open(path) as image:
+            values = json.loads(image.text["arguments"])
+            values = {name: values[name] for name in RECORDED if name in values}
+            values |= {"size": "x".join(map(str, values["size"]))} if "size" in values else {}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: holds no record of how it was drawn: only PNGs of this program do") from None
+    return [f"--{name.replace('_', '-')}={value}" for name, several in values.items()
+            for value in (several if isinstance(several, list) else [several])]
+
+
 # ---------------------------------------------------------------- the program
 
 
@@ -443,6 +474,7 @@ def parse_args():
     add("--caption", nargs="+", action="extend", metavar="IMAGE", default=[])
     add("--t2i", nargs="+", action="extend", metavar="TEXT", default=[])
     add("--infill", nargs="+", action="append", metavar="IMAGE ... TEXT", default=[], help="an underscore is one token")
+    add("--again", metavar="PNG", help="draw again what this PNG shows: it carries its prompt and settings")
     model = parser.add_argument_group("the model")
     add = model.add_argument
     add("--ckpt", metavar="FILE", help="a file of ours or of SD3, or a folder in diffusers layout; default: the small "
@@ -471,6 +503,8 @@ def parse_args():
     add("--size", type=width_and_height, metavar="SIDES", help="pixels, 512 or 768x512; default: the checkpoint's")
     add("--out", default="out.png", help="the image, or the page of all images; default: out.png")
     args = parser.parse_args()
+    if args.again is not None:
+        args = parser.parse_args([*recorded_arguments(args.again), *sys.argv[1:]])  # the later one of two counts
 
     for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):
         if any(len(job) < 2 or not job[-1].strip() for job in getattr(args, name)):
@@ -552,13 +586,17 @@ def main():
         *texts, negative = (prepare_text(dd, text, length - 1) for text in [*args.t2i, args.negative])
         prompts = [text for text in texts for _ in range(args.num)]
         candidates = [text for text in prompts for _ in range(args.best_of)]
-        pixels = text_to_image(dd, candidates, negative, height, width, length, args.steps or 28,
-                               settings.cfg if args.cfg is None else args.cfg, settings.shift, generator=generator)
+        steps, cfg = args.steps or 28, settings.cfg if args.cfg is None else args.cfg
+        pixels = text_to_image(dd, candidates, negative, height, width, length, steps, cfg, settings.shift,
+                               generator=generator)
         if args.best_of > 1:
             pixels = keep_likeliest(dd, pixels, prompts, args.best_of, length, generator)
         columns = args.num if len(texts) > 1 else round(args.num ** 0.5 + 0.4)
+        chunks = record(args, texts, **{"Steps": steps, "Sampler": "Euler", "CFG scale": cfg, "Seed": args.seed, "Size":
+                        f"{width}x{height}", "Model": os.path.splitext(os.path.basename(files[0].rstrip("/")))[0]})
         with replacing(args.out) as beside:
-            grid([Image.fromarray(image) for image in to_images(pixels)], columns).save(beside, args.format)
+            grid([Image.fromarray(image) for image in to_images(pixels)], columns).save(beside, args.format,
+                                                                                        pnginfo=chunks)
         print(args.out)
 
 
