@@ -26,8 +26,8 @@ def toy_system(eos_id=-1):
         assert (t == 0).all() and image_rows == 0
         return None, table[text @ torch.tensor([V * V, V, 1])][predict]
 
-    return SimpleNamespace(tokenizer=SimpleNamespace(mask_id=MASK, eos_id=eos_id), device="cpu", t5=lambda tokens: tokens, ddit=ddit,
-                           table=table)
+    return SimpleNamespace(tokenizer=SimpleNamespace(mask_id=MASK, eos_id=eos_id), device="cpu", table=table,
+                           t5=lambda tokens: tokens, ddit=ddit)
 
 
 def ancestral_law(dd, steps):
@@ -397,20 +397,19 @@ def test_the_score_is_the_bound_by_enumeration(monkeypatch):
     monkeypatch.setattr(sample, "text_ids", lambda dd, text, length: (text, [True] * L))
     dd = toy_system()
     dd.config, dd.encode_image = SimpleNamespace(settings=SimpleNamespace(length=L)), lambda image: image
-    nats = sample.score(dd, torch.zeros(2, 1, 1, 1), [text, text], draws=200_000, generator=seeded())
+    nats = sample.score(dd, torch.zeros(2, 1, 1, 1), [text, text], draws=200_000)
     assert nats[0] == nats[1] and abs(nats[0] - exact) < 0.02 * exact
 
 
 def test_scores_tell_right_from_wrong(dd, pixels):
     """assets/scene.png: a large green triangle, below it a small red circle and a small green square."""
     images, rest = pixels.expand(3, -1, -1, -1), " green triangle above a small red circle and a small green square"
-    right, size, colour = sample.score(dd, images, [f"a large{rest}", f"a small{rest}", f"a large{rest[:-6]}circle"],
-                                       generator=seeded())
+    right, size, colour = sample.score(dd, images, [f"a large{rest}", f"a small{rest}", f"a large{rest[:-6]}circle"])
     assert right + 3 < min(size, colour)
-    line, = sample.rank(dd, pixels, ["what color is the circle?"], ["green", "red", "blue"], generator=seeded())
+    line, = sample.rank(dd, pixels, ["what color is the circle?"], ["green", "red", "blue"])
     assert line.startswith("red (") and float(line[5:].split("%")[0]) > 95 and line.count("%") == 3
     shown = torch.cat([pixels, pixels.flip(2), pixels.flip(2), pixels])
-    kept = sample.keep_likeliest(dd, shown, [f"a large{rest}", f"a large{rest}"], 2, generator=seeded())
+    kept = sample.keep_likeliest(dd, shown, [f"a large{rest}", f"a large{rest}"], 2)
     assert torch.equal(kept, shown[[0, 3]])
 
 
