@@ -205,6 +205,33 @@ def test_length_and_negative(monkeypatch, capsys, tmp_path):
     assert seen == [(1, 24)] * 3 + [("", 24)] and capsys.readouterr().err == ""
 
 
+def test_a_drawing_tells_how_it_was_drawn_and_is_drawn_again(monkeypatch, capsys, tmp_path):
+    first, again, other = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
+    call(monkeypatch, "--t2i", "a red circle", "--t2i=-- é \u6f22", "--num", 2, "--best-of", 2, "--seed", 5, "--steps",
+         2, "--cfg", 1.5, "--negative", "a square", "--size", "64x48", "--out", first)
+    image = Image.open(first)
+    assert image.text["parameters"].startswith("a red circle\n-- é \u6f22\nNegative prompt: a square\nSteps: 2, "
+                                               "Sampler: Euler, CFG scale: 1.5, Seed: 5, Size: 64x48, Model: tiny")
+    call(monkeypatch, "--again", first, "--out", again)
+    assert Image.open(again).tobytes() == image.tobytes() and Image.open(again).text == image.text
+    call(monkeypatch, "--again", again, "--seed", 6, "--out", other)  # what is typed counts more
+    assert Image.open(other).tobytes() != image.tobytes() and "Seed: 6," in Image.open(other).text["parameters"]
+    for path, message in ((SCENE, "holds no record"), (tmp_path / "none.png", "No such file")):
+        with pytest.raises(SystemExit) as end:
+            call(monkeypatch, "--again", path)
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and message in err and err.splitlines()[-1].startswith("sample.py: ")
+
+
+def test_options_are_ranked(monkeypatch, capsys):
+    call(monkeypatch, "--vqa", SCENE, SCENE, "what color is the circle?", "--options", "Red", "blue", "green")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second and first.startswith("red (") and first.count("%") == 3
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--caption", SCENE, "--options", "red")
+    assert "--options wants --vqa" in capsys.readouterr().err
+
+
 def test_a_suffix_follows_every_question(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(Tokenizer, "question_ids", lambda tokenizer, question, *rest, ids=Tokenizer.question_ids: (
@@ -216,7 +243,7 @@ def test_a_suffix_follows_every_question(monkeypatch, capsys):
 def test_a_disk_that_is_full_leaves_the_picture_that_was_there(monkeypatch, capsys, tmp_path):
     (tmp_path / "out.png").write_text("before")
 
-    def save(image, path, format):
+    def save(image, path, format, **more):
         open(path, "wb").write(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Image.Image, "save", save)

@@ -19,15 +19,15 @@ from t5 import train_tokenizer, unseen_words
 V, L, MASK = 3, 3, 2  # two real tokens and the mask token
 
 
-def toy_system():
+def toy_system(eos_id=-1):
     table = torch.randn(V ** L, L, V, generator=torch.Generator().manual_seed(3)) * 1.5
 
     def ddit(latents, t, text, predict=None, image_rows=None):
         assert (t == 0).all() and image_rows == 0
         return None, table[text @ torch.tensor([V * V, V, 1])][predict]
 
-    return SimpleNamespace(tokenizer=SimpleNamespace(mask_id=MASK), device="cpu", t5=lambda tokens: tokens, ddit=ddit,
-                           table=table)
+    return SimpleNamespace(tokenizer=SimpleNamespace(mask_id=MASK, eos_id=eos_id), device="cpu", table=table,
+                           t5=lambda tokens: tokens, ddit=ddit)
 
 
 def ancestral_law(dd, steps):
@@ -82,13 +82,12 @@ def test_masking_and_unmasking_follow_one_schedule(monkeypatch, schedule):
     monkeypatch.setattr(losses, "alpha", schedule)
     n, steps, generator = 200_000, 5, torch.Generator().manual_seed(0)
     tokens = torch.zeros(1, n, dtype=torch.long)
-    states, reveals = tokens.clone(), []
-    for _ in sample.in_random_order(lambda reveal: (reveals.append(reveal.sum()) or torch.ones(reveals[-1]).long(), 0),
-                                    states, tokens == 0, steps, generator):
-        t = 1 - len(reveals) / steps
-        _, masked = losses.mask_tokens(tokens, torch.tensor([t]), tokens == 0, MASK, generator)
-        assert abs(masked.sum() - (states == 0).sum()) < 4 * n ** 0.5
-    assert len(reveals) == steps and (states == 1).all()
+    left, passes = tokens == 0, 0
+    for reveal, _ in sample.in_random_order(lambda reveal: (None,), left, steps, generator):
+        left, passes = left & ~reveal, passes + 1
+        _, masked = losses.mask_tokens(tokens, torch.tensor([1 - passes / steps]), tokens == 0, MASK, generator)
+        assert abs(masked.sum() - left.sum()) < 4 * n ** 0.5
+    assert passes == steps and not left.any()
 
 
 def test_of_a_straight_line_every_step_reveals_the_same_share(straight_line):
@@ -128,12 +127,100 @@ def test_confidence_order_fills_everything_surest_first(straight_line):
     assert drawn[0, first] == probs[first].argmax()
 
 
+@pytest.mark.parametrize("order", ["random", "confidence", "entropy"])
+def test_rows_leave_once_their_reading_is_complete(order):
+    """Read is what stands before the first EOS. Its law is as if every row had been unmasked to its end (for random
+    order also by enumeration), but fewer rows go through the network."""
+    n, steps, eos = 20_000, 3, 0
+    tokens = torch.full((n, L), MASK)
+    readings, rows = [], []
+    for eos_id in (eos, -1):
+        dd, ddit, count = toy_system(eos_id), toy_system().ddit, []
+        dd.ddit = lambda latents, *inputs, **more: count.append(len(latents)) or ddit(latents, *inputs, **more)
+        drawn, _ = sample.unmask(dd, torch.zeros(n, 1), tokens, tokens == MASK, steps, order,
+                                 generator=torch.Generator().manual_seed(eos_id + 7))
+        ended = (drawn == eos).cumsum(1) > 0
+        assert (drawn != MASK).all()
+        readings.append(torch.bincount((torch.where(ended, eos, drawn) * torch.tensor([4, 2, 1])).sum(1), minlength=8))
+        rows.append(sum(count))
+    early, full = readings
+    both = early + full
+    assert rows[0] < 0.9 * rows[1] and (both > 0).sum() == 4  # the readings: nothing, one token, two, three
+    assert ((early - full).square()[both > 0] / both[both > 0]).sum() < 16.3  # 99.9% point, 3 degrees of freedom
+    if order == "random":
+        law = torch.zeros(8, dtype=torch.float64)
+        for out, p in ancestral_law(dd, steps).items():
+            out = [token * all(out[:i + 1]) for i, token in enumerate(out)]
+            law[out[0] * 4 + out[1] * 2 + out[2]] += p
+        assert ((early - n * law).square()[law > 0] / (n * law[law > 0])).sum() < 16.3
+
+
+def joint_system(seed):
+    """A network that knows the true law of its texts, (2,) * L probabilities, and gives exact conditionals of it."""
+    joint = torch.rand((2,) * L, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) ** 6
+    joint /= joint.sum()
+
+    def conditionals(state):
+        law = joint[tuple(slice(None) if token == MASK else slice(token, token + 1) for token in state)]
+        law = law / law.sum()
+        return law, [law.sum([j for j in range(L) if j != i]) for i in range(L)]
+
+    def ddit(latents, t, text, predict=None, image_rows=None):
+        logits = torch.full((*text.shape, V), -100.0, dtype=torch.float64)
+        for row, state in enumerate(text.tolist()):
+            for i in range(L):
+                if state[i] == MASK:
+                    logits[row, i, :2] = conditionals(state)[1][i].log()
+        return None, logits[predict]
+    return joint, conditionals, SimpleNamespace(tokenizer=SimpleNamespace(mask_id=MASK, eos_id=-1), device="cpu",
+                                                t5=lambda tokens: tokens, ddit=ddit)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 9.0])
+def test_entropy_order_keeps_its_bound(monkeypatch, gamma):
+    """By enumeration of all states in which a pass can begin: what a pass reveals has, as independent draws, at most
+    gamma nats of divergence from its true joint law, and one token more would have broken the bound."""
+    monkeypatch.setattr(sample, "GAMMA", gamma)
+    sizes = []
+    for seed, state in itertools.product(range(5), itertools.product(range(V), repeat=L)):
+        if MASK not in state:
+            continue
+        joint, conditionals, dd = joint_system(seed)
+        reveals = []
+
+        def watched(predict, masked, *rest):
+            for reveal, ids in sample.by_entropy(predict, masked, *rest):
+                reveals.append(reveal[0].nonzero()[:, 0].tolist())
+                yield reveal, ids
+        monkeypatch.setitem(sample.ORDERS, "watched", watched)
+        tokens = torch.tensor([state])
+        drawn, passes = sample.unmask(dd, torch.zeros(1, 1), tokens, tokens == MASK, None, "watched",
+                                      generator=torch.Generator().manual_seed(seed))
+        assert passes == len(reveals) and sorted(sum(reveals, [])) == [i for i in range(L) if state[i] == MASK]
+        law, marginals = conditionals(state)
+        entropy = [torch.special.entr(p).sum().item() for p in marginals]
+        first, rest = reveals[0], [i for i in range(L) if state[i] == MASK and i not in reveals[0]]
+        bound = sum(entropy[i] for i in first) - max(entropy[i] for i in first)
+        others = [i for i in range(L) if i not in first]
+        true = law.sum(others) if others else law
+        divergence = sum(p * (p / torch.stack([marginals[i][x] for i, x in zip(first, xs)]).prod()).log()
+                         for xs in itertools.product(*(range(len(marginals[i])) for i in first)) if (p := true[xs]) > 0)
+        assert divergence <= bound + 1e-9 and bound <= gamma + 1e-9
+        if rest:
+            following = min(rest, key=lambda i: entropy[i])
+            assert entropy[following] >= max(entropy[i] for i in first) - 1e-9
+            assert sum(entropy[i] for i in first) > gamma - 1e-9
+        sizes.append(len(first))
+    assert min(sizes) == 1 and (max(sizes) > 1) == (gamma > 0)
+
+
 def test_drawn_tokens_follow_the_softmax_and_never_the_mask():
     logits = torch.tensor([[0.0, 1.0, 2.0, 50.0]]).expand(50_000, 4)
-    drawn, _ = sample.draw_tokens(logits, 2.0, torch.Generator().manual_seed(0))
+    drawn, probs, entropy = sample.draw_tokens(logits, 2.0, torch.Generator().manual_seed(0))
     expected = torch.softmax(logits[0, :3].double() / 2, 0)
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     assert shares[3] == 0 and (shares[:3] - expected).abs().max() < 0.01
+    assert torch.allclose(probs, expected[drawn]) and torch.allclose(entropy, -(expected * expected.log()).sum())
 
 
 def test_euler_and_guidance_in_closed_form():
@@ -241,7 +328,7 @@ def test_sizes_are_refused_before_any_work(dd, monkeypatch, height, width, messa
 
 def test_probabilities_in_float64_are_few_at_a_time(monkeypatch):
     logits, seen = torch.randn(1000, 7, generator=seeded()), spy(monkeypatch, torch, "softmax")
-    drawn, sure = sample.draw_tokens(logits, 0.0, None)
+    drawn, sure, _ = sample.draw_tokens(logits, 0.0, None)
     assert max(shape[0] for shape in seen) <= 256 and sum(shape[0] for shape in seen) == 1000
     monkeypatch.undo()
     probs = torch.softmax(logits[:, :-1].double(), 1)
@@ -266,16 +353,17 @@ def test_captions_by_question_and_answers_with_a_suffix(dd, pixels, settings, mo
         seen.append((tokens, maskable, how)) or (tokens, 0)))
     settings.caption_prompt, settings.answer_suffix = "describe the image", "one word"
     sample.caption(dd, pixels, steps=7)
-    sample.caption(dd, pixels)
-    sample.answer(dd, pixels, ["what color is the circle?"])
+    sample.caption(dd, pixels, order="random")
+    sample.answer(dd, pixels, ["what color is the circle?"], order="random")
     texts = ["describe the image", "describe the image", "what color is the circle? one word"]
     for (tokens, maskable, _), prompt in zip(seen, [dd.tokenizer.prompt_ids(text, 24) for text in texts]):
         assert tokens[0, :len(prompt)].tolist() == prompt and (tokens[0, len(prompt):] == dd.tokenizer.eos_id).all()
         assert not maskable[0, :len(prompt)].any() and maskable[0, len(prompt):-1].all()
-    assert [how[0] for _, _, how in seen] == [7, settings.caption_steps, settings.answer_steps]
+    assert [how[:2] for _, _, how in seen] == [(7, "random"), (settings.caption_steps, "random"),
+                                               (settings.answer_steps, "random")]
     settings.caption_prompt = ""
     sample.caption(dd, pixels)
-    assert seen[-1][1].sum() == 23  # a text of nothing but blanks, as before
+    assert seen[-1][1].sum() == 23 and seen[-1][2][1] == "entropy"  # a text of nothing but blanks, as before
 
 
 def test_empty_answers(dd, pixels, monkeypatch):
@@ -296,6 +384,35 @@ def test_blanks_are_filled_with_what_is_in_the_picture(dd, pixels):
     for seed in range(3):
         assert sample.infill(dd, pixels, [text], generator=seeded(seed)) == [
             "a large green triangle above a small red circle and a small green square"]
+
+
+def test_the_score_is_the_bound_by_enumeration(monkeypatch):
+    """Eq. 7 over all masks of every size: a token that is revealed first, second, third..., each order as likely."""
+    table, text = toy_system().table, [1, 0, 1]
+    exact = 0.0
+    for order in itertools.permutations(range(L)):
+        state = [MASK] * L
+        for i in order:
+            logits = table[torch.tensor(state) @ torch.tensor([V * V, V, 1])][i, :-1]
+            exact -= torch.log_softmax(logits, 0)[text[i]].item() / 6
+            state[i] = text[i]
+    monkeypatch.setattr(sample, "text_ids", lambda dd, text, length: (text, [True] * L))
+    dd = toy_system()
+    dd.config, dd.encode_image = SimpleNamespace(settings=SimpleNamespace(length=L)), lambda image: image
+    nats = sample.score(dd, torch.zeros(2, 1, 1, 1), [text, text], draws=200_000)
+    assert nats[0] == nats[1] and abs(nats[0] - exact) < 0.02 * exact
+
+
+def test_scores_tell_right_from_wrong(dd, pixels):
+    """assets/scene.png: a large green triangle, below it a small red circle and a small green square."""
+    images, rest = pixels.expand(3, -1, -1, -1), " green triangle above a small red circle and a small green square"
+    right, size, colour = sample.score(dd, images, [f"a large{rest}", f"a small{rest}", f"a large{rest[:-6]}circle"])
+    assert right + 3 < min(size, colour)
+    line, = sample.rank(dd, pixels, ["what color is the circle?"], ["green", "red", "blue"])
+    assert line.startswith("red (") and float(line[5:].split("%")[0]) > 95 and line.count("%") == 3
+    shown = torch.cat([pixels, pixels.flip(2), pixels.flip(2), pixels])
+    kept = sample.keep_likeliest(dd, shown, [f"a large{rest}", f"a large{rest}"], 2)
+    assert torch.equal(kept, shown[[0, 3]])
 
 
 def test_only_a_vocabulary_without_capitals_is_read_to_in_lower_case(dd, capsys):
