@@ -28,6 +28,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch.nn.functional import adaptive_max_pool2d
 from tqdm import tqdm
 
 import losses
@@ -276,6 +277,18 @@ def keep_likeliest(dd, pixels, prompts, count, length=None):
     return pixels.unflatten(0, nats.shape)[torch.arange(len(nats)), nats.argmin(1)]
 
 
+@torch.no_grad()
+def edit(dd, pixels, inside, prompts, steer, **how):
+    """Draw a part of an image anew, once per prompt -> (B,3,H,W). pixels (1,3,H,W) in [-1,1]; inside (1,1,H,W) bool is
+    the part, the rest becomes the autoencoder's reconstruction: its latents follow the line from the noise to where
+    they are known to end, so they are always as noisy as the others. The other arguments are text_to_image's."""
+    latents = dd.encode_image(pixels)
+    cells = adaptive_max_pool2d(inside.float(), latents.shape[2:]).bool().to(dd.device)
+    drawn = text_to_image(dd, prompts, **how, steer=lambda x, t, velocity: steer(
+        x, t, torch.where(cells, velocity, (x - latents) / t)))
+    return torch.where(inside.to(drawn.device), drawn, dd.decode_image(latents))
+
+
 def finite(tensor):
     """The tensor itself. Raises ValueError if it holds NaN or infinity."""
     if not tensor.isfinite().all():
@@ -425,7 +438,7 @@ def sheet(path, cells, columns=4, width=192):
 
 # ---------------------------------------------------------------- what a drawing tells of itself
 
-RECORDED = "t2i ckpt t5 vae spiece dtype seed steps length num best_of cfg negative size".split()
+RECORDED = "t2i edit mask ckpt t5 vae spiece dtype seed steps length num best_of cfg negative size".split()
 
 
 def record(args, prompts, **settings):
@@ -497,6 +510,8 @@ def parse_args():
     add("--caption", nargs="+", action="extend", metavar="IMAGE", default=[])
     add("--t2i", nargs="+", action="extend", metavar="TEXT", default=[])
     add("--infill", nargs="+", action="append", metavar="IMAGE ... TEXT", default=[], help="an underscore is one token")
+    add("--edit", metavar="IMAGE", help="draw a part of it anew, as --t2i's text says")
+    add("--mask", nargs="+", metavar="IMAGE TEXT", help="for --edit: an image, white in that part, and the text")
     add("--again", metavar="PNG", help="draw again what this PNG shows: it carries its prompt and settings")
     model = parser.add_argument_group("the model")
     add = model.add_argument
@@ -535,10 +550,15 @@ def parse_args():
 
 def checked(args):
     """The arguments themselves, if they make sense as a whole."""
+    if args.mask:
+        args.mask, args.t2i = args.mask[0], args.t2i + args.mask[1:]
+    if bool(args.edit) != bool(args.mask) or args.edit and not args.t2i:
+        fail("to edit, give an image, a mask and a text: --edit img.png --mask mask.png \"...\"")
     for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):
         if any(len(job) < 2 or not job[-1].strip() for job in getattr(args, name)):
             fail(f"--{name} wants an image and then {what}: --{name} img.png \"...\"")
-    for paths in (args.caption, *(paths for *paths, _ in args.vqa + args.infill)):
+    drawn_on = [args.edit, args.mask] if args.edit else []
+    for paths in (args.caption, drawn_on, *(paths for *paths, _ in args.vqa + args.infill)):
         if missing := [path for path in paths if not os.path.exists(path)]:
             fail(f"{missing[0]}: no such image" + (" (a question goes in quotes)" if len(paths) > 1 else ""))
     if any("_" not in text for *_, text in args.infill):
@@ -586,7 +606,7 @@ def save_image(path, frames, chunks):
 
 
 def draw_page(dd, args, width, height, length, generator):
-    """--t2i: draw, keep the best, write the page of all images, and of a trace a page per step."""
+    """--t2i, --edit: draw, keep the best, write the page of all images, and of a trace a page per step."""
     settings, trace = dd.config.settings, {}
     *texts, negative = (prepare_text(dd, text, length - 1) for text in [*args.t2i, args.negative])
     prompts = [text for text in texts for _ in range(args.num)]
@@ -598,8 +618,14 @@ def draw_page(dd, args, width, height, length, generator):
             trace.setdefault(t, []).extend(map(Image.fromarray, to_images(dd.decode_image(x - t * velocity))))
         return velocity
 
-    pixels = text_to_image(dd, candidates, negative, height, width, length, steps, cfg, settings.shift,
-                           generator=generator, steer=steer)
+    how = dict(negative=negative, height=height, width=width, length=length, steps=steps, cfg=cfg, shift=settings.shift,
+               generator=generator, steer=steer)
+    if args.edit:
+        images = to_pixels([load_image(path, width, height) for path in (args.edit, args.mask)])
+        image, mask = torch.from_numpy(images).split(1)
+        pixels = edit(dd, image, mask.amax(1, keepdim=True) > 0, candidates, **how)
+    else:
+        pixels = text_to_image(dd, candidates, **how)
     if args.best_of > 1:
         pixels = keep_likeliest(dd, pixels, prompts, args.best_of, length)
     model = os.path.splitext(os.path.basename((args.ckpt or SHIPPED).rstrip("/")))[0]

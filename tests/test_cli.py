@@ -256,6 +256,31 @@ def test_a_trace_of_a_drawing(monkeypatch, capsys, tmp_path):
         assert end.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_an_edit_keeps_the_rest(monkeypatch, capsys, tmp_path):
+    """assets/scene.png's small green square becomes yellow; outside the mask is the autoencoder's reconstruction."""
+    mask = np.zeros((64, 64), np.uint8)
+    mask[32:, 32:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    texts = ["a large green triangle above a small red circle and a small yellow square"]
+    args = ["--edit", SCENE, "--mask", tmp_path / "mask.png", *texts]
+    call(monkeypatch, *args, "--out", tmp_path / "a.png")
+    drawn = np.asarray(Image.open(tmp_path / "a.png"))
+    dd = sample.DualDiffusion.load(sample.SHIPPED)
+    pixels = torch.from_numpy(data.to_pixels([data.load_image(SCENE, 64)]))
+    with torch.no_grad():
+        rest = data.to_images(dd.decode_image(dd.encode_image(pixels)))[0]
+    assert np.array_equal(drawn[mask == 0], rest[mask == 0])
+    red, green, blue = drawn[40:58, 38:56].reshape(-1, 3).astype(int).T
+    assert ((red > 150) & (green > 150) & (blue < 100)).sum() > 40
+    call(monkeypatch, "--again", tmp_path / "a.png", "--out", tmp_path / "b.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), drawn)
+    for bad in (args[:2], args[2:], args[:4], ["--edit", "none.png", *args[2:]]):
+        with pytest.raises(SystemExit) as end:
+            call(monkeypatch, *bad)
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and err.count("\n") == 1 and ("to edit, give" in err or "no such image" in err)
+
+
 def test_options_are_ranked(monkeypatch, capsys):
     call(monkeypatch, "--vqa", SCENE, SCENE, "what color is the circle?", "--options", "Red", "blue", "green")
     first, second = capsys.readouterr().out.splitlines()
