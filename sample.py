@@ -28,6 +28,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch.nn.functional import adaptive_max_pool2d
 from tqdm import tqdm
 
 import losses
@@ -43,7 +44,7 @@ def time_grid(steps, shift):
     return shift * t / (1 + (shift - 1) * t)
 
 
-def denoise(dd, x, prompts, negative, length, steps, cfg, shift):
+def denoise(dd, x, prompts, negative, length, steps, cfg, shift, steer):
     """Noise (B,C,h,w) -> pixels (B,3,8h,8w), all prompts at once: Euler's steps along the ODE, from t = 1 to 0.
 
     Guidance predicts two velocities, one for the prompt and one for the negative text (most often empty), and goes
@@ -60,25 +61,27 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift):
         if guided:
             with_prompt, with_negative = velocity.chunk(2)
             velocity = with_negative + cfg * (with_prompt - with_negative)  # Eq. 10
-        x = x + (t_next - t) * velocity  # Eq. 2
+        x = x + (t_next - t) * steer(x, t, velocity)  # Eq. 2
     return finite(dd.decode_image(x))
 
 
 @torch.no_grad()
 def text_to_image(dd, prompts, negative="", height=None, width=None, length=None, steps=28, cfg=7.0, shift=3.0,
-                  noise=None, generator=None):
+                  noise=None, generator=None, steer=lambda x, t, velocity: velocity):
     """Draw one image per prompt -> pixels (B,3,height,width) in [-1,1].
 
     negative: the text that guidance leads away from; length: tokens that a prompt is padded to; height, width: pixels,
     multiples of 16 (the defaults of all three are the checkpoint's); cfg: guidance, 1 is none; noise (B,C,H/8,W/8):
-    what to start from. 28 steps and a shift of 3 are SD3's. Raises ValueError for a size that the model cannot take."""
+    what to start from; steer: sees each velocity and may change it. 28 steps and a shift of 3 are SD3's. Raises
+    ValueError for a size that the model cannot take."""
     settings, vae = dd.config.settings, dd.config.vae
     height, width, length = height or settings.size, width or settings.size, length or settings.length
     if noise is None:
         shape = (len(prompts), vae.latent_channels, *latent_size(dd, height, width))
         noise = torch.randn(shape, generator=generator)
     parts = slices(len(prompts), noise.shape[2] * vae.factor, noise.shape[3] * vae.factor)
-    return torch.cat([denoise(dd, noise[part], prompts[part], negative, length, steps, cfg, shift) for part in parts])
+    how = negative, length, steps, cfg, shift, steer
+    return torch.cat([denoise(dd, noise[part], prompts[part], *how) for part in parts])
 
 
 def revealed_share(steps):
@@ -163,7 +166,7 @@ ORDERS = {"random": in_random_order, "confidence": by_confidence, "entropy": by_
 
 
 @torch.no_grad()
-def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0, generator=None):
+def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0, generator=None, watch=None):
     """Draw the maskable tokens given the image and the other tokens -> tokens (B,L), number of forward passes.
 
     latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; steps: of the time grid;
@@ -180,28 +183,30 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
         tokens[reveal] = ids
         beginning = (masked & ~reveal).cumsum(1) == 0  # of each row all before its first mask
         masked &= ~reveal & ~(beginning & (tokens == eos_id)).any(1, keepdim=True)
+        if watch:
+            watch(tokens, reveal)
     return torch.where(tokens == mask_id, eos_id, tokens), passes
 
 
-def caption(dd, images, length=None, steps=None, order=None, temperature=0.0, generator=None):
+def caption(dd, images, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
     """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; steps: forward passes at most.
     order: by default "entropy", which needs no steps; if steps are given, "random", the paper's. A model that was tuned
     on answers alone is asked for a caption by a question, `caption_prompt`."""
     return unmask_texts(dd, images, [text_ids(dd, "", length)] * len(images), steps, order,
-                        temperature, generator, random_steps=dd.config.settings.caption_steps)
+                        temperature, generator, watch, random_steps=dd.config.settings.caption_steps)
 
 
-def answer(dd, images, questions, length=None, steps=None, order=None, temperature=0.0, generator=None):
+def answer(dd, images, questions, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
     """Answer one question per image -> list of str. length: tokens of question and answer in sum. The model's own
     suffix, if it has one, follows the question. The rest is as for `caption`."""
     return unmask_texts(dd, images, [text_ids(dd, (question, ""), length) for question in questions], steps, order,
-                        temperature, generator, random_steps=dd.config.settings.answer_steps)
+                        temperature, generator, watch, random_steps=dd.config.settings.answer_steps)
 
 
-def infill(dd, images, texts, length=None, steps=None, order=None, temperature=0.0, generator=None):
+def infill(dd, images, texts, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
     """Fill in the blanks of one text per image -> list of str. Every underscore stands for one token."""
     texts = [dd.tokenizer.blank_ids(text, length or dd.config.settings.length) for text in texts]
-    return unmask_texts(dd, images, texts, steps, order, temperature, generator, whole=True)
+    return unmask_texts(dd, images, texts, steps, order, temperature, generator, watch, whole=True)
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
@@ -226,7 +231,7 @@ def text_ids(dd, text, length=None):
 
 
 @torch.no_grad()
-def unmask_texts(dd, images, texts, steps, order, temperature, generator, random_steps=None, whole=False):
+def unmask_texts(dd, images, texts, steps, order, temperature, generator, watch, random_steps=None, whole=False):
     """Unmask one text (ids, maskable) per image -> list of str: what stands at the masks, or the whole texts. Without
     `steps`, random order takes `random_steps`, and the others a token per step."""
     latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
@@ -235,7 +240,7 @@ def unmask_texts(dd, images, texts, steps, order, temperature, generator, random
     steps = steps or (order == "random" and random_steps) or tokens.shape[1]
     for part in slices(len(images), *images.shape[2:]):
         latents = dd.encode_image(images[part])
-        tokens[part], _ = unmask(dd, latents, tokens[part], maskable[part], steps, order, temperature, generator)
+        tokens[part], _ = unmask(dd, latents, tokens[part], maskable[part], steps, order, temperature, generator, watch)
     return [dd.tokenizer.decode(ids if whole else ids[m]) for ids, m in zip(tokens, maskable)]
 
 
@@ -273,6 +278,18 @@ def keep_likeliest(dd, pixels, prompts, count, length=None):
     texts = [prompt for prompt in prompts for _ in range(count)]
     nats = score(dd, pixels, texts, length, draws=16).view(-1, count)
     return pixels.unflatten(0, nats.shape)[torch.arange(len(nats)), nats.argmin(1)]
+
+
+@torch.no_grad()
+def edit(dd, pixels, inside, prompts, steer, **how):
+    """Draw a part of an image anew, once per prompt -> (B,3,H,W). pixels (1,3,H,W) in [-1,1]; inside (1,1,H,W) bool is
+    the part, the rest becomes the autoencoder's reconstruction: its latents follow the line from the noise to where
+    they are known to end, so they are always as noisy as the others. The other arguments are text_to_image's."""
+    latents = dd.encode_image(pixels)
+    cells = adaptive_max_pool2d(inside.float(), latents.shape[2:]).bool().to(dd.device)
+    drawn = text_to_image(dd, prompts, **how, steer=lambda x, t, velocity: steer(
+        x, t, torch.where(cells, velocity, (x - latents) / t)))
+    return torch.where(inside.to(drawn.device), drawn, dd.decode_image(latents))
 
 
 def finite(tensor):
@@ -410,7 +427,7 @@ def sheet(path, cells, columns=4, width=192):
 
 # ---------------------------------------------------------------- what a drawing tells of itself
 
-RECORDED = "t2i ckpt t5 vae spiece dtype seed steps length num best_of cfg negative size".split()
+RECORDED = "t2i edit mask ckpt t5 vae spiece dtype seed steps length num best_of cfg negative size".split()
 
 
 def record(args, prompts, **settings):
@@ -434,6 +451,36 @@ def recorded_arguments(path):
         raise ValueError(f"{path}: holds no record of how it was drawn: only PNGs of this program do") from None
 
 
+def watch_text(tokenizer, passes):
+    """-> what `unmask` calls after every pass: it adds the first text to `passes`, as pairs of a word and whether it is
+    new, and on a terminal shows how it fills in."""
+    def watch(tokens, reveal):
+        words = {tokenizer.mask_id: "", tokenizer.eos_id: "·"}
+        words = [words[i] if i in words else tokenizer.pieces.id_to_piece(i) for i in tokens[0].tolist()]
+        passes.append(list(zip(words, reveal[0].tolist())))
+        if sys.stderr.isatty():
+            line = "".join(f"\033[7m{word}\033[0m" if new else word or " _" for word, new in passes[-1])
+            room = 2 + len(words) // 8  # lines: first of all, scroll so far
+            start = "\n" * room + f"\033[{room}A\0337" if len(passes) == 1 else "\0338\033[J"
+            print(f"{start}{len(passes):3d} {line.replace('▁', ' ')}", file=sys.stderr, flush=True)
+            time.sleep(0.1)
+    return watch
+
+
+def text_page(passes):
+    """-> PIL image, a row per pass: grey is masked, yellow is what this pass revealed, a dot is the end of the text."""
+    font, left = ImageFont.load_default(size=13), [4.0]
+    for word, _ in passes[-1]:
+        left.append(left[-1] + font.getlength(word.strip("▁")) + 8)
+    page = Image.new("RGB", (int(left[-1]) + 4, 22 * len(passes) + 4), "white")
+    draw = ImageDraw.Draw(page)
+    for k, words in enumerate(passes):
+        for (word, new), x, end in zip(words, left, left[1:]):
+            draw.rectangle((x, 22 * k + 4, end - 2, 22 * k + 22), "gold" if new else "white" if word else "lightgray")
+            draw.text((x + 3, 22 * k + 4), word.strip("▁"), "black", font)
+    return page
+
+
 # ---------------------------------------------------------------- the program
 
 
@@ -452,6 +499,8 @@ def parse_args():
     add("--caption", nargs="+", action="extend", metavar="IMAGE", default=[])
     add("--t2i", nargs="+", action="extend", metavar="TEXT", default=[])
     add("--infill", nargs="+", action="append", metavar="IMAGE ... TEXT", default=[], help="an underscore is one token")
+    add("--edit", metavar="IMAGE", help="draw a part of it anew, as --t2i's text says")
+    add("--mask", nargs="+", metavar="IMAGE TEXT", help="for --edit: an image, white in that part, and the text")
     add("--again", metavar="PNG", help="draw again what this PNG shows: it carries its prompt and settings")
     group = parser.add_argument_group("the model")
     add = group.add_argument
@@ -479,6 +528,8 @@ def parse_args():
     add("--cfg", type=number(float, -1000, 1000), help="guidance, a factor; 1: none; default: the checkpoint's")
     add("--negative", default="", metavar="TEXT", help="what guidance leads away from; default: the empty text")
     add("--size", type=width_and_height, metavar="SIDES", help="pixels, 512 or 768x512; default: the checkpoint's")
+    add("--trace", default="", metavar="FILE", help="an image of how it came about: of a text a row per pass, of a "
+        "drawing an image per step; a .gif moves")
     add("--out", default="out.png", help="the image, or the page of all images; default: out.png")
     args = parser.parse_args()
     if args.again is not None:
@@ -488,10 +539,15 @@ def parse_args():
 
 def checked(args):
     """The arguments themselves, if they make sense as a whole."""
+    if args.mask:
+        args.mask, args.t2i = args.mask[0], args.t2i + args.mask[1:]
+    if bool(args.edit) != bool(args.mask) or args.edit and not args.t2i:
+        fail("to edit, give an image, a mask and a text: --edit img.png --mask mask.png \"...\"")
     for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):
         if any(len(job) < 2 or not job[-1].strip() for job in getattr(args, name)):
             fail(f"--{name} wants an image and then {what}: --{name} img.png \"...\"")
-    for paths in (args.caption, *(paths for *paths, _ in args.vqa + args.infill)):
+    drawn_on = [args.edit, args.mask] if args.edit else []
+    for paths in (args.caption, drawn_on, *(paths for *paths, _ in args.vqa + args.infill)):
         if missing := [path for path in paths if not os.path.exists(path)]:
             fail(f"{missing[0]}: no such image" + (" (a question goes in quotes)" if len(paths) > 1 else ""))
     if any("_" not in text for *_, text in args.infill):
@@ -504,10 +560,14 @@ def checked(args):
         fail("--export wants --ckpt FILE: what to export")
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
         fail("--temperature is 0 or from 0.01 to 100")
-    folder, ending = os.path.dirname(args.out) or ".", os.path.splitext(args.out)[1].lower()
-    args.format = Image.registered_extensions().get(ending)
-    if args.t2i and (args.format not in Image.SAVE or os.path.isdir(args.out) or not os.access(folder, os.W_OK)):
-        fail(f"--out {args.out}: give a picture's name, like out.png, in a folder that you can write to")
+    texts = len(args.caption) + sum(len(job) - 1 for job in args.infill + (args.vqa if not args.options else []))
+    if args.trace and (texts + bool(args.t2i) != 1 or args.trace == args.out):
+        fail("--trace FILE shows one text, or what --t2i draws, not several, and not in --out's file")
+    for name in ["out"] * bool(args.t2i) + ["trace"] * bool(args.trace):
+        path = getattr(args, name)
+        can_save = Image.registered_extensions().get(os.path.splitext(path)[1].lower()) in Image.SAVE
+        if not can_save or os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+            fail(f"--{name} {path}: give a picture's name, like out.png, in a folder that you can write to")
     return args
 
 
@@ -526,16 +586,35 @@ def prepare_text(dd, text, room):
     return text
 
 
+def save_image(path, frames, chunks):
+    """Write an image; several as frames of a GIF."""
+    with replacing(path) as beside:
+        frames[0].save(beside, Image.registered_extensions()[os.path.splitext(path)[1].lower()], pnginfo=chunks,
+                       save_all=len(frames) > 1, append_images=frames[1:], duration=150, loop=0)
+    print(path)
+
+
 def draw_page(dd, args, width, height, length, generator):
-    """--t2i: draw, keep the best, write the page of all images."""
-    settings = dd.config.settings
+    """--t2i, --edit: draw, keep the best, write the page of all images, and of a trace a page per step."""
+    settings, trace = dd.config.settings, {}
     *texts, negative = (prepare_text(dd, text, length - 1) for text in [*args.t2i, args.negative])
     prompts = [text for text in texts for _ in range(args.num)]
     candidates = [text for text in prompts for _ in range(args.best_of)]
     steps, cfg = args.steps or 28, settings.cfg if args.cfg is None else args.cfg
 
-    pixels = text_to_image(dd, candidates, negative, height, width, length, steps, cfg, settings.shift,
-                           generator=generator)
+    def steer(x, t, velocity):
+        if args.trace:  # the image in which the line from here ends
+            trace.setdefault(t, []).extend(map(Image.fromarray, to_images(dd.decode_image(x - t * velocity))))
+        return velocity
+
+    how = dict(negative=negative, height=height, width=width, length=length, steps=steps, cfg=cfg, shift=settings.shift,
+               generator=generator, steer=steer)
+    if args.edit:
+        images = to_pixels([load_image(path, width, height) for path in (args.edit, args.mask)])
+        image, mask = torch.from_numpy(images).split(1)
+        pixels = edit(dd, image, mask.amax(1, keepdim=True) > 0, candidates, **how)
+    else:
+        pixels = text_to_image(dd, candidates, **how)
     if args.best_of > 1:
         pixels = keep_likeliest(dd, pixels, prompts, args.best_of, length)
     name = os.path.splitext(os.path.basename((args.ckpt or SHIPPED).rstrip("/")))[0]
@@ -543,10 +622,12 @@ def draw_page(dd, args, width, height, length, generator):
     chunks = record(args, texts, **{"Steps": steps, "Sampler": "Euler", "CFG scale": cfg, "Seed": args.seed,
                                     "Size": args.size, "Model": name})
     columns = args.num if len(texts) > 1 else round(args.num ** 0.5 + 0.4)
-    with replacing(args.out) as beside:
-        page = grid([Image.fromarray(image) for image in to_images(pixels)], columns)
-        page.save(beside, args.format, pnginfo=chunks)
-    print(args.out)
+    save_image(args.out, [grid([Image.fromarray(image) for image in to_images(pixels)], columns)], chunks)
+    if args.trace.lower().endswith(".gif"):
+        pages = [grid(images, columns * args.best_of) for images in trace.values()]
+        save_image(args.trace, pages + pages[-1:] * 10, chunks)
+    elif args.trace:  # a row per image, a column per step
+        save_image(args.trace, [grid([image for row in zip(*trace.values()) for image in row], len(trace))], chunks)
 
 
 def main():
@@ -570,7 +651,7 @@ def main():
              "tells what it holds")
     if reads and not dd.ddit.text_head.linear.weight.any():
         warn("this model's text head was never trained: it can draw, but what it reads means nothing")
-    settings, generator = dd.config.settings, torch.Generator().manual_seed(args.seed)
+    settings, generator, passes = dd.config.settings, torch.Generator().manual_seed(args.seed), []
     if args.suffix is not None:
         settings.answer_suffix = args.suffix
     length, (width, height) = args.length or settings.length, args.size or (settings.size, settings.size)
@@ -590,9 +671,12 @@ def main():
         for part in slices(len(inputs), height, width):
             paths, *texts = zip(*inputs[part])
             images = torch.from_numpy(to_pixels([load_image(path, width, height) for path in paths]))
-            lines = reader(dd, images, *texts, length, args.steps, args.order, args.temperature, generator)
+            watch = watch_text(dd.tokenizer, passes) if args.trace else None
+            lines = reader(dd, images, *texts, length, args.steps, args.order, args.temperature, generator, watch)
             tqdm.write("\n".join(lines))
             sys.stdout.flush()
+    if passes:
+        save_image(args.trace, [text_page(passes)], record(args, lines, Seed=args.seed))
     if args.t2i:
         draw_page(dd, args, width, height, length, generator)
 

@@ -223,6 +223,64 @@ def test_a_drawing_tells_how_it_was_drawn_and_is_drawn_again(monkeypatch, capsys
         assert end.value.code == 2 and message in err and err.splitlines()[-1].startswith("sample.py: ")
 
 
+def test_a_trace_of_a_text(monkeypatch, capsys, tmp_path):
+    """Each row one pass: every token is revealed (yellow) in one of them and is grey before that."""
+    passes, text_page = [], sample.text_page
+    monkeypatch.setattr(sample, "text_page", lambda rows: passes.extend(rows) or text_page(rows))
+    call(monkeypatch, "--vqa", SCENE, "what color is the circle?", "--trace", tmp_path / "a.png", "--steps", 6)
+    out = capsys.readouterr().out.splitlines()
+    page = Image.open(tmp_path / "a.png")
+    assert out == ["red", str(tmp_path / "a.png")] and page.height == 22 * len(passes) + 4 and len(passes) <= 6
+    assert page.text["parameters"] == "red\nSeed: 0"
+    words = [[word for word, _ in row] for row in passes]
+    for before, after, row in zip(words, words[1:], passes[1:]):
+        assert all(b == a or b == "" and new for b, a, (_, new) in zip(before, after, row))
+    assert [word for word in words[-1] if "▁red" in word] and "▁what" in words[0]
+
+
+def test_a_trace_of_a_drawing(monkeypatch, capsys, tmp_path):
+    out, strip, film = (tmp_path / name for name in ("a.png", "b.png", "c.gif"))
+    for trace in (strip, film):
+        call(monkeypatch, "--t2i", "a red circle", "--num", 2, "--steps", 3, "--out", out, "--trace", trace)
+    assert capsys.readouterr().out.split() == [str(p) for p in (out, strip, out, film)]
+    drawn, rows = np.asarray(Image.open(out)), np.asarray(Image.open(strip))
+    assert rows.shape == (130, 196, 3) and np.array_equal(rows[:64, -64:], drawn[:64, :64])  # the last is what is drawn
+    assert np.array_equal(rows[66:, -64:], drawn[:, 66:] if len(drawn) == 64 else drawn[66:])
+    assert Image.open(strip).text == Image.open(out).text
+    assert Image.open(film).n_frames == 3 and Image.open(film).size == Image.open(out).size
+    for args, message in ((["--caption", SCENE, SCENE], "not several"),
+                          (["--t2i", "a", "--out", strip], "not in --out's file"),
+                          (["--caption", SCENE], "--trace b.txt: give a picture's name")):
+        with pytest.raises(SystemExit) as end:
+            call(monkeypatch, *args, "--trace", "b.txt" if "b.txt" in message else strip)
+        assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_edit_keeps_the_rest(monkeypatch, capsys, tmp_path):
+    """assets/scene.png's small green square becomes yellow; outside the mask is the autoencoder's reconstruction."""
+    mask = np.zeros((64, 64), np.uint8)
+    mask[32:, 32:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    texts = ["a large green triangle above a small red circle and a small yellow square"]
+    args = ["--edit", SCENE, "--mask", tmp_path / "mask.png", *texts]
+    call(monkeypatch, *args, "--out", tmp_path / "a.png")
+    drawn = np.asarray(Image.open(tmp_path / "a.png"))
+    dd = sample.DualDiffusion.load(sample.SHIPPED)
+    pixels = torch.from_numpy(data.to_pixels([data.load_image(SCENE, 64)]))
+    with torch.no_grad():
+        rest = data.to_images(dd.decode_image(dd.encode_image(pixels)))[0]
+    assert np.array_equal(drawn[mask == 0], rest[mask == 0])
+    red, green, blue = drawn[40:58, 38:56].reshape(-1, 3).astype(int).T
+    assert ((red > 150) & (green > 150) & (blue < 100)).sum() > 40
+    call(monkeypatch, "--again", tmp_path / "a.png", "--out", tmp_path / "b.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), drawn)
+    for bad in (args[:2], args[2:], args[:4], ["--edit", "none.png", *args[2:]]):
+        with pytest.raises(SystemExit) as end:
+            call(monkeypatch, *bad)
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and err.count("\n") == 1 and ("to edit, give" in err or "no such image" in err)
+
+
 def test_options_are_ranked(monkeypatch, capsys):
     call(monkeypatch, "--vqa", SCENE, SCENE, "what color is the circle?", "--options", "Red", "blue", "green")
     first, second = capsys.readouterr().out.splitlines()
