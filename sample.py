@@ -48,7 +48,7 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, steer):
     """Noise (B,C,h,w) -> pixels (B,3,8h,8w), all prompts at once: Euler's steps along the ODE, from t = 1 to 0.
 
     Guidance predicts two velocities, one for the prompt and one for the negative text (most often empty), and goes
-    `cfg` times as far as from the second to the first. So cfg 1 is the first alone, and the second is not computed."""
+    `cfg` times as far as from the second to the first. So cfg 1 is the first alone."""
     x, guided = x.to(dd.device), cfg != 1
     texts = [*prompts, *[negative] * len(prompts)] if guided else prompts
     states = dd.t5(torch.tensor([dd.tokenizer.encode(text, length) for text in texts], device=dd.device))
@@ -80,8 +80,7 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
         shape = (len(prompts), vae.latent_channels, *latent_size(dd, height, width))
         noise = torch.randn(shape, generator=generator)
     parts = slices(len(prompts), noise.shape[2] * vae.factor, noise.shape[3] * vae.factor)
-    how = negative, length, steps, cfg, shift, steer
-    return torch.cat([denoise(dd, noise[part], prompts[part], *how) for part in parts])
+    return torch.cat([denoise(dd, noise[k], prompts[k], negative, length, steps, cfg, shift, steer) for k in parts])
 
 
 def revealed_share(steps):
@@ -97,18 +96,6 @@ def text_logits(dd, latents, tokens, where):
     """One forward pass: latents (B,C,H,W), tokens (B,L) -> logits (N,V) at the N true positions of `where` (B,L)."""
     states, times = dd.t5(tokens.to(dd.device)), torch.zeros(len(tokens), device=dd.device)
     return finite(dd.ddit(latents, times, states, predict=where, image_rows=0)[1]).cpu()
-
-
-def draw_tokens(logits, temperature, generator):
-    """logits (N,V) -> tokens (N,), their probabilities, the entropies (nats) of their distributions. In float64, for
-    float32 noise would silently lower the temperature; and so 256 rows at a time. The mask token, the last of the V, is
-    never drawn."""
-    parts = []
-    for part in logits.split(256):
-        probs = torch.softmax(part[:, :-1].double() / (temperature or 1.0), dim=1)
-        ids = torch.multinomial(probs, 1, generator=generator) if temperature else probs.argmax(1, keepdim=True)
-        parts.append((ids[:, 0], probs.gather(1, ids)[:, 0], torch.special.entr(probs).sum(1)))
-    return [torch.cat(column) for column in zip(*parts)]
 
 
 # The orders of unmasking. For every forward pass each yields which tokens it reveals, (B,L) bool, and the tokens (N,).
@@ -150,10 +137,9 @@ GAMMA = 0.1
 
 
 def by_entropy(predict_tokens, masked, steps, generator):
-    """The surest first, per pass as many as are nearly independent of each other; `steps` plays no part. What a pass
-    reveals is drawn as if independent. What that neglects, the divergence from the true joint distribution, is at most
-    the sum of the entropies less the largest. So each pass reveals the tokens of least entropy, the most for which this
-    bound is at most GAMMA: at least one, and all of which the network is certain."""
+    """The surest first, in each pass as many as are nearly independent; `steps` plays no part. What one pass reveals is
+    drawn as if independent. The error, the divergence from the true joint distribution, is at most the sum of the
+    entropies less the largest. So a pass reveals the tokens of least entropy, as many as keep this within GAMMA."""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
@@ -212,6 +198,18 @@ def infill(dd, images, texts, length=None, steps=None, order=None, temperature=0
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
 
 
+def draw_tokens(logits, temperature, generator):
+    """logits (N,V) -> tokens (N,), their probabilities, the entropies (nats) of their distributions. In float64, for
+    float32 noise would silently lower the temperature; and so 256 rows at a time. The mask token, the last of the V, is
+    never drawn."""
+    parts = []
+    for part in logits.split(256):
+        probs = torch.softmax(part[:, :-1].double() / (temperature or 1.0), dim=1)
+        ids = torch.multinomial(probs, 1, generator=generator) if temperature else probs.argmax(1, keepdim=True)
+        parts.append((ids[:, 0], probs.gather(1, ids)[:, 0], torch.special.entr(probs).sum(1)))
+    return [torch.cat(column) for column in zip(*parts)]
+
+
 def latent_size(dd, height, width):
     """Height and width of an image -> of its latents. Raises ValueError for one that the model cannot take."""
     factor, unit = dd.config.vae.factor, dd.config.vae.factor * dd.config.ddit.patch
@@ -259,7 +257,7 @@ def score(dd, images, texts, length=None, draws=64, seed=0):
         nats.append(0)
         for part in slices(draws, *images.shape[2:]):
             logits = text_logits(dd, latents.expand(len(t[part]), -1, -1, -1), noisy[part], masked[part])
-            loss = losses.masked_diffusion_loss(logits, tokens[part], masked[part], t[part])  # Eq. 7, per token
+            loss = losses.masked_diffusion_loss(logits, tokens[part], masked[part], t[part])  # per token
             nats[-1] += loss * tokens[part].numel() / draws
     return torch.stack(nats)
 
