@@ -52,12 +52,11 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, steer):
     x, guided = x.to(dd.device), cfg != 1
     texts = [*prompts, *[negative] * len(prompts)] if guided else prompts
     states = dd.t5(torch.tensor([dd.tokenizer.encode(text, length) for text in texts], device=dd.device))
-    no_logits = torch.zeros(states.shape[:2], dtype=torch.bool)
     grid = time_grid(steps, shift).tolist()
     for t, t_next in zip(grid, grid[1:]):
         latents = torch.cat([x, x]) if guided else x
         times = torch.full((len(latents),), t, device=dd.device)
-        velocity = dd.ddit(latents, times, states, predict=no_logits)[0].float()
+        velocity = dd.ddit(latents, times, states, predict=torch.zeros(0).long())[0].float()  # no logits
         if guided:
             with_prompt, with_negative = velocity.chunk(2)
             velocity = with_negative + cfg * (with_prompt - with_negative)  # Eq. 10
