@@ -28,8 +28,8 @@ MIN_TIME = 1e-3  # the smallest time of a text in training; there the weight of 
 
 def alpha(t):
     """The schedule: the share of tokens still readable at time t (a tensor). All else follows from it: what is masked,
-    the weight of the loss, and at which steps sampling reveals tokens. This one is the paper's, a straight line. (It is
-    called log-linear, because other papers write alpha as exp(-sigma).)"""
+    the weight of the loss, and at which steps sampling reveals tokens. This one is the paper's, a straight line; a
+    thousandth stays readable at t = 1. (It is called log-linear, as other papers write alpha as exp(-sigma).)"""
     return 1 - 0.999 * t
 
 
@@ -76,8 +76,8 @@ def masked_diffusion_loss(logits, tokens, masked, t):
     Think of writing the text backwards in time. In a short time dt a masked token is revealed with probability rate·dt,
     and to reveal it costs its cross-entropy, in nats. So rate · cross-entropy · dt is the expected cost, and its
     integral over t is the cost of writing the whole text: an upper bound on its negative log-likelihood. It is the
-    same for every schedule, because rate · dt = -d(alpha) / (1 - alpha) has nothing but alpha in it, and the network
-    sees no time. A schedule only decides how often training shows few masks or many.
+    same for every schedule: rate · dt is -d(alpha) / (1 - alpha), so with alpha as the variable, t is gone (the network
+    does not see it, either). A schedule only decides how often training shows few masks or many.
 
     The sum is divided by batch · length, so the loss is in nats per token of the padded text, and every row counts
     alike. Length counts the question, which is never masked and costs nothing, and the EOS padding, which is masked and

@@ -67,7 +67,7 @@ class Tokenizer:
         return self.encode(text, length), [True] * (length - 1) + [False]
 
     def question_ids(self, question, answer, length):
-        """-> ids, maskable: the answer and the EOS tokens after it, never the question."""
+        """-> ids, maskable: the answer and the EOS tokens after it but the last, never the question."""
         prompt = self.prompt_ids(question, length)
         ids, maskable = self.caption_ids(answer, length - len(prompt))
         return prompt + ids, [False] * len(prompt) + maskable

@@ -305,9 +305,8 @@ def make_optimizers(modules, recipe):
     """modules: {"ddit", "t5" or "vae": module} -> optimizers, [(parameter, view)].
 
     Muon, where the recipe has it, learns the matrices of linear and convolution layers inside the blocks. AdamW learns
-    all else; of that, matrices decay, but not biases, norms and embedding
-    tables. Muon wants plain matrices, so it learns a view of each parameter, on the same memory, a convolution's as
-    (out, in * k * k)."""
+    all else; of that, matrices decay, but not biases, norms and embedding tables. Muon wants plain matrices, so it
+    learns a view of each parameter, on the same memory, a convolution's as (out, in * k * k)."""
     decayed, plain, views, muon_groups = [], [], [], []
     for name, module in modules.items():
         layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
@@ -671,7 +670,8 @@ def learn(args, recipe):
     log = Log(folder, ("image_loss", "text_loss") if dd.ddit else ("reconstruction", "kl"), start, recipe.steps)
     batches = data.Batches(images, texts, dd.tokenizer, recipe, args.seed, rows, args.accumulate)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), pin_memory=device.type == "cuda",
-                        num_workers=workers(images, device) if args.workers is None else args.workers)
+                        num_workers=workers(images, device) if args.workers is None else args.workers,
+                        worker_init_fn=ignore_signals)
     unseen_batches = data.Batches(*held_out, dd.tokenizer, recipe, UNSEEN, rows, args.accumulate)
 
     def validate():
@@ -691,6 +691,12 @@ def learn(args, recipe):
         paths = args.text_data or args.data
         benchmark = f"data --unseen --data {' '.join(paths)}" if paths else "world"
         print(f"wrote {path}\nto judge it: python tests/evaluate.py {benchmark} --ckpt {path}")
+
+
+def ignore_signals(worker):
+    """In a process that makes batches. Ctrl-C and a cluster reach it, too; but the step that is going on needs it."""
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(kind, signal.SIG_IGN)
 
 
 def workers(images, device):
