@@ -671,7 +671,7 @@ def learn(args, recipe):
     batches = data.Batches(images, texts, dd.tokenizer, recipe, args.seed, rows, args.accumulate)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), pin_memory=device.type == "cuda",
                         num_workers=workers(images, device) if args.workers is None else args.workers,
-                        worker_init_fn=ignore_signals)
+                        worker_init_fn=own_session)
     unseen_batches = data.Batches(*held_out, dd.tokenizer, recipe, UNSEEN, rows, args.accumulate)
 
     def validate():
@@ -693,10 +693,10 @@ def learn(args, recipe):
         print(f"wrote {path}\nto judge it: python tests/evaluate.py {benchmark} --ckpt {path}")
 
 
-def ignore_signals(worker):
-    """In a process that makes batches. Ctrl-C and a cluster reach it, too; but the step that is going on needs it."""
-    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(kind, signal.SIG_IGN)
+def own_session(worker):
+    """In a process that makes batches: Ctrl-C and signals to the whole program pass it by, for the step that is going on
+    needs it."""
+    os.setsid()
 
 
 def workers(images, device):
