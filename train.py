@@ -181,8 +181,8 @@ def autoencoder_losses(dd, batch, recipe):
 def subsets(paths, args, recipe):
     """-> data.Subsets of the user's records or of the built-in world: to learn from, and held out."""
     if not paths:
-        return (data.Subset(data.World(args.seed, kinds=args.kinds), np.arange(recipe.pool)),
-                data.Subset(data.World(UNSEEN + args.seed, kinds=args.kinds), np.arange(250)))
+        unseen = data.World(UNSEEN + args.seed, kinds=args.kinds), np.arange(min(250, recipe.pool // 20 + 1))
+        return data.Subset(data.World(args.seed, kinds=args.kinds), np.arange(recipe.pool)), data.Subset(*unseen)
     source, names = data.Records(paths, recipe.size, args.out), " ".join(paths)
     unseen, ids = source.split(250)
     unseen = [i for i in unseen if data.readable(source, i, []) is not None]
@@ -694,8 +694,7 @@ def learn(args, recipe):
 
 
 def own_session(worker):
-    """In a process that makes batches: Ctrl-C and signals to the whole program pass it by, for the step that is going on
-    needs it."""
+    """In a process that makes batches: Ctrl-C and signals to the whole program pass it by, for the step needs it."""
     os.setsid()
 
 
