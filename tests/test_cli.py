@@ -427,13 +427,17 @@ def test_the_readme_s_commands(tmp_path, monkeypatch):
     os.symlink(os.path.join(ROOT, "assets"), tmp_path / "assets")
     section = readme[readme.index("## Use it"):readme.index("## Real weights")]
     commands = [line.strip() for line in section.splitlines() if line.startswith("    python sample.py")]
-    assert len(commands) == 4
+    assert len(commands) == 9
+    printed = []
     for command in commands:
         script, *args = shlex.split(command)[1:]
         done = run(script, *args, cwd=tmp_path)
         assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
-    assert done.stdout == "a large green triangle above a small red circle and a small green square\n"
+        printed.append(done.stdout)
+    assert "a large green triangle above a small red circle and a small green square\n" in printed
+    assert "red (100.0%), green (0.0%), blue (0.0%)\n" in printed
     assert Image.open(tmp_path / "out.png").size == (196, 196)
+    assert (np.asarray(Image.open(tmp_path / "best.png")) == np.asarray(Image.open(tmp_path / "again.png"))).all()
     code = section[section.index("```python") + len("```python"):section.rindex("```")]
     monkeypatch.chdir(tmp_path)
     exec(code, {})
