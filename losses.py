@@ -9,7 +9,6 @@ data. Time t runs from 0 (clean) to 1 (nothing left) for both.
   special token, the mask, and the network learns to put the tokens back (masked diffusion).
 
 Equation numbers are the D-DiT paper's.
-
 References:
   Li et al., Dual Diffusion (D-DiT), arXiv 2501.00289
   Sahoo et al., Masked Diffusion Language Models, arXiv 2406.07524: Eq. 7 and the SUBS parametrisation

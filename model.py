@@ -4,7 +4,6 @@ It is Stable Diffusion 3's MM-DiT with a second head (Figure 1). Two streams of 
 weights of its own, meet in every block in one joint attention; at the top one head predicts the image's velocity, one
 the masked tokens. `DualDiffusion` is the whole system: transformer, T5, VAE and tokenizer. Modules carry the names of
 SD3's single-file checkpoint, so that its weights need no translation.
-
 References:
   Li et al., Dual Diffusion for Unified Image Generation and Understanding (D-DiT), arXiv 2501.00289
   Esser et al., Scaling Rectified Flow Transformers (SD3: MM-DiT), arXiv 2403.03206

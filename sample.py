@@ -7,7 +7,6 @@ an image begins as noise and follows the velocity; a text begins as masks, which
     python sample.py --infill img.png "a _ green _ above a small _ circle and a small green square"
 
 Answers, captions and the names of written files go to stdout, all else to stderr.
-
 References:
   Ho & Salimans, Classifier-Free Guidance, arXiv 2207.12598; Esser et al., SD3, arXiv 2403.03206, section 5.3.2
   Zheng et al., Masked Diffusion Models are Secretly Time-Agnostic Masked Models, arXiv 2409.02908

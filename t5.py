@@ -2,7 +2,6 @@
 
 The encoder knows nothing of diffusion. It takes tokens, the mask token among them (to T5 a token like any other), and
 returns one vector per token. The transformer does the rest.
-
 References:
   Raffel et al., T5, arXiv 1910.10683; v1.1 (gated GELU, no weight sharing) after Shazeer, arXiv 2002.05202
   Zhang & Sennrich, RMSNorm, arXiv 1910.07467

@@ -10,7 +10,6 @@
 With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/ a file for
 sample.py, metrics, sheets of samples, and the checkpoints that the same command resumes from. A step depends on its
 number and the seed alone, so any number of processes (`torchrun --nproc_per_node 8 train.py ...`) repeats it.
-
 References:
   Li et al., D-DiT, arXiv 2501.00289, section 4 and Tables 6, 9 and 10
   Jordan et al., Muon, 2024 (torch.optim.Muon); Zhao et al., PyTorch FSDP, arXiv 2304.11277

@@ -2,7 +2,6 @@
 
 An image of 8h x 8w pixels becomes a grid of h x w latents with 16 channels; the transformer works on those. The
 encoder answers with a Gaussian (mean and log-variance), so that training can sample the posterior.
-
 References:
   Esser et al., Scaling Rectified Flow Transformers (SD3), arXiv 2403.03206, section 5.2.1
   Rombach et al., Latent Diffusion, arXiv 2112.10752, whose module names SD3's single file still carries
