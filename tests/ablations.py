@@ -18,21 +18,20 @@ import os
 import shlex
 import subprocess
 import sys
-from argparse import Namespace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch comes; sample.py says why
 
 import numpy as np
 import torch
 
-TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, TOP)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import evaluate
 
 import data
 from model import DualDiffusion
 from sample import Parser, run_program, seed
 
+TRAIN = os.path.join(os.path.dirname(data.__file__), "train.py")
 # name: the run whose model it starts from, what it asks, train.py's arguments
 RUNS = {
     "draw": (None, None, "--stage 1 --steps 400 --text-weight 0"),
@@ -59,8 +58,7 @@ def judge(path, seed, stage, num=250):
     dd = DualDiffusion.load(path)
     source, ids = data.World(evaluate.UNSEEN + seed), range(num)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    captions = evaluate.write_captions(dd, source, ids, generator)
-    scores = {"captions": [evaluate.caption_holds(text, source.scene(i)[0]) for i, text in zip(ids, captions)]}
+    scores = {"captions": evaluate.judge_captions(dd, source, ids, generator)}
     scores["objects drawn"], scores["scenes drawn"] = evaluate.judge_drawings(dd, source, ids, rng, generator)
     if stage == "3":
         questions = [(i, *pair) for i in ids for kind in data.KINDS if (pair := source.question(i, rng, kind))]
@@ -77,10 +75,10 @@ def run(out, name, seed):
     path, stage = model_file(out, name, seed), arguments.split()[1]
     scores = os.path.join(folder(out, name, seed), "scores.json")
     if not os.path.exists(scores):
-        command = ["train.py", *arguments.split(), "--seed", str(seed), "--pool", "10000", "--out",
-                   folder(out, name, seed)] + (["--init", model_file(out, start, seed)] if start else [])
-        print("python " + shlex.join(command), flush=True)
-        subprocess.run([sys.executable, os.path.join(TOP, command[0]), *command[1:]], check=True)
+        command = [*arguments.split(), "--seed", str(seed), "--pool", "10000", "--out", folder(out, name, seed)]
+        command += ["--init", model_file(out, start, seed)] if start else []
+        print("python train.py " + shlex.join(command), flush=True)
+        subprocess.run([sys.executable, TRAIN, *command], check=True)
         text = json.dumps(judge(path, seed, stage))
         with data.replacing(scores) as beside, open(beside, "w") as f:
             f.write(text)
@@ -107,7 +105,7 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=seed, default=[0, 1, 2])
     parser.add_argument("--out", default="runs/ablations", metavar="DIR")
-    args: Namespace = parser.parse_args()
+    args = parser.parse_args()
     results = {}
     for s in args.seeds:
         for name in RUNS:

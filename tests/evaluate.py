@@ -1,6 +1,9 @@
 """Tests a model, where test_*.py test the code. What is measured, and by whose definition, each benchmark below says.
 
     python tests/evaluate.py world                                    the shipped model, on the built-in world
+    python tests/evaluate.py world --order random entropy --steps 4 16        how many passes does reading take?
+    python tests/evaluate.py blanks                                   blanks in texts, filled in
+    python tests/evaluate.py best-of                                  drawings, of which the model chooses
     python tests/evaluate.py data --ckpt FILE --data TEST.jsonl       a model of your own, on images of your own
     python tests/evaluate.py vqa --ckpt FILE --annotations A.json --questions Q.json --images DIR --out R.json
     python tests/evaluate.py vqa --annotations A.json --results R.json        scores what is there, without a model
@@ -32,6 +35,7 @@ from metrics import interval, vqa_score
 import data
 from model import DTYPES, DualDiffusion, missing_parts
 from sample import (
+    ORDERS,
     SHIPPED,
     Parser,
     add_parts,
@@ -40,6 +44,8 @@ from sample import (
     default_device,
     existing_device,
     fail,
+    infill,
+    keep_likeliest,
     latent_size,
     number,
     run_program,
@@ -59,26 +65,101 @@ def world(dd, args):
     Answers: of every kind one question per scene, where the scene allows it; they must equal the only right answer.
     Held-out pairs: one question per scene with a colour and a shape that training never shows together. Captions: any
     true one is right. Drawings: of one caption per scene, and what they show is found by `read_scene`, which is first
-    tried on true images. The definitions are ours. A model of stage 0 is judged by its reconstructions."""
+    tried on true images. The definitions are ours. A model of stage 0 is judged by its reconstructions. With --order or
+    --steps instead the paper's Table 5 in miniature: what is right, and in how many passes."""
+    if args.order or args.steps:
+        return read_in_orders(dd, args)
     source = data.World(UNSEEN + args.seed, kinds=args.kinds)
     held_out = data.World(source.seed, "held", source.kinds)
-    ids, kinds = range(args.num), dict.fromkeys(source.kinds)
+    ids = range(args.num)
     rng, generator = np.random.default_rng([args.seed, 2]), torch.Generator().manual_seed(args.seed)
 
     scores = {"reader, true scenes": judge_scenes(source, ids, map(source.image, ids))}
     if dd.ddit is None:
         return scores | {"scenes read back": judge_scenes(source, ids, reconstruct(dd, source, ids))}
 
-    questions = [(kind, i, *pair) for i in ids for kind in kinds if (pair := source.question(i, rng, kind))]
-    right = judge_answers(dd, source, [question for _, *question in questions], generator)
-    scores["answers"] = right
-    for kind in kinds:
-        scores[f"  {kind}"] = [score for score, question in zip(right, questions) if question[0] == kind]
+    kinds, questions = scene_questions(source, ids, rng)
+    scores["answers"] = judge_answers(dd, source, questions, generator)
+    for kind in dict.fromkeys(source.kinds):
+        scores[f"  {kind}"] = [score for score, other in zip(scores["answers"], kinds) if other == kind]
     questions = [(i, *held_out.question(i, rng)) for i in ids]
     scores["answers, held-out pairs"] = judge_answers(dd, held_out, questions, generator)
-    captions = write_captions(dd, source, ids, generator)
-    scores["captions"] = [caption_holds(text, source.scene(i)[0]) for i, text in zip(ids, captions)]
+    scores["captions"] = judge_captions(dd, source, ids, generator)
     scores["objects drawn"], scores["scenes drawn"] = judge_drawings(dd, source, ids, rng, generator)
+    return scores
+
+
+def read_in_orders(dd, args):
+    """Prints a line per order and number of steps: the captions and answers that are right, and the forward passes that
+    a text takes. All share the scenes and questions of `world`."""
+    source, ids = data.World(UNSEEN + args.seed, kinds=args.kinds), range(args.num)
+    _, questions = scene_questions(source, ids, np.random.default_rng([args.seed, 2]))
+    print("| order | steps | captions | passes | answers | passes |\n|---|---|---|---|---|---|")
+    for order in args.order or ["random"]:
+        for steps in args.steps or [None]:
+            cells, rows = [order, "" if order == "entropy" else str(steps or "")], []  # rows of every pass
+            how = {"order": order, "steps": steps, "watch": lambda tokens, reveal: rows.append(reveal.any(1).sum())}
+            for judge, inputs in ((judge_captions, ids), (judge_answers, questions)):
+                rows.clear()
+                right = judge(dd, source, inputs, torch.Generator().manual_seed(args.seed), **how)
+                cells += [f"{100 * sum(right) / len(right):.1f}%", f"{sum(rows) / len(right):.2f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+            if order == "entropy":  # it chooses the number of steps itself
+                break
+    return {}
+
+
+def blanks(dd, args):
+    """Filling blanks: in a telling of each scene, one to four words in a row are left out. Is it true when filled?
+
+    Then answers to "where is ...?" of whose words the first is given: they must be right. Then what training never
+    does, for it never masks a question: "Q: where is the _ _? A: top left", in which the two words must describe one
+    thing alone, and that must be there. The definitions are ours."""
+    source, rng = data.World(UNSEEN + args.seed), np.random.default_rng([args.seed, 3])
+    generator, scores = torch.Generator().manual_seed(args.seed), {}
+
+    def fill(ids, texts):
+        return [filled for part, pixels in image_batches(source, ids, "filling blanks")
+                for filled in infill(dd, pixels, texts[part], generator=generator)]
+
+    scenes = {i: source.scene(i)[0] for i in range(args.num)}
+    tellings = {i: source.caption(i, rng).split() for i in scenes}
+    for count in 1, 2, 3, 4:
+        texts = []
+        for words in tellings.values():
+            k = rng.integers(len(words) - count + 1)
+            gap = ["_," if word.endswith(",") else "_" for word in words[k:k + count]]
+            texts.append(" ".join([*words[:k], *gap, *words[k + count:]]))
+        filled = fill(list(scenes), texts)
+        scores[f"{count} in a row"] = [caption_holds(text, things) for text, things in zip(filled, scenes.values())]
+    questions = {i: pair for i in scenes if (pair := source.question(i, rng, "where"))}
+    filled = fill(list(questions), [f"Q: {asks} A: {says.split()[0]} _" for asks, says in questions.values()])
+    scores["answer, begun"] = [text == f"Q: {asks} A: {says}" for text, (asks, says) in zip(filled, questions.values())]
+    places = {i: data.QUARTERS[things[0].quarter] for i, things in scenes.items()}
+    filled = fill(list(scenes), [f"Q: where is the _ _? A: {place}" for place in places.values()])
+    scores["question"] = []
+    for text, place, things in zip(filled, places.values(), scenes.values()):
+        words = set(text.removeprefix("Q: where is the ").removesuffix(f"? A: {place}").split())
+        meant = [thing for thing in things if words <= {*str(thing).split(), "shape", "thing"}]
+        scores["question"].append([data.QUARTERS[thing.quarter] for thing in meant] == [place])
+    return scores
+
+
+def best_of(dd, args):
+    """The model as judge of its own drawings: of four per prompt it keeps the one from which it best reads the prompt.
+
+    Prompts have held-out pairs of colour and shape; `read_scene` says what is right. The definition is ours."""
+    source, ids = data.World(UNSEEN + args.seed, "held"), range(args.num)
+    prompts, scores = [source.caption(i, np.random.default_rng([args.seed, 2, i])) for i in ids], {}
+    for steps, cfg in (28, 1), (6, 3):
+        generator, name = torch.Generator().manual_seed(args.seed), f"{steps} steps, cfg {cfg}"
+        scores[f"{name}, each"], scores[f"{name}, best of 4"] = [], []
+        for part in data.slices(len(ids), source.size, source.size, "drawing"):
+            four = [prompt for prompt in prompts[part] for _ in range(4)]
+            pixels = text_to_image(dd, four, steps=steps, cfg=cfg, shift=dd.config.settings.shift, generator=generator)
+            best = keep_likeliest(dd, pixels, prompts[part], 4)
+            scores[f"{name}, each"] += judge_images(four, pixels)
+            scores[f"{name}, best of 4"] += judge_images(prompts[part], best)
     return scores
 
 
@@ -110,7 +191,7 @@ def own_data(dd, args):
     return {name: values for name, values in scores.items() if values}
 
 
-JUDGED = {"world": world, "data": own_data}
+JUDGED = {"world": world, "blanks": blanks, "best-of": best_of, "data": own_data}
 ASKED = {name: getattr(published, name) for name in ("vqa", "gqa", "pope", "mme", "coco")}
 DRAWN = {name: getattr(published, name) for name in ("geneval", "pictures")}
 BENCHMARKS = JUDGED | ASKED | DRAWN
@@ -232,24 +313,38 @@ def same_text(text, truth):
     return text.strip().lower() == truth.strip().lower()
 
 
-def write_answers(dd, source, ids, questions, generator):
-    """One question about each image -> list of str, the model's answers."""
-    return [text for part, pixels in image_batches(source, ids, "answering")
-            for text in answer(dd, pixels, questions[part], generator=generator)]
+def scene_questions(source, ids, rng):
+    """Of every kind one question per scene, where the scene allows it -> kinds, questions (i, question, answer)."""
+    questions = [(kind, (i, *pair)) for i in ids for kind in dict.fromkeys(source.kinds)
+                 if (pair := source.question(i, rng, kind))]
+    return zip(*questions)
 
 
-def judge_answers(dd, source, questions, generator):
+def judge_answers(dd, source, questions, generator, **how):
     """questions: [(i, question, its right answer or those of several people)] about images i of the source -> list of
     scores, 0 to 1."""
     ids, texts, truths = zip(*((i, text, people) for i, text, *people in questions)) if questions else ((), (), ())
+    answers = [text for part, pixels in image_batches(source, ids, "answering")
+               for text in answer(dd, pixels, texts[part], generator=generator, **how)]
     return [vqa_score(text, people) if len(people) > 3 else any(same_text(text, truth) for truth in people)
-            for text, people in zip(write_answers(dd, source, ids, texts, generator), truths)]
+            for text, people in zip(answers, truths)]
 
 
-def write_captions(dd, source, ids, generator):
+def write_captions(dd, source, ids, generator, **how):
     """-> list of str, the model's caption of each image."""
     return [text for _, pixels in image_batches(source, ids, "captioning")
-            for text in caption(dd, pixels, generator=generator)]
+            for text in caption(dd, pixels, generator=generator, **how)]
+
+
+def judge_captions(dd, source, ids, generator, **how):
+    """-> list of bool: is the model's caption of each scene of the world true?"""
+    captions = write_captions(dd, source, ids, generator, **how)
+    return [caption_holds(text, source.scene(i)[0]) for i, text in zip(ids, captions)]
+
+
+def judge_images(captions, pixels):
+    """-> list of bool: does each caption hold for the scene that its image shows?"""
+    return [caption_holds(text, read_scene(image)) for text, image in zip(captions, data.to_images(pixels))]
 
 
 def judge_drawings(dd, source, ids, rng, generator):
@@ -364,9 +459,9 @@ def report(scores):
         for name, values in scores.items())
 
 
-NEEDS = {"world": "", "data": "data", "vqa": "annotations images", "gqa": "questions images",
-         "pope": "questions images", "mme": "questions images", "coco": "annotations images", "geneval": "prompts out",
-         "pictures": "prompts out"}
+NEEDS = {"world": "", "blanks": "", "best-of": "", "data": "data", "vqa": "annotations images",
+         "gqa": "questions images", "pope": "questions images", "mme": "questions images", "coco": "annotations images",
+         "geneval": "prompts out", "pictures": "prompts out"}
 
 
 def check_files(args):
@@ -382,6 +477,8 @@ def check_files(args):
     for name in needs:
         if not getattr(args, name):
             fail(f"{args.benchmark} wants --{name} (--help shows how)")
+    if args.benchmark != "world" and (args.order or args.steps):
+        fail(f"{args.benchmark} has no use for it: leave out --order and --steps")
     if args.results and args.num:
         fail("--results are scored whole: leave out --num")
 
@@ -410,6 +507,9 @@ def parse_args():
                         "benchmarks how many of the first questions, images, prompts; default: 1000, or all")
     parser.add_argument("--kinds", nargs="+", choices=[*data.KINDS, "same"], default=list(data.KINDS), metavar="KIND",
                         help="of questions in the built-in world, as train.py's; default: all but same")
+    parser.add_argument("--order", nargs="+", choices=list(ORDERS), help="of world: the orders of unmasking to compare")
+    parser.add_argument("--steps", nargs="+", type=number(int, 1, 10_000), help="of world: the numbers of steps to "
+                        "compare, of those orders that take them")
     parser.add_argument("--seed", type=seed, default=0, help="of scenes, of what is drawn from --data, and of sampling")
     parser.add_argument("--device", type=existing_device, default=default_device())
     parser.add_argument("--dtype", choices=list(DTYPES), help="to compute in; default: bf16 on a GPU, fp32 on a CPU")
