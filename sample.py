@@ -27,7 +27,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-from torch.nn.functional import adaptive_max_pool2d
+from torch.nn.functional import adaptive_max_pool2d, pad
 from tqdm import tqdm
 
 import losses
@@ -173,18 +173,20 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
 
 
 def caption(dd, images, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
-    """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; steps: forward passes at most.
-    order: by default "entropy", which needs no steps; if steps are given, "random", the paper's. A model that was tuned
-    on answers alone is asked for a caption by a question, `caption_prompt`."""
-    return unmask_texts(dd, images, [text_ids(dd, "", length)] * len(images), steps, order,
-                        temperature, generator, watch, random_steps=dd.config.settings.caption_steps)
+    """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text, or "auto", as many as it takes, in
+    blocks; steps: forward passes at most, per block. order: by default "entropy", which needs no steps; if steps are
+    given, "random", the paper's. A model that was tuned on answers alone is asked for a caption by a question,
+    `caption_prompt`."""
+    return unmask_texts(dd, images, [text_ids(dd, "", length)] * len(images), steps, order, temperature, generator,
+                        watch, random_steps=dd.config.settings.caption_steps, endless=length == "auto")
 
 
 def answer(dd, images, questions, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
     """Answer one question per image -> list of str. length: tokens of question and answer in sum. The model's own
     suffix, if it has one, follows the question. The rest is as for `caption`."""
-    return unmask_texts(dd, images, [text_ids(dd, (question, ""), length) for question in questions], steps, order,
-                        temperature, generator, watch, random_steps=dd.config.settings.answer_steps)
+    texts = [text_ids(dd, (question, ""), length) for question in questions]
+    return unmask_texts(dd, images, texts, steps, order, temperature, generator, watch,
+                        random_steps=dd.config.settings.answer_steps, endless=length == "auto")
 
 
 def infill(dd, images, texts, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
@@ -219,7 +221,8 @@ def latent_size(dd, height, width):
 
 def text_ids(dd, text, length=None):
     """A caption, or a pair (question, answer) -> ids, maskable, as this model was trained on them."""
-    settings, length = dd.config.settings, length or dd.config.settings.length
+    settings = dd.config.settings
+    length = settings.length if length in (None, "auto") else length
     if isinstance(text, str):
         prompt = settings.caption_prompt
         return dd.tokenizer.question_ids(prompt, text, length) if prompt else dd.tokenizer.caption_ids(text, length)
@@ -227,17 +230,39 @@ def text_ids(dd, text, length=None):
 
 
 @torch.no_grad()
-def unmask_texts(dd, images, texts, steps, order, temperature, generator, watch, random_steps=None, whole=False):
-    """Unmask one text (ids, maskable) per image -> list of str: what stands at the masks, or the whole texts. Without
-    `steps`, random order takes `random_steps`, and the others a token per step."""
+def unmask_texts(dd, images, texts, steps, order, temperature, generator, watch, random_steps=None, whole=False,
+                 endless=False):
+    """Unmask one text (ids, maskable) per image -> list of str: from the first mask on, or the whole texts. Without
+    `steps`, random order takes `random_steps`, and the others a token per step. endless: in blocks, until EOS."""
     latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
     tokens, maskable = (torch.tensor(column) for column in zip(*texts))
     order = order or ("random" if steps else "entropy")
     steps = steps or (order == "random" and random_steps) or tokens.shape[1]
+    method, lines = unmask_in_blocks if endless else unmask, []
     for part in slices(len(images), *images.shape[2:]):
         latents = dd.encode_image(images[part])
-        tokens[part], _ = unmask(dd, latents, tokens[part], maskable[part], steps, order, temperature, generator, watch)
-    return [dd.tokenizer.decode(ids if whole else ids[m]) for ids, m in zip(tokens, maskable)]
+        ids, _ = method(dd, latents, tokens[part], maskable[part], steps, order, temperature, generator, watch)
+        starts = maskable[part].long().argmax(1)  # the first mask
+        lines += [dd.tokenizer.decode(row if whole else row[start:]) for row, start in zip(ids, starts)]
+    return lines
+
+
+def unmask_in_blocks(dd, latents, tokens, maskable, *how, blocks=8):
+    """`unmask` for texts of any length -> tokens (B,L or more), number of forward passes. A text that fills its whole
+    length with words is not at its end, so as many masks follow it as it had, before the EOS; and so on until it ends,
+    or for `blocks` blocks. Training shows neither texts that go on nor so many tokens; README says what comes of it."""
+    tokens, passes = unmask(dd, latents, tokens, maskable, *how)
+    unfinished = ~(maskable & (tokens == dd.tokenizer.eos_id)).any(1)
+    if unfinished.any() and blocks > 1:
+        length, more = tokens.shape[1] - 1, int(maskable.sum(1).max())
+        tokens = pad(tokens, (0, more), value=dd.tokenizer.eos_id)
+        maskable = torch.zeros_like(tokens, dtype=torch.bool)
+        maskable[:, length:-1] = True
+        longer, others = unmask_in_blocks(dd, latents[unfinished], tokens[unfinished], maskable[unfinished], *how,
+                                          blocks=blocks - 1)
+        tokens = pad(tokens, (0, longer.shape[1] - tokens.shape[1]), value=dd.tokenizer.eos_id)
+        tokens[unfinished], passes = longer, passes + others
+    return tokens, passes
 
 
 @torch.no_grad()
@@ -488,6 +513,11 @@ def width_and_height(text):
     return int(sides[1]), int(sides[2] or sides[1])
 
 
+def text_length(text):
+    """An argparse type: a number of tokens, or "auto"."""
+    return text if text == "auto" else number(int, 8, 4096)(text)
+
+
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to do (each can be given several times)").add_argument
@@ -515,7 +545,8 @@ def parse_args():
         "steps; with --steps: random, the paper's")
     add("--temperature", type=float, default=0.0, help="of drawing tokens: divides the logits; default: 0, always the "
         "likeliest; with 1 and random order, samples are exact")
-    add("--length", type=number(int, 8, 4096), help="of a text, in tokens; default: the checkpoint's")
+    add("--length", type=text_length, help="of a text, in tokens; auto: captions and answers as long as they need; "
+        "default: the checkpoint's")
     add("--options", nargs="+", default=[], metavar="ANSWER", help="rank these answers to --vqa by their probability")
     add("--suffix", metavar="TEXT", help="added to every question; default: the checkpoint's")
     add("--num", type=number(int, 1, 10 ** 6), default=1, help="images per prompt; default: 1")
@@ -552,6 +583,8 @@ def checked(args):
         fail("nothing to do: give --vqa, --caption, --t2i or --infill (--help shows how)")
     if args.options and not args.vqa:
         fail("--options wants --vqa: the question that they answer")
+    if args.length == "auto" and (args.infill or args.t2i or args.options):
+        fail("--length auto is for texts that can go on: those of --caption and --vqa, without --options")
     if args.export is not None and args.ckpt is None:
         fail("--export wants --ckpt FILE: what to export")
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
@@ -588,6 +621,31 @@ def save_image(path, frames, chunks):
         frames[0].save(beside, Image.registered_extensions()[os.path.splitext(path)[1].lower()], pnginfo=chunks,
                        save_all=len(frames) > 1, append_images=frames[1:], duration=150, loop=0)
     print(path)
+
+
+def read_images(dd, args, width, height, length, generator):
+    """--vqa, --caption, --infill: print what is read, a line per image; of a trace a row per pass."""
+    settings, passes = dd.config.settings, []
+    how = args.length or length, args.steps, args.order, args.temperature
+    watch = watch_text(dd.tokenizer, passes) if args.trace else None
+
+    def rows(jobs, room):
+        return [(path, text) for *paths, text in jobs for text in [prepare_text(dd, text, room)] for path in paths]
+
+    def choose(dd, images, questions, length, *how):
+        return rank(dd, images, questions, [prepare_text(dd, text, length) for text in args.options], length)
+
+    longest, suffix = (dd.tokenizer.prompt_ids(s, length) for s in ("a " * length, settings.answer_suffix))
+    for reader, inputs in ((choose if args.options else answer, rows(args.vqa, room=len(longest) - len(suffix))),
+                           (caption, [(path,) for path in args.caption]), (infill, rows(args.infill, room=length - 1))):
+        for part in slices(len(inputs), height, width):
+            paths, *texts = zip(*inputs[part])
+            images = torch.from_numpy(to_pixels([load_image(path, width, height) for path in paths]))
+            lines = reader(dd, images, *texts, *how, generator, watch)
+            tqdm.write("\n".join(lines))
+            sys.stdout.flush()
+    if passes:
+        save_image(args.trace, [text_page(passes)], record(args, lines, Seed=args.seed))
 
 
 def draw_page(dd, args, width, height, length, generator):
@@ -647,32 +705,17 @@ def main():
              "tells what it holds")
     if reads and not dd.ddit.text_head.linear.weight.any():
         warn("this model's text head was never trained: it can draw, but what it reads means nothing")
-    settings, generator, passes = dd.config.settings, torch.Generator().manual_seed(args.seed), []
+    settings, generator = dd.config.settings, torch.Generator().manual_seed(args.seed)
     if args.suffix is not None:
         settings.answer_suffix = args.suffix
-    length, (width, height) = args.length or settings.length, args.size or (settings.size, settings.size)
+    length = settings.length if args.length in (None, "auto") else args.length
+    width, height = args.size or (settings.size, settings.size)
     latent_size(dd, height, width)  # raises before any work is done in vain
     if args.num * len(args.t2i) * height * width > 2 * Image.MAX_IMAGE_PIXELS:  # Pillow would not open it again
         fail(f"{args.num * len(args.t2i)} images of {width}x{height} do not fit on a page: lower --num or --size")
 
-    def rows(jobs, room):
-        return [(path, text) for *paths, text in jobs for text in [prepare_text(dd, text, room)] for path in paths]
-
-    def choose(dd, images, questions, length, *how):
-        return rank(dd, images, questions, [prepare_text(dd, text, length) for text in args.options], length)
-
-    longest, suffix = (dd.tokenizer.prompt_ids(s, length) for s in ("a " * length, settings.answer_suffix))
-    for reader, inputs in ((choose if args.options else answer, rows(args.vqa, room=len(longest) - len(suffix))),
-                           (caption, [(path,) for path in args.caption]), (infill, rows(args.infill, room=length - 1))):
-        for part in slices(len(inputs), height, width):
-            paths, *texts = zip(*inputs[part])
-            images = torch.from_numpy(to_pixels([load_image(path, width, height) for path in paths]))
-            watch = watch_text(dd.tokenizer, passes) if args.trace else None
-            lines = reader(dd, images, *texts, length, args.steps, args.order, args.temperature, generator, watch)
-            tqdm.write("\n".join(lines))
-            sys.stdout.flush()
-    if passes:
-        save_image(args.trace, [text_page(passes)], record(args, lines, Seed=args.seed))
+    if reads:
+        read_images(dd, args, width, height, length, generator)
     if args.t2i:
         draw_page(dd, args, width, height, length, generator)
 
