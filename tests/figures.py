@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 
 import numpy as np
 import torch
@@ -73,8 +74,7 @@ class Drawing:
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG")
         data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-        self.lines.append(f'<image x="{x:g}" y="{y:g}" width="{side}" height="{side}" href="{data}" '
-                          'style="image-rendering:pixelated"/>')
+        self.lines.append(f'<image x="{x:g}" y="{y:g}" width="{side}" height="{side}" href="{data}"/>')
         self.lines.append(f'<rect x="{x:g}" y="{y:g}" width="{side}" height="{side}" fill="none" stroke="{EDGE}"/>')
 
     def dot(self, x, y, kind, radius=7):
@@ -209,7 +209,7 @@ def system(dd, args):
         d.tokens(424, y + 45, text, 350)
     d.arrow((220, 398), (220, 434), kind="image")
     d.arrow((580, 398), (580, 434), kind="text")
-    d.box(70, 436, 300, 88, "image", "`vae.encode", "not for noise")
+    d.box(70, 436, 300, 88, "image", "`vae.encode", "(noise skips this)")
     d.box(430, 436, 300, 54, "text", "`tokenizer.encode")
     d.arrow((580, 490), (580, 580), kind="text")
     d.text(596, 524, "tokens", "text", "start")
@@ -254,7 +254,7 @@ def curves(dd, args):
         values = [row[f"{kind}_loss"] for rows in stages for row in rows]
         low, high, height = math.log(min(values) * 0.8), math.log(max(values) * 1.1), 320
         d.text(90, top - 16, f"{kind} loss", kind, "start", bold=True)
-        for tick in (tick for tick in (0.01, 0.05, 0.2, 0.5, 1, 2, 5, 10) if low < math.log(tick) < high):
+        for tick in (tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low < math.log(tick) < high):
             y = top + height * (high - math.log(tick)) / (high - low)
             d.line([(90, y), (690, y)], "noise", 1, ' stroke-opacity="0.4"')
             d.text(80, y + 9, f"{tick:g}", "noise", "end")
@@ -332,7 +332,7 @@ class Page:
         self.draw.rectangle((2 * x - 1, 2 * y - 1, 2 * (x + side), 2 * (y + side)), outline=EDGE, width=2)
 
     def save(self, name):
-        self.image.quantize(256).save(os.path.join(ASSETS, name), optimize=True)
+        self.image.save(os.path.join(ASSETS, name), optimize=True)
 
 
 def text_width(words):
@@ -354,11 +354,12 @@ def draw_passes(page, x, y, title, rows):
         at, top = x + 44, y + 18 + 38 * k
         page.text(x + 34, top + 26, str(k + 1), "noise", "rs")
         for (word, new), (last, _) in zip(row, rows[-1]):
-            width = 7 if last in ("·", "") else text_width(last) + 10
+            width = 6 if last in ("·", "") else text_width(last) + 10
+            word = word or "·" * (row is rows[-1])  # what is masked behind the end needs no pass
             kind = "learn" if new else "text" if word else "noise"
             page.box(at, top, width, 34, kind)
             page.text(at + width / 2, top + 26, word, kind, "ms")
-            at += width + 3
+            at += width + (2 if width == 6 else 3)
 
 
 def unmasking(dd, args):
@@ -367,16 +368,16 @@ def unmasking(dd, args):
     pixels = torch.from_numpy(to_pixels([picture]))
     texts = [unmask_rows(dd, pixels, text, order) for text in ("", (question, "")) for order in ("entropy", "random")]
     lengths = [38 * len(rows) for rows in texts]
-    page = Page(sum(lengths[:2]) + max(lengths[2:]) + 480)
-    page.picture(32, 32, 112, picture)
-    page.text(172, 66, "A text is unmasked, pass by pass", size=LARGE, bold=True)
-    for x, words, kind in ((172, "masked", "noise"), (296, "new", "learn"), (374, "known", "text")):
-        page.box(x, 104, text_width(words) + 20, 36, kind)
-        page.text(x + 10, 131, words, kind)
-    page.text(490, 131, "· end of text", "text")
-    draw_passes(page, 24, 206, "Caption, entropy", texts[0])
-    draw_passes(page, 24, 276 + lengths[0], "Caption, random", texts[1])
-    y = 346 + lengths[0] + lengths[1]
+    page = Page(sum(lengths[:2]) + max(lengths[2:]) + 458)
+    page.picture(32, 32, 128, picture)
+    page.text(184, 72, "A text is unmasked, pass by pass", size=LARGE, bold=True)
+    for x, words, kind in ((184, "masked", "noise"), (308, "new", "learn"), (386, "known", "text")):
+        page.box(x, 112, text_width(words) + 20, 36, kind)
+        page.text(x + 10, 139, words, kind)
+    page.text(502, 139, "· end of text", "text")
+    draw_passes(page, 24, 212, "Caption, entropy", texts[0])
+    draw_passes(page, 24, 282 + lengths[0], "Caption, random", texts[1])
+    y = 352 + lengths[0] + lengths[1]
     page.text(32, y, f"Q: {question} A:", "text", bold=True)
     draw_passes(page, 24, y + 46, "entropy", texts[2])
     draw_passes(page, 408, y + 46, "random", texts[3])
@@ -385,48 +386,46 @@ def unmasking(dd, args):
 
 def drawing(dd, args):
     """From noise to picture: what is there at a time, and what the model predicts from it."""
-    prompt, page = "a small red circle above a large blue square", Page(470)
+    prompt, page = "a small red circle above a large blue square", Page(464)
     steps = drawing_steps(dd, prompt)
     page.text(WIDTH / 2, 58, "From noise to picture", "ink", "ms", LARGE, bold=True)
     page.text(WIDTH / 2, 98, prompt, "text", "ms")
     page.text(32, 148, "noisy latents, decoded", "noise")
-    page.text(32, 302, "where the velocity leads: latents - t · velocity", "learn")
+    page.text(32, 298, "where the velocity leads: latents - t · velocity", "learn")
     for k, i in enumerate((0, 4, 8, 13, 18, 23, 28)):
         t, noisy, prediction = steps[i]
-        page.picture(32 + 106 * k, 162, 100, noisy)
-        page.picture(32 + 106 * k, 316, 100, prediction)
-        page.text(82 + 106 * k, 446, f"t={t:.2f}" if 0 < t < 1 else f"t={t:.0f}", "noise", "ms")
+        page.picture(32 + 107 * k, 162, 96, noisy)
+        page.picture(32 + 107 * k, 312, 96, prediction)
+        page.text(80 + 107 * k, 440, f"t={t:.2f}" if 0 < t < 1 else f"t={t:.0f}", "noise", "ms")
     page.save("drawing.png")
-
-
-def wrap(words, room):
-    """-> lines no wider than that."""
-    lines = [""]
-    for word in words.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if text_width(longer) <= room else [*lines, word]
-    return lines
+    pairs = [sample.grid([Image.fromarray(image).resize((128, 128), Image.Resampling.NEAREST) for image in pair], 2)
+             for _, *pair in steps[::2]]
+    pairs[0].save(os.path.join(ASSETS, "drawing.gif"), append_images=pairs[1:] + pairs[-1:] * 8, save_all=True,
+                  duration=250, loop=0)
 
 
 def samples(dd, args):
     """Eight pictures drawn from sentences, and eight scenes with the model's caption and answer."""
-    rng, generator, ids = np.random.default_rng(0), torch.Generator().manual_seed(0), range(8, 16)
-    prompts = [WORLD.caption(i, rng) for i in range(8)]
+    rng, generator, world = np.random.default_rng([0, 3]), torch.Generator().manual_seed(0), World(UNSEEN + 1)
+    ids = rng.permutation(250)  # chosen as train.show does for the sheets of a run with seed 1
+    prompts, ids = [world.caption(i, rng) for i in ids[:8]], ids[-8:]
     drawn = to_images(sample.text_to_image(dd, prompts, cfg=3.0, generator=generator))
-    scenes, questions = [WORLD.image(i) for i in ids], [WORLD.question(i, rng)[0] for i in ids]
+    scenes, questions = [world.image(i) for i in ids], [world.question(i, rng)[0] for i in ids]
     pixels = torch.from_numpy(to_pixels(scenes))
     answers = sample.answer(dd, pixels, questions)
     cells = [*zip(drawn, [[(prompt, "text")] for prompt in prompts]),
              *zip(scenes, [[(caption, "text"), (question, "noise"), (words, "learn")] for caption, question, words in
                            zip(sample.caption(dd, pixels), questions, answers)])]
-    lines = [[(line, kind) for words, kind in texts for line in wrap(words, 214)] for _, texts in cells]
+    lines = [[(line, kind) for words, kind in texts for line in textwrap.wrap(words, 19)] for _, texts in cells]
     heights = [max(132, 31 * len(two[0]), 31 * len(two[1])) + 24 for two in zip(lines[::2], lines[1::2])]
     page, y = Page(sum(heights) + 150), 74
+    page.text(32, 58, "Drawn from sentences", bold=True)
     for k, ((image, _), texts) in enumerate(zip(cells, lines)):
         x = 32 + 376 * (k % 2)
-        if k in (0, 8):
-            page.text(32, y - 16, ("Drawn from sentences", "Caption, question, answer")[k // 8], bold=True)
-        page.picture(x, y, 132, image)
+        if k == 8:
+            for at, words, kind in ((32, "Caption,", "text"), (140, "question,", "noise"), (262, "answer", "learn")):
+                page.text(at, y - 16, words, kind, bold=True)
+        page.picture(x, y, 128, image)
         for row, (line, kind) in enumerate(texts):
             page.text(x + 146, y + 22 + 31 * row, line, kind)
         y += heights[k // 2] * (k % 2) + 60 * (k == 7)
