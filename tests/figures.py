@@ -55,10 +55,10 @@ class Drawing:
         for k, words in enumerate(lines):
             self.text(x + w / 2, y + h / 2 + 9 + 34 * (k - (len(lines) - 1) / 2), words, kind)
 
-    def line(self, points, kind="ink", width=3, more=""):
+    def line(self, points, kind="ink", width=3, opacity=1):
         path = " ".join(f"{x:g},{y:g}" for x, y in points)
         self.lines.append(f'<polyline points="{path}" fill="none" stroke="{DARK[kind]}" stroke-width="{width}" '
-                          f'stroke-linejoin="round"{more}/>')
+                          f'stroke-opacity="{opacity}" stroke-linejoin="round"/>')
 
     def arrow(self, *points, kind="ink"):
         """A line through the points, with a head at the last."""
@@ -113,11 +113,11 @@ def drawing_steps(dd, prompt):
 
 
 @torch.no_grad()
-def noisy_images(dd, image, times):
-    """What noise leaves of an image: its latents at those times, decoded."""
-    latents = dd.encode_image(torch.from_numpy(to_pixels([image]))).expand(len(times), -1, -1, -1)
-    noise = torch.randn(latents[:1].shape, generator=torch.Generator().manual_seed(0)).expand_as(latents)
-    return to_images(dd.decode_image(noise_latents(latents, noise, torch.tensor(times))))
+def noisy(dd, image, t):
+    """What noise leaves of an image: its latents at time t, decoded."""
+    latents = dd.encode_image(torch.from_numpy(to_pixels([image])))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    return to_images(dd.decode_image(noise_latents(latents, noise, torch.tensor([t]))))[0]
 
 
 # ---------------------------------------------------------------- diagrams
@@ -126,8 +126,7 @@ def noisy_images(dd, image, times):
 def batch(dd, args):
     """One training step, losses.joint_loss: two halves of a batch, one forward pass, two losses."""
     d = Drawing("One training step", "joint_loss: two halves, stacked along the batch")
-    scenes = [WORLD.image(i) for i in (11, 30, 26, 33)]
-    pictures = [noisy_images(dd, scenes[0], [0.8])[0], noisy_images(dd, scenes[1], [0.5])[0], *scenes[2:]]
+    pictures = [noisy(dd, WORLD.image(11), 0.8), noisy(dd, WORLD.image(30), 0.5), WORLD.image(26), WORLD.image(33)]
     texts = ["a large blue triangle left of a small yellow cross · ·", "· " * 12,
              "a mask blue mask below a mask mask cross · mask ·", "Q: what color is the cross? A: mask mask · mask ·"]
     halves = (("image", "ImageHalf: noisy latents, clean caption"), ("text", "TextHalf: clean latents, masked text"))
@@ -256,20 +255,20 @@ def curves(dd, args):
         d.text(90, top - 16, f"{kind} loss", kind, "start", bold=True)
         for tick in (tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low < math.log(tick) < high):
             y = top + height * (high - math.log(tick)) / (high - low)
-            d.line([(90, y), (690, y)], "noise", 1, ' stroke-opacity="0.4"')
+            d.line([(90, y), (690, y)], "noise", 1, 0.4)
             d.text(80, y + 9, f"{tick:g}", "noise", "end")
         for k, (rows, left, width) in enumerate(zip(stages, (90, 300, 370), (190, 50, 320))):
             def place(row, name):
                 return (left + width * row["step"] / rows[-1]["step"],
                         top + height * (high - math.log(row[name])) / (high - low))
-            d.line([place(row, f"{kind}_loss") for row in rows], kind, 3, ' stroke-opacity="0.45"')
+
+            d.line([place(row, f"{kind}_loss") for row in rows], kind, 3, 0.45)
             d.line([(left, top + height), (left + width, top + height)])
-            for row in rows:
-                if f"val_{kind}_loss" in row:
-                    d.dot(*place(row, f"val_{kind}_loss"), kind)
+            dots = [place(row, f"val_{kind}_loss") for row in rows if f"val_{kind}_loss" in row]
+            for x, y in dots:
+                d.dot(x, y, kind)
             d.text(left + width / 2, top + height + 34, f"stage {k + 1}" if width > 99 else str(k + 1))
             d.text(left + width / 2, top + height + 66, f"{rows[-1]['step']:,}{' steps' * (width > 99)}", "noise")
-        x, y = place(rows[-1], f"val_{kind}_loss")
         d.text(x + 14, y + 9, f"{rows[-1][f'val_{kind}_loss']:.3f}", kind, "start", bold=True)
     d.save("curves.svg", 1060)
 
@@ -284,8 +283,8 @@ def orders(dd, args):
     if not table:
         return print("orders: left out, README.md has no table of them")
     rows = [[cell.strip(" *`%") for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
-    d, names = Drawing("Orders of unmasking", "how many texts are right"), {
-        "random": "noise", "confidence": "text", "entropy": "learn"}
+    d = Drawing("Orders of unmasking", "how many texts are right")
+    names = {"random": "noise", "confidence": "text", "entropy": "learn"}
 
     def place(top, passes, share):
         return 110 + 620 * math.log2(float(passes)) / 5, top + 300 * (1 - float(share) / 100)
@@ -293,7 +292,7 @@ def orders(dd, args):
     for top, words, column in ((176, "captions", 2), (616, "answers", 4)):
         d.text(110, top - 24, words, "ink", "start", bold=True)
         for tick in (0, 50, 100):
-            d.line([place(top, 1, tick), place(top, 32, tick)], "noise", 1, ' stroke-opacity="0.4"')
+            d.line([place(top, 1, tick), place(top, 32, tick)], "noise", 1, 0.4)
             d.text(96, place(top, 1, tick)[1] + 9, f"{tick}%", "noise", "end")
         for passes in (1, 2, 4, 8, 16, 32):
             d.text(place(top, passes, 0)[0], top + 340, str(passes), "noise")
@@ -376,7 +375,7 @@ def unmasking(dd, args):
         page.text(x + 10, 139, words, kind)
     page.text(502, 139, "· end of text", "text")
     draw_passes(page, 24, 212, "Caption, entropy", texts[0])
-    draw_passes(page, 24, 282 + lengths[0], "Caption, random", texts[1])
+    draw_passes(page, 24, 282 + lengths[0], "Caption, random (the paper's), 24 steps", texts[1])
     y = 352 + lengths[0] + lengths[1]
     page.text(32, y, f"Q: {question} A:", "text", bold=True)
     draw_passes(page, 24, y + 46, "entropy", texts[2])
@@ -393,8 +392,8 @@ def drawing(dd, args):
     page.text(32, 148, "noisy latents, decoded", "noise")
     page.text(32, 298, "where the velocity leads: latents - t · velocity", "learn")
     for k, i in enumerate((0, 4, 8, 13, 18, 23, 28)):
-        t, noisy, prediction = steps[i]
-        page.picture(32 + 107 * k, 162, 96, noisy)
+        t, latents, prediction = steps[i]
+        page.picture(32 + 107 * k, 162, 96, latents)
         page.picture(32 + 107 * k, 312, 96, prediction)
         page.text(80 + 107 * k, 440, f"t={t:.2f}" if 0 < t < 1 else f"t={t:.0f}", "noise", "ms")
     page.save("drawing.png")
@@ -437,7 +436,8 @@ FIGURES = {f.__name__: f for f in (batch, unmasking, block, drawing, system, cur
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[[], *FIGURES], help="which to draw; default: all")
+    parser.add_argument("names", nargs="*", choices=[[], *FIGURES], metavar="NAME",
+                        help=f"what to draw, of {', '.join(FIGURES)}; default: all")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="stage1/, stage2/ and stage3/ of a training")
     args = parser.parse_args()
     dd = DualDiffusion.load(sample.SHIPPED)
