@@ -1,0 +1,449 @@
+"""The pictures of the README, drawn from the code and the shipped model: `python tests/figures.py` writes them all into
+assets/, `python tests/figures.py batch` one of them. Diagrams and plots are SVG, pictures with pixels PNG or GIF.
+`curves` needs the logs of a training (--runs), `orders` a table in README.md; without them they are left out.
+
+Blue is what belongs to images, orange to text, grey what is noisy or masked, purple what is learned. All is laid out on
+a card 800 wide, on which no letter is smaller than 25: a phone shows it at half that size."""
+import argparse
+import base64
+import html
+import io
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import sample
+from data import World, to_images, to_pixels
+from losses import noise_latents
+from model import DualDiffusion
+from train import UNSEEN
+
+WORLD = World(UNSEEN)  # scenes that the shipped model never saw
+ASSETS = os.path.dirname(sample.SHIPPED)
+README = os.path.join(ASSETS, "..", "README.md")
+WIDTH, SMALL, LARGE = 800, 25, 31
+SANS, MONO = "Helvetica,Arial,DejaVu Sans,sans-serif", "Menlo,Consolas,DejaVu Sans Mono,monospace"
+DARK = {"image": "#2166ac", "text": "#b35806", "noise": "#565b63", "learn": "#6a3d9a", "ink": "#2a2d34"}
+LIGHT = {"image": "#deebf7", "text": "#fdebd3", "noise": "#dcdee2", "learn": "#ebe1f5", "ink": "#ffffff"}
+CARD, EDGE = "#fcfbf8", "#e4e1da"
+
+
+class Drawing:
+    """An SVG file, line by line."""
+    def __init__(self, title, name):
+        self.lines = []
+        self.text(WIDTH / 2, 58, title, size=LARGE, bold=True)
+        self.text(WIDTH / 2, 98, name, "noise")
+
+    def text(self, x, y, words, kind="ink", anchor="middle", size=SMALL, bold=False):
+        """Words on the line y; a name from the code, marked by a backtick before it, in a typewriter's letters."""
+        font, weight = MONO if words[0] == "`" else SANS, "bold" if bold else "normal"
+        self.lines.append(f'<text x="{x:g}" y="{y:g}" font-family="{font}" font-size="{size}" font-weight="{weight}" '
+                          f'fill="{DARK[kind]}" text-anchor="{anchor}">{html.escape(words.lstrip("`"))}</text>')
+
+    def box(self, x, y, w, h, kind, *lines, radius=12, outline=2, fill=None):
+        self.lines.append(f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="{radius}" '
+                          f'fill="{fill or LIGHT[kind]}" stroke="{DARK[kind]}" stroke-width="{outline}"/>')
+        for k, words in enumerate(lines):
+            self.text(x + w / 2, y + h / 2 + 9 + 34 * (k - (len(lines) - 1) / 2), words, kind)
+
+    def line(self, points, kind="ink", width=3, opacity=1):
+        path = " ".join(f"{x:g},{y:g}" for x, y in points)
+        self.lines.append(f'<polyline points="{path}" fill="none" stroke="{DARK[kind]}" stroke-width="{width}" '
+                          f'stroke-opacity="{opacity}" stroke-linejoin="round"/>')
+
+    def arrow(self, *points, kind="ink"):
+        """A line through the points, with a head at the last."""
+        (x0, y0), (x, y) = points[-2:]
+        length = math.hypot(x - x0, y - y0)
+        u, v = (x - x0) / length, (y - y0) / length  # its direction
+        self.line([*points[:-1], (x - 10 * u, y - 10 * v)], kind)
+        head = " ".join(f"{a:g},{b:g}" for a, b in ((x, y), (x - 16 * u - 8 * v, y - 16 * v + 8 * u),
+                                                    (x - 16 * u + 8 * v, y - 16 * v - 8 * u)))
+        self.lines.append(f'<polygon points="{head}" fill="{DARK[kind]}"/>')
+
+    def picture(self, x, y, side, image):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        self.lines.append(f'<image x="{x:g}" y="{y:g}" width="{side}" height="{side}" href="{data}"/>')
+        self.lines.append(f'<rect x="{x:g}" y="{y:g}" width="{side}" height="{side}" fill="none" stroke="{EDGE}"/>')
+
+    def dot(self, x, y, kind, radius=7):
+        self.lines.append(f'<circle cx="{x:g}" cy="{y:g}" r="{radius}" fill="{DARK[kind]}"/>')
+
+    def tokens(self, x, y, words, room):
+        """A text as boxes, one per token, from x on and at most `room` wide; "mask" is grey."""
+        at = x
+        for word in words.split():
+            width = 30 if word == "·" else 18 + 14 * len(word)
+            if at + width > x + room:
+                at, y = x, y + 52
+            kind, fill = ("noise", None) if word == "mask" else ("text", "white")
+            self.box(at, y, width, 42, kind, word, radius=8, outline=1, fill=fill)
+            at += width + 7
+
+    def save(self, name, height):
+        card = f'<rect x="2" y="2" width="{WIDTH - 4}" height="{height - 4}" rx="28" fill="{CARD}" stroke="{EDGE}" ' \
+               'stroke-width="2"/>'
+        lines = "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+                           f'height="{height}">', card, *self.lines, "</svg>\n"])
+        with open(os.path.join(ASSETS, name), "w") as f:
+            f.write(lines)
+
+
+def drawing_steps(dd, prompt):
+    """-> for every time of sampling: t, what is there at t, and what the model then predicts, both decoded."""
+    steps = []
+
+    def steer(x, t, velocity):
+        steps.append((t, *to_images(dd.decode_image(torch.cat([x, x - t * velocity])))))
+        return velocity
+
+    pixels = sample.text_to_image(dd, [prompt], cfg=3.0, steer=steer, generator=torch.Generator().manual_seed(0))
+    return [*steps, (0.0, *to_images(torch.cat([pixels, pixels])))]
+
+
+@torch.no_grad()
+def noisy(dd, image, t):
+    """What noise leaves of an image: its latents at time t, decoded."""
+    latents = dd.encode_image(torch.from_numpy(to_pixels([image])))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    return to_images(dd.decode_image(noise_latents(latents, noise, torch.tensor([t]))))[0]
+
+
+# ---------------------------------------------------------------- diagrams
+
+
+def batch(dd, args):
+    """One training step, losses.joint_loss: two halves of a batch, one forward pass, two losses."""
+    d = Drawing("One training step", "joint_loss: two halves, stacked along the batch")
+    pictures = [noisy(dd, WORLD.image(11), 0.8), noisy(dd, WORLD.image(30), 0.5), WORLD.image(26), WORLD.image(33)]
+    texts = ["a large blue triangle left of a small yellow cross · ·", "· " * 12,
+             "a mask blue mask below a mask mask cross · mask ·", "Q: what color is the cross? A: mask mask · mask ·"]
+    halves = (("image", "ImageHalf: noisy latents, clean caption"), ("text", "TextHalf: clean latents, masked text"))
+    for k, (kind, words) in enumerate(halves):
+        d.box(24, 122 + 318 * k, 752, 304, kind, outline=0, radius=18)
+        d.text(44, 160 + 318 * k, words, kind, "start", bold=True)
+    for k, (picture, t, text) in enumerate(zip(pictures, ("t=0.8", "t=0.5", "t=0", "t=0"), texts)):
+        y = 178 + 120 * (k % 2) + 318 * (k // 2)
+        d.picture(44, y, 104, picture)
+        d.text(191, y + 61, t, "noise" if k < 2 else "ink")
+        d.tokens(236, y + 5, text, 536)
+    d.text(236, 384, "one caption in ten is empty", "text", "start")
+    d.text(764, 384, "· end of text", "text", "end")
+
+    d.arrow((96, 748), (96, 906), kind="image")
+    d.text(110, 800, "latents", "image", "start")
+    d.arrow((215, 748), (215, 906), kind="noise")
+    d.text(229, 800, "times", "noise", "start")
+    d.arrow((560, 748), (560, 782), kind="text")
+    d.box(400, 784, 320, 54, "text", "`t5")
+    d.arrow((560, 838), (560, 906), kind="text")
+    d.text(544, 880, "one vector per token", "text", "end")
+    d.box(24, 908, 752, 84, "learn", "`ddit", "one forward pass for all rows")
+    for x, kind, part, head, output, *loss in (
+            (24, "image", "only the image half", "`final_layer", "velocity",
+             "`flow_matching_loss", "target: noise − latents", "Eq. 3"),
+            (410, "text", "only the masked tokens", "`text_head", "logits",
+             "`masked_diffusion_loss", "target: the true tokens", "Eq. 7")):
+        d.arrow((x + 40, 992), (x + 40, 1048), kind=kind)
+        d.text(x + 60, 1029, part, kind, "start")
+        d.box(x, 1050, 366, 54, kind, head)
+        d.arrow((x + 40, 1104), (x + 40, 1160), kind=kind)
+        d.text(x + 60, 1141, output, kind, "start")
+        d.box(x, 1162, 366, 120, "learn", *loss)
+        d.arrow((x + 183, 1282), (x + 183, 1326), kind="learn")
+    d.box(24, 1328, 752, 84, "learn", "`image_loss + text_weight · text_loss", "Eq. 9")
+    d.save("batch.svg", 1440)
+
+
+def block(dd, args):
+    """One model.JointBlock: two streams with weights of their own, which meet in the attention."""
+    d = Drawing("One block: two streams, one attention", "JointBlock; SD3-medium has 24 of them")
+    d.box(240, 124, 320, 54, "noise", "vec, from the time t", radius=27)
+    for x, side, kind, stream in ((50, -1, "image", "`x"), (430, 1, "text", "`text")):
+        mid, edge = x + 160, x + 160 + side * 178
+        d.arrow((400, 178), (400, 202), (mid, 202), (mid, 224), kind="noise")
+        d.box(x, 226, 320, 54, kind, "`adaLN_modulation")
+        d.arrow((mid, 280), (mid, 312), kind="noise")
+        d.box(x, 314, 320, 84, "noise", "shift, scale, gate,", "two of each", outline=0)
+        d.text(mid, 458, f"{kind} tokens", kind, bold=True)
+        d.text(mid, 492, stream, kind)
+        for y, words, color in (
+                (524, "`norm1", kind), (602, "modulate: shift, scale", "noise"), (680, "`attn.qkv", kind),
+                (886, "`attn.proj", kind), (964, "× gate_attn", "noise"),
+                (1116, "`norm2", kind), (1194, "modulate: shift, scale", "noise"), (1272, "`mlp", kind),
+                (1350, "× gate_mlp", "noise")):
+            d.box(x, y, 320, 52, color, words)
+        for y in (576, 654, 732, 860, 938, 1016, 1090, 1168, 1246, 1324, 1402, 1476):
+            d.arrow((mid, y), (mid, y + 26), kind=kind)
+        for start, end in ((508, 1066), (1098, 1452)):  # around the branch
+            d.arrow((mid, start), (edge, start), (edge, end), (mid + side * 24, end), kind=kind)
+            d.box(mid - 24, end - 24, 48, 48, kind, "+", radius=24)
+        d.arrow((mid, 502), (mid, 524), kind=kind)
+    d.box(50, 760, 700, 100, "ink", "`scaled_dot_product_attention", "every token sees all, image and text")
+    d.text(400, 1534, "to the next block", "noise")
+    d.save("block.svg", 1566)
+
+
+def system(dd, args):
+    """model.DualDiffusion in use, in both directions."""
+    d, prompt, scene = Drawing("The whole system, both ways", "DualDiffusion"), "a large red circle", WORLD.image(23)
+    caption, = sample.caption(dd, torch.from_numpy(to_pixels([scene])))
+    (_, noise, _), *_, (_, drawn, _) = drawing_steps(dd, prompt)
+    for y, kind, words, picture, text in ((122, "image", "to draw", noise, prompt),
+                                          (266, "text", "to read", scene, "mask " * len(caption.split()))):
+        d.box(24, y, 752, 132, kind, outline=0, radius=18)
+        d.text(44, y + 75, words, kind, "start", bold=True)
+        d.picture(168, y + 14, 104, picture)
+        d.tokens(424, y + 45, text, 350)
+    d.arrow((220, 398), (220, 434), kind="image")
+    d.arrow((580, 398), (580, 434), kind="text")
+    d.box(70, 436, 300, 88, "image", "`vae.encode", "(noise skips this)")
+    d.box(430, 436, 300, 54, "text", "`tokenizer.encode")
+    d.arrow((580, 490), (580, 580), kind="text")
+    d.text(596, 524, "tokens", "text", "start")
+    d.box(430, 582, 300, 54, "text", "`t5")
+    d.arrow((220, 524), (220, 698), kind="image")
+    d.text(236, 610, "latents", "image", "start")
+    d.arrow((580, 636), (580, 698), kind="text")
+    d.text(564, 674, "one vector per token", "text", "end")
+    d.box(70, 700, 660, 84, "learn", "`ddit", "at time t; to read, t = 0")
+    lanes = ((70, 40, 660, "image", "`final_layer", "velocity", "`denoise", "28 Euler steps", "`vae.decode"),
+             (430, 760, 550, "text", "`text_head", "logits", "`unmask", "until no mask is left", "`tokenizer.decode"))
+    for x, edge, back, kind, head, output, loop, how, decode in lanes:
+        mid, side = x + 150, 300 * (edge > x)
+        d.arrow((mid, 784), (mid, 822), kind=kind)
+        d.box(x, 824, 300, 54, kind, head)
+        d.arrow((mid, 878), (mid, 932), kind=kind)
+        d.text(mid + 16, 914, output, kind, "start")
+        d.box(x, 934, 300, 88, "noise", loop, how)
+        d.arrow((x + side, 978), (edge, 978), (edge, back), (mid + (4 if side else -4), back), kind="noise")
+        d.arrow((mid, 1022), (mid, 1066), kind=kind)
+        d.box(x, 1068, 300, 54, kind, decode)
+        d.arrow((mid, 1122), (mid, 1158), kind=kind)
+    d.picture(168, 1162, 104, drawn)
+    d.tokens(424, 1190, caption, 350)
+    d.save("system.svg", 1294)
+
+
+# ---------------------------------------------------------------- plots
+
+
+def curves(dd, args):
+    """The losses of the three default stages."""
+    stages = []
+    for stage in (1, 2, 3):
+        path = os.path.join(args.runs, f"stage{stage}", "metrics.jsonl")
+        if not os.path.exists(path):
+            return print(f"curves: left out, no {path} (train the default stages, or give --runs)")
+        with open(path) as f:
+            stages.append([json.loads(line) for line in f])
+    d = Drawing("Training, the three default stages", "lines: training; dots: unseen images; log scale")
+    for top, kind in ((170, "image"), (640, "text")):
+        values = [row[f"{kind}_loss"] for rows in stages for row in rows]
+        low, high, height = math.log(min(values) * 0.8), math.log(max(values) * 1.1), 320
+        d.text(90, top - 16, f"{kind} loss", kind, "start", bold=True)
+        for tick in (tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low < math.log(tick) < high):
+            y = top + height * (high - math.log(tick)) / (high - low)
+            d.line([(90, y), (690, y)], "noise", 1, 0.4)
+            d.text(80, y + 9, f"{tick:g}", "noise", "end")
+        for k, (rows, left, width) in enumerate(zip(stages, (90, 300, 370), (190, 50, 320))):
+            def place(row, name):
+                return (left + width * row["step"] / rows[-1]["step"],
+                        top + height * (high - math.log(row[name])) / (high - low))
+
+            d.line([place(row, f"{kind}_loss") for row in rows], kind, 3, 0.45)
+            d.line([(left, top + height), (left + width, top + height)])
+            dots = [place(row, f"val_{kind}_loss") for row in rows if f"val_{kind}_loss" in row]
+            for x, y in dots:
+                d.dot(x, y, kind)
+            d.text(left + width / 2, top + height + 34, f"stage {k + 1}" if width > 99 else str(k + 1))
+            d.text(left + width / 2, top + height + 66, f"{rows[-1]['step']:,}{' steps' * (width > 99)}", "noise")
+        d.text(x + 14, y + 9, f"{rows[-1][f'val_{kind}_loss']:.3f}", kind, "start", bold=True)
+    d.save("curves.svg", 1060)
+
+
+TABLE = re.compile(r"\| order \| steps \| captions \| passes \| answers \| passes \|\n\|[-|: ]+\n((?:\|.*\n)+)")
+
+
+def orders(dd, args):
+    """The paper's Table 5 in miniature: what is right after how many passes, from the table in README.md."""
+    with open(README) as f:
+        table = TABLE.search(f.read())
+    if not table:
+        return print("orders: left out, README.md has no table of them")
+    rows = [[cell.strip(" *`%") for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
+    d = Drawing("Orders of unmasking", "how many texts are right")
+    names = {"random": "noise", "confidence": "text", "entropy": "learn"}
+
+    def place(top, passes, share):
+        return 110 + 620 * math.log2(float(passes)) / 5, top + 300 * (1 - float(share) / 100)
+
+    for top, words, column in ((176, "captions", 2), (616, "answers", 4)):
+        d.text(110, top - 24, words, "ink", "start", bold=True)
+        for tick in (0, 50, 100):
+            d.line([place(top, 1, tick), place(top, 32, tick)], "noise", 1, 0.4)
+            d.text(96, place(top, 1, tick)[1] + 9, f"{tick}%", "noise", "end")
+        for passes in (1, 2, 4, 8, 16, 32):
+            d.text(place(top, passes, 0)[0], top + 340, str(passes), "noise")
+        for name, kind in names.items():
+            line = sorted(place(top, row[column + 1], row[column]) for row in rows if row[0] == name)
+            d.line(line, kind)
+            for x, y in line:
+                d.dot(x, y, kind, 7 if len(line) > 1 else 13)
+    d.text(420, 992, "forward passes per text", "noise")
+    for x, (name, kind) in zip((130, 330, 590), names.items()):
+        d.dot(x, 1037, kind, 10)
+        d.text(x + 20, 1046, name, kind, "start", bold=True)
+    d.save("orders.svg", 1080)
+
+
+# ---------------------------------------------------------------- pictures with pixels
+
+
+class Page:
+    """A PNG of the card, at twice the resolution."""
+    def __init__(self, height):
+        self.image = Image.new("RGBA", (2 * WIDTH, 2 * height))
+        self.draw = ImageDraw.Draw(self.image)
+        self.draw.rounded_rectangle((3, 3, 2 * WIDTH - 4, 2 * height - 4), 56, CARD, EDGE, 4)
+
+    def text(self, x, y, words, kind="ink", anchor="ls", size=SMALL, bold=False):
+        font = ImageFont.load_default(2 * size)
+        self.draw.text((2 * x, 2 * y), words, DARK[kind], font, anchor, stroke_width=bold / 2, stroke_fill=DARK[kind])
+
+    def box(self, x, y, w, h, kind):
+        self.draw.rounded_rectangle((2 * x, 2 * y, 2 * (x + w), 2 * (y + h)), 8, LIGHT[kind])
+
+    def picture(self, x, y, side, image):
+        image = Image.fromarray(image).resize((2 * side, 2 * side), Image.Resampling.NEAREST)
+        self.image.paste(image, (2 * x, 2 * y))
+        self.draw.rectangle((2 * x - 1, 2 * y - 1, 2 * (x + side), 2 * (y + side)), outline=EDGE, width=2)
+
+    def save(self, name):
+        self.image.save(os.path.join(ASSETS, name), optimize=True)
+
+
+def text_width(words):
+    return ImageFont.load_default(2 * SMALL).getlength(words) / 2
+
+
+def unmask_rows(dd, pixels, text, order):
+    """-> for every pass of `unmask` a list of pairs, a word ("" where it is masked) and whether it is new."""
+    passes, (ids, maskable) = [], sample.text_ids(dd, text)
+    sample.unmask_texts(dd, pixels, [(ids, maskable)], 24, order, 0.0, torch.Generator().manual_seed(0),
+                        sample.watch_text(dd.tokenizer, passes))
+    return [[(word.strip("▁"), new) for (word, new), m in zip(row, maskable) if m] for row in passes]
+
+
+def draw_passes(page, x, y, title, rows):
+    """A line per pass: grey is masked, purple is new, a dot is the end of the text."""
+    page.text(x + 8, y, f"{title}, {len(rows)} pass{'es' * (len(rows) > 1)}", bold=True)
+    for k, row in enumerate(rows):
+        at, top = x + 44, y + 18 + 38 * k
+        page.text(x + 34, top + 26, str(k + 1), "noise", "rs")
+        for (word, new), (last, _) in zip(row, rows[-1]):
+            width = 6 if last in ("·", "") else text_width(last) + 10
+            word = word or "·" * (row is rows[-1])  # what is masked behind the end needs no pass
+            kind = "learn" if new else "text" if word else "noise"
+            page.box(at, top, width, 34, kind)
+            page.text(at + width / 2, top + 26, word, kind, "ms")
+            at += width + (2 if width == 6 else 3)
+
+
+def unmasking(dd, args):
+    """A caption and an answer being unmasked, in the order of least entropy and in random order."""
+    picture, question = WORLD.image(31), "what is below the red triangle?"
+    pixels = torch.from_numpy(to_pixels([picture]))
+    texts = [unmask_rows(dd, pixels, text, order) for text in ("", (question, "")) for order in ("entropy", "random")]
+    lengths = [38 * len(rows) for rows in texts]
+    page = Page(sum(lengths[:2]) + max(lengths[2:]) + 458)
+    page.picture(32, 32, 128, picture)
+    page.text(184, 72, "A text is unmasked, pass by pass", size=LARGE, bold=True)
+    for x, words, kind in ((184, "masked", "noise"), (308, "new", "learn"), (386, "known", "text")):
+        page.box(x, 112, text_width(words) + 20, 36, kind)
+        page.text(x + 10, 139, words, kind)
+    page.text(502, 139, "· end of text", "text")
+    draw_passes(page, 24, 212, "Caption, entropy", texts[0])
+    draw_passes(page, 24, 282 + lengths[0], "Caption, random (the paper's), 24 steps", texts[1])
+    y = 352 + lengths[0] + lengths[1]
+    page.text(32, y, f"Q: {question} A:", "text", bold=True)
+    draw_passes(page, 24, y + 46, "entropy", texts[2])
+    draw_passes(page, 408, y + 46, "random", texts[3])
+    page.save("unmasking.png")
+
+
+def drawing(dd, args):
+    """From noise to picture: what is there at a time, and what the model predicts from it."""
+    prompt, page = "a small red circle above a large blue square", Page(464)
+    steps = drawing_steps(dd, prompt)
+    page.text(WIDTH / 2, 58, "From noise to picture", "ink", "ms", LARGE, bold=True)
+    page.text(WIDTH / 2, 98, prompt, "text", "ms")
+    page.text(32, 148, "noisy latents, decoded", "noise")
+    page.text(32, 298, "where the velocity leads: latents - t · velocity", "learn")
+    for k, i in enumerate((0, 4, 8, 13, 18, 23, 28)):
+        t, latents, prediction = steps[i]
+        page.picture(32 + 107 * k, 162, 96, latents)
+        page.picture(32 + 107 * k, 312, 96, prediction)
+        page.text(80 + 107 * k, 440, f"t={t:.2f}" if 0 < t < 1 else f"t={t:.0f}", "noise", "ms")
+    page.save("drawing.png")
+    pairs = [sample.grid([Image.fromarray(image).resize((128, 128), Image.Resampling.NEAREST) for image in pair], 2)
+             for _, *pair in steps[::2]]
+    pairs[0].save(os.path.join(ASSETS, "drawing.gif"), append_images=pairs[1:] + pairs[-1:] * 8, save_all=True,
+                  duration=250, loop=0)
+
+
+def samples(dd, args):
+    """Eight pictures drawn from sentences, and eight scenes with the model's caption and answer."""
+    rng, generator, world = np.random.default_rng([0, 3]), torch.Generator().manual_seed(0), World(UNSEEN + 1)
+    ids = rng.permutation(250)  # chosen as train.show does for the sheets of a run with seed 1
+    prompts, ids = [world.caption(i, rng) for i in ids[:8]], ids[-8:]
+    drawn = to_images(sample.text_to_image(dd, prompts, cfg=3.0, generator=generator))
+    scenes, questions = [world.image(i) for i in ids], [world.question(i, rng)[0] for i in ids]
+    pixels = torch.from_numpy(to_pixels(scenes))
+    answers = sample.answer(dd, pixels, questions)
+    cells = [*zip(drawn, [[(prompt, "text")] for prompt in prompts]),
+             *zip(scenes, [[(caption, "text"), (question, "noise"), (words, "learn")] for caption, question, words in
+                           zip(sample.caption(dd, pixels), questions, answers)])]
+    lines = [[(line, kind) for words, kind in texts for line in textwrap.wrap(words, 19)] for _, texts in cells]
+    heights = [max(132, 31 * len(two[0]), 31 * len(two[1])) + 24 for two in zip(lines[::2], lines[1::2])]
+    page, y = Page(sum(heights) + 150), 74
+    page.text(32, 58, "Drawn from sentences", bold=True)
+    for k, ((image, _), texts) in enumerate(zip(cells, lines)):
+        x = 32 + 376 * (k % 2)
+        if k == 8:
+            for at, words, kind in ((32, "Caption,", "text"), (140, "question,", "noise"), (262, "answer", "learn")):
+                page.text(at, y - 16, words, kind, bold=True)
+        page.picture(x, y, 128, image)
+        for row, (line, kind) in enumerate(texts):
+            page.text(x + 146, y + 22 + 31 * row, line, kind)
+        y += heights[k // 2] * (k % 2) + 60 * (k == 7)
+    page.save("samples.png")
+
+
+FIGURES = {f.__name__: f for f in (batch, unmasking, block, drawing, system, curves, orders, samples)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], *FIGURES], metavar="NAME",
+                        help=f"what to draw, of {', '.join(FIGURES)}; default: all")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="stage1/, stage2/ and stage3/ of a training")
+    args = parser.parse_args()
+    dd = DualDiffusion.load(sample.SHIPPED)
+    for name in args.names or FIGURES:
+        FIGURES[name](dd, args)
+
+
+if __name__ == "__main__":
+    main()
