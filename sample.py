@@ -27,7 +27,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-from torch.nn.functional import adaptive_max_pool2d, pad
+from torch.nn.functional import adaptive_max_pool2d
 from tqdm import tqdm
 
 import losses
@@ -247,22 +247,30 @@ def unmask_texts(dd, images, texts, steps, order, temperature, generator, watch,
     return lines
 
 
-def unmask_in_blocks(dd, latents, tokens, maskable, *how, blocks=8):
-    """`unmask` for texts of any length -> tokens (B,L or more), number of forward passes. A text that fills its whole
-    length with words is not at its end, so as many masks follow it as it had, before the EOS; and so on until it ends,
-    or for `blocks` blocks. Training shows neither texts that go on nor so many tokens; README says what comes of it."""
-    tokens, passes = unmask(dd, latents, tokens, maskable, *how)
-    unfinished = ~(maskable & (tokens == dd.tokenizer.eos_id)).any(1)
-    if unfinished.any() and blocks > 1:
-        length, more = tokens.shape[1] - 1, int(maskable.sum(1).max())
-        tokens = pad(tokens, (0, more), value=dd.tokenizer.eos_id)
-        maskable = torch.zeros_like(tokens, dtype=torch.bool)
-        maskable[:, length:-1] = True
-        longer, others = unmask_in_blocks(dd, latents[unfinished], tokens[unfinished], maskable[unfinished], *how,
-                                          blocks=blocks - 1)
-        tokens = pad(tokens, (0, longer.shape[1] - tokens.shape[1]), value=dd.tokenizer.eos_id)
-        tokens[unfinished], passes = longer, passes + others
-    return tokens, passes
+def unmask_in_blocks(dd, latents, tokens, maskable, *how, blocks=32):
+    """`unmask` for texts of any length -> a list of ids per text, number of forward passes.
+
+    A text that fills its whole length with words is not at its end. So a window moves over it, by a quarter of the
+    length: the prompt and the latest words stay, new masks follow, and so on until EOS, or for `blocks` blocks. The
+    network never sees more tokens than in training. But there no text begins in the middle, and of a longer one it saw
+    the beginning alone, never the end: README says what comes of it."""
+    ids, passes = unmask(dd, latents, tokens, maskable, *how)
+    texts, prompts = ids[:, :-1].tolist(), (~maskable[:, :-1]).sum(1).tolist()  # lengths of what is given
+    length, block = tokens.shape[1], max(1, (tokens.shape[1] - 1 - max(prompts)) // 4)
+    for _ in range(blocks):
+        rows = [k for k, prompt in enumerate(prompts) if dd.tokenizer.eos_id not in texts[k][prompt:]]
+        if not rows:
+            break
+        latest = [texts[k][len(texts[k]) - (length - 1 - prompts[k] - block):] for k in rows]
+        window = torch.tensor([texts[k][:prompts[k]] + ids + [dd.tokenizer.eos_id] * (block + 1)
+                               for k, ids in zip(rows, latest)])
+        fresh = torch.zeros_like(window, dtype=torch.bool)
+        fresh[:, -1 - block:-1] = True
+        ids, more = unmask(dd, latents[rows], window, fresh, *how)
+        for k, row in zip(rows, ids[fresh].view(-1, block).tolist()):
+            texts[k] += row
+        passes += more
+    return texts, passes
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
     python tests/evaluate.py world                                    the shipped model, on the built-in world
     python tests/evaluate.py world --order random entropy --steps 4 16        how many passes does reading take?
     python tests/evaluate.py blanks                                   blanks in texts, filled in
+    python tests/evaluate.py blocks --ckpt FILE                       texts longer than the model's own length
     python tests/evaluate.py best-of                                  drawings, of which the model chooses
     python tests/evaluate.py data --ckpt FILE --data TEST.jsonl       a model of your own, on images of your own
     python tests/evaluate.py vqa --ckpt FILE --annotations A.json --questions Q.json --images DIR --out R.json
@@ -145,6 +146,23 @@ def blanks(dd, args):
     return scores
 
 
+def blocks(dd, args):
+    """Captions written in blocks, as `--length auto` does, of scenes of one, two and three things.
+
+    Are they true, and do at least their first words tell the scene truly? For a model whose own length is too short for
+    three things. The definitions are ours."""
+    source, ids, scores = data.World(UNSEEN + args.seed), range(args.num), {}
+    captions = write_captions(dd, source, ids, torch.Generator().manual_seed(args.seed), length="auto")
+    for count in 1, 2, 3:
+        tellings = [(text.split(), source.scene(i)[0]) for i, text in zip(ids, captions)]
+        tellings = [(words, things) for words, things in tellings if len(things) == count]
+        holds = [[caption_holds(" ".join(words[:k + 1]), things) for k in range(len(words))]
+                 for words, things in tellings]
+        scores[f"{count} things, true"] = [true[-1] for true in holds]
+        scores[f"{count} things, first words"] = [any(true) for true in holds]
+    return scores
+
+
 def best_of(dd, args):
     """The model as judge of its own drawings: of four per prompt it keeps the one from which it best reads the prompt.
 
@@ -191,7 +209,7 @@ def own_data(dd, args):
     return {name: values for name, values in scores.items() if values}
 
 
-JUDGED = {"world": world, "blanks": blanks, "best-of": best_of, "data": own_data}
+JUDGED = {"world": world, "blanks": blanks, "blocks": blocks, "best-of": best_of, "data": own_data}
 ASKED = {name: getattr(published, name) for name in ("vqa", "gqa", "pope", "mme", "coco")}
 DRAWN = {name: getattr(published, name) for name in ("geneval", "pictures")}
 BENCHMARKS = JUDGED | ASKED | DRAWN
@@ -459,7 +477,7 @@ def report(scores):
         for name, values in scores.items())
 
 
-NEEDS = {"world": "", "blanks": "", "best-of": "", "data": "data", "vqa": "annotations images",
+NEEDS = {"world": "", "blanks": "", "blocks": "", "best-of": "", "data": "data", "vqa": "annotations images",
          "gqa": "questions images", "pope": "questions images", "mme": "questions images", "coco": "annotations images",
          "geneval": "prompts out", "pictures": "prompts out"}
 

@@ -466,3 +466,23 @@ def test_what_is_not_the_papers_is_said():
 
 def test_fp32_is_float32_on_a_gpu():
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_text_that_fills_its_length_goes_on_in_blocks():
+    """A network that knows texts of 0 to 29 words by heart, word k after word k-1, writes each to its end, in a window
+    of eight tokens, after a prompt of one."""
+    eos, prompt, mask = 1, 2, 99
+
+    def ddit(latents, t, text, predict=None, image_rows=None):
+        assert text.shape[1] == 8
+        first = torch.where(text[:, 1] == mask, 10, text[:, 1])[:, None]  # words are 10, 11, 12, ...
+        words = first - 1 + torch.arange(8)
+        ids = torch.where(words < 10 + latents[:, :1], words, eos)
+        return None, torch.nn.functional.one_hot(ids, 100)[predict] * 50.0
+
+    dd = SimpleNamespace(tokenizer=SimpleNamespace(mask_id=mask, eos_id=eos), device="cpu", t5=lambda x: x, ddit=ddit)
+    tokens = torch.tensor([[prompt] + [eos] * 7]).repeat(30, 1)
+    maskable = torch.tensor([[False] + [True] * 6 + [False]]).repeat(30, 1)
+    texts, _ = sample.unmask_in_blocks(dd, torch.arange(30)[:, None], tokens, maskable, 1, "entropy")
+    for n, text in enumerate(texts):
+        assert text[:n + 2] == [prompt, *range(10, 10 + n), eos]
