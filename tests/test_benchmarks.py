@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from test_evaluate import figures, run
 
+import data
 from data import World
 
 with open(os.path.join(os.path.dirname(__file__), "golden_scores.json")) as f:
@@ -193,28 +194,23 @@ FEW = """import runpy, sys; sys.path[:0] = [{!r}, {!r}]; import data; data.PIXEL
 runpy.run_path(sys.argv[0], run_name='__main__')"""  # evaluate.py with two images in a batch
 
 
-def start(*args):
-    tests = os.path.dirname(evaluate.__file__)
-    return subprocess.Popen([sys.executable, "-c", FEW.format(tests, os.path.dirname(tests)), evaluate.__file__, *args],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def test_killed_and_started_again(published):
+def test_killed_and_started_again(published, monkeypatch, capsys):
+    monkeypatch.setattr(data, "PIXELS", 2 * 64 * 64)
     command = ["coco", "--annotations", "c.json", "--images", "img", "--out"]
-    whole = start(*command, "whole.json")
-    assert whole.communicate()[1] == b"" and whole.returncode == 0
-    killed = start(*command, "cut.json")
+    assert run(monkeypatch, capsys, *command, "whole.json")[1] == ""
+    tests = os.path.dirname(evaluate.__file__)
+    killed = subprocess.Popen([sys.executable, "-c", FEW.format(tests, os.path.dirname(tests)), evaluate.__file__,
+                               *command, "cut.json"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while killed.poll() is None and not (os.path.exists("cut.json") and os.path.getsize("cut.json")):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    killed.wait()
     begun = read("cut.json")
     assert killed.returncode == -signal.SIGKILL and 0 < len(begun) < len(read("whole.json"))
     for rest in (begun, begun[:-20] if begun.count(b"\n") > 2 else begun + b',{"image_id": 2, "capt'):  # cut anywhere
         with open("cut.json", "wb") as f:
             f.write(rest)
-        again = start(*command, "cut.json")
-        assert again.communicate()[1] == b"" and again.returncode == 0
+        assert run(monkeypatch, capsys, *command, "cut.json")[1] == ""
         assert read("cut.json") == read("whole.json")
 
 

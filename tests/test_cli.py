@@ -158,23 +158,24 @@ def test_the_shipped_model_answers_alone_on_stdout():
     assert done.stdout == "red\n3\n3\n"
 
 
-def test_capital_letters_are_heard():
-    done = run("sample.py", "--vqa", SCENE, "What color is the CIRCLE?", "--infill", SCENE, "_" * 20)
-    assert done.stdout.splitlines()[0] == "red" and done.stderr == ""
-
-
-def test_odd_questions_still_get_an_answer_and_a_warning(tmp_path):
-    Image.new("LA", (300, 90), (120, 40)).save(tmp_path / "odd.png")
-    done = run("sample.py", "--vqa", tmp_path / "odd.png", "is there a " + "very " * 40 + "small circle?",
-               "--vqa", SCENE, "what colour is the zebra?")
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
-    assert "its end is left out" in done.stderr and "zebra" in done.stderr
-
-
 def call(monkeypatch, *args):
     """sample.py in this process."""
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args)])
     sample.run_program(sample.main)
+
+
+def test_capital_letters_are_heard(monkeypatch, capsys):
+    call(monkeypatch, "--vqa", SCENE, "What color is the CIRCLE?", "--infill", SCENE, "_" * 20)
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == "red" and err == ""
+
+
+def test_odd_questions_still_get_an_answer_and_a_warning(monkeypatch, capsys, tmp_path):
+    Image.new("LA", (300, 90), (120, 40)).save(tmp_path / "odd.png")
+    call(monkeypatch, "--vqa", tmp_path / "odd.png", "is there a " + "very " * 40 + "small circle?",
+         "--vqa", SCENE, "what colour is the zebra?")
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 and "its end is left out" in err and "zebra" in err
 
 
 def test_what_comes_first_is_printed_first(files, monkeypatch, capsys):
@@ -407,20 +408,25 @@ def test_where_an_export_goes(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "red\n"
 
 
-def test_drawing_captioning_and_filling_in(tmp_path):
+def test_drawing_captioning_and_filling_in(monkeypatch, capsys, tmp_path):
     out = tmp_path / "two.png"
-    done = run("sample.py", "--caption", SCENE, "--infill", SCENE, "a _ _ circle", "--t2i", "a small red circle",
-               "a large blue square", "--num", 2, "--out", out)
-    assert done.returncode == 0, done.stderr
-    caption, filled, path = done.stdout.splitlines()
+    call(monkeypatch, "--caption", SCENE, "--infill", SCENE, "a _ _ circle", "--t2i", "a small red circle",
+         "a large blue square", "--num", 2, "--out", out)
+    caption, filled, path = capsys.readouterr().out.splitlines()
     assert path == str(out) and Image.open(out).size == (2 * 64 + 2, 2 * 64 + 2)
     assert "circle" in caption and filled.startswith("a ") and filled.endswith(" circle") and len(filled.split()) == 4
-    again = run("sample.py", "--t2i", "a small red circle", "--steps", 4, "--seed", 3, "--out", tmp_path / "a.png")
-    run("sample.py", "--t2i", "a small red circle", "--steps", 4, "--seed", 3, "--out", tmp_path / "b.png")
-    assert again.returncode == 0 and (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_the_readme_s_commands(tmp_path, monkeypatch):
+def test_another_process_draws_the_same(monkeypatch, tmp_path):
+    args = ["--t2i", "a small red circle", "--steps", 4, "--seed", 3, "--out"]
+    done = run("sample.py", *args, tmp_path / "a.png")
+    assert done.returncode == 0, done.stderr
+    call(monkeypatch, *args, tmp_path / "b.png")
+    a, b = (Image.open(tmp_path / name) for name in ("a.png", "b.png"))
+    assert a.tobytes() == b.tobytes() and a.text["parameters"] == b.text["parameters"]
+
+
+def test_the_readme_s_commands(tmp_path, monkeypatch, capsys):
     """Those that use the model, and the Python, as they stand in README.md; in another folder, so that nothing is
     written here."""
     readme = open(os.path.join(ROOT, "README.md")).read()
@@ -429,15 +435,15 @@ def test_the_readme_s_commands(tmp_path, monkeypatch):
     commands = [line.strip() for line in section.splitlines() if line.startswith("    python sample.py")]
     assert len(commands) == 9
     printed = []
+    monkeypatch.chdir(tmp_path)
     for command in commands:
-        script, *args = shlex.split(command)[1:]
-        done = run(script, *args, cwd=tmp_path)
-        assert done.returncode == 0 and done.stdout and not done.stderr, done.stderr
-        printed.append(done.stdout)
+        call(monkeypatch, *shlex.split(command)[2:])
+        out, err = capsys.readouterr()
+        assert out and not err
+        printed.append(out)
     assert "a large green triangle above a small red circle and a small green square\n" in printed
     assert "red (100.0%), green (0.0%), blue (0.0%)\n" in printed
     assert Image.open(tmp_path / "out.png").size == (196, 196)
     assert (np.asarray(Image.open(tmp_path / "best.png")) == np.asarray(Image.open(tmp_path / "again.png"))).all()
     code = section[section.index("```python") + len("```python"):section.rindex("```")]
-    monkeypatch.chdir(tmp_path)
     exec(code, {})
