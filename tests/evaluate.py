@@ -111,7 +111,7 @@ def read_in_orders(dd, args):
 
 
 def blanks(dd, args):
-    """Filling blanks: in a telling of each scene, one to four words in a row are left out. Is it true when filled?
+    """Filling blanks: one to four words in a row, left out of a telling of each scene, which must be true when filled.
 
     Then answers to "where is ...?" of whose words the first is given: they must be right. Then what training never
     does, for it never masks a question: "Q: where is the _ _? A: top left", in which the two words must describe one
@@ -147,10 +147,9 @@ def blanks(dd, args):
 
 
 def blocks(dd, args):
-    """Captions written in blocks, as `--length auto` does, of scenes of one, two and three things.
+    """Captions written in blocks (--length auto): whether they, and at least their first words, tell the scene truly.
 
-    Are they true, and do at least their first words tell the scene truly? For a model whose own length is too short for
-    three things. The definitions are ours."""
+    For a model whose own length is too short for three things. The definitions are ours."""
     source, ids, scores = data.World(UNSEEN + args.seed), range(args.num), {}
     captions = write_captions(dd, source, ids, torch.Generator().manual_seed(args.seed), length="auto")
     for count in 1, 2, 3:

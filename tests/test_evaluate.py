@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import sys
+from types import SimpleNamespace
 
 import evaluate
 import numpy as np
@@ -119,6 +120,48 @@ def test_the_shipped_model_in_the_world(monkeypatch, capsys):
     assert all(right >= 0.75 * total for right, total in scores.values())
 
 
+def test_orders_and_steps_of_reading(monkeypatch, capsys):
+    """As the table has it: one step is one pass, by confidence a step is a pass, and entropy needs few for much."""
+    out, _ = run(monkeypatch, capsys, "world", "--num", 24, "--kinds", "color", "--steps", 1, 4, "--order",
+                 "random", "confidence", "entropy")
+    rows = [[cell.strip(" %") for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["random", "1"], ["random", "4"], ["confidence", "1"], ["confidence", "4"],
+                                         ["entropy", ""]]
+    right, passes = ([float(row[k]) for row in rows] for k in (2, 3))
+    assert passes[0] == passes[2] == 1 and passes[3] == 4 and 3 < passes[1] < 4 and 5 < passes[4] < 10
+    assert right[0] == right[2] < 60 and right[4] > 95  # with one step both orders take the likeliest of every token
+    assert all(float(row[4]) > 95 and float(row[5]) <= float(row[3]) for row in rows)
+
+
+def test_blanks_that_are_filled_by_the_model_and_by_nobody(monkeypatch):
+    dd, args = DualDiffusion.load(SHIPPED), SimpleNamespace(seed=0, num=24)
+    scores = evaluate.blanks(dd, args)
+    assert list(scores) == ["1 in a row", "2 in a row", "3 in a row", "4 in a row", "answer, begun", "question"]
+    assert all(sum(right) >= 0.75 * 24 for right in scores.values())
+    monkeypatch.setattr(evaluate, "infill", lambda dd, pixels, texts, generator: texts)
+    assert not any(map(any, evaluate.blanks(dd, args).values()))
+
+
+def test_captions_in_blocks_begin_with_the_truth_and_go_on(monkeypatch):
+    def write(dd, source, ids, generator, length):
+        return [source.caption(i, np.random.default_rng(i)) + " and so on" * (i % 2) for i in ids]
+
+    monkeypatch.setattr(evaluate, "write_captions", write)
+    scores = evaluate.blocks(None, SimpleNamespace(seed=0, num=60))
+    assert sum(map(len, scores.values())) == 2 * 60
+    assert all(all(right) for name, right in scores.items() if "first words" in name)
+    assert sum(sum(right) for name, right in scores.items() if "true" in name) == 30
+
+
+def test_the_best_of_four_is_the_one_that_the_model_keeps(monkeypatch):
+    dd, args = DualDiffusion.load(SHIPPED), SimpleNamespace(seed=0, num=3)
+    scores = evaluate.best_of(dd, args)
+    assert all(sum(right) >= len(right) - 1 for name, right in scores.items() if "best" in name)
+    monkeypatch.setattr(evaluate, "keep_likeliest", lambda dd, pixels, prompts, count: pixels[::count])
+    scores = evaluate.best_of(dd, args)
+    assert scores["28 steps, cfg 1, best of 4"] == scores["28 steps, cfg 1, each"][::4]
+
+
 @pytest.fixture
 def world_on_disk(tmp_path):
     """Thirty scenes as a user's files, every third with a caption alone, and one image that cannot be read."""
@@ -162,7 +205,8 @@ def test_a_model_of_stage_0_is_judged_by_its_reconstructions(world_on_disk, tmp_
 
 @pytest.mark.parametrize("args, message", [
     ([], "benchmark"), (["chess"], "invalid choice: 'chess'"), (["data"], "data wants --data"),
-    (["world", "--data", "x.jsonl"], "leave out --data"), (["world", "--num", "0"], "--num"),
+    (["world", "--data", "x.jsonl"], "leave out --data"),
+    (["blanks", "--steps", "4"], "leave out --order and --steps"), (["world", "--num", "0"], "--num"),
     (["world", "--seed", "-1"], "--seed"), (["world", "--kinds", "taste"], "--kinds"),
     (["world", "--ckpt", "none.safetensors"], "none.safetensors: no such checkpoint"),
     (["world", "--ckpt", "half.safetensors"], "half.safetensors: holds no T5; "),
