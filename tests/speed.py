@@ -1,10 +1,9 @@
 """How fast it is, beside how fast it could be: `python tests/speed.py` prints three Markdown tables, in some minutes.
 
 1. What a user feels: training, answers, captions, pictures, the start of the program, memory. Each stands beside its
-   floor. Where the networks run, this is the FLOPs they need at the rate of a large matrix product: in training those
-   of on_paper.model_flops, elsewhere those of all matrix products and convolutions. Where they do not, it is what no
-   such program can do without: to import torch, to read the file, to decode the image. On a CPU the VAE may pass its
-   floor, as torch computes 3x3 convolutions by Winograd's method (NNPACK), which multiplies less than is counted.
+   floor. Where the networks run, this is the FLOPs they need at the best rate that this machine has shown: in training
+   those of on_paper.model_flops, elsewhere those of all matrix products and convolutions. Where they do not, it is what
+   no such program can do without: to import torch, to read the file, to decode the image.
 2. Our networks beside diffusers' and transformers' of equal size, where these two are installed.
 3. One stacked pass for both losses, with the heads only where they are needed, against two passes with all of both
    heads (as the authors' script does): time, memory, and how far the gradients are apart. Random weights.
@@ -82,24 +81,28 @@ def seconds(run, device):
     return time.perf_counter() - start
 
 
+def best_rate(device, dtype):
+    """The most FLOPs per second of ten large matrix products and ten large convolutions. On a CPU these come from two
+    libraries, MKL and oneDNN, and on AMD's processors the first reaches half of the second in fp32."""
+    n = 8192 if device.type == "cuda" else 1024
+    x, w = torch.randn(2, n, n, device=device, dtype=dtype)
+    image, kernel = torch.randn(1, 256, 64, 64).to(x), torch.randn(256, 256, 3, 3).to(x)
+    product = min(seconds(lambda: F.linear(x, w), device) for _ in range(10))
+    convolution = min(seconds(lambda: F.conv2d(image, kernel, padding=1), device) for _ in range(10))
+    return max(2 * n ** 3 / product, 2 * 64 * 64 * 9 * 256 * 256 / convolution)
+
+
 def in_turn(*runs, device, rounds=5):
     """The median of the seconds that each of the runs takes."""
     return [statistics.median(times) for times in zip(*([seconds(run, device) for run in runs] for _ in range(rounds)))]
 
 
-def beside_product(flops, *runs, device, dtype, rounds=5):
+def beside_floor(flops, *runs, device, dtype, rounds=5):
     """-> floor, why, and the median of the seconds that each of the runs takes. The floor: how long that many FLOPs
-    take in a large matrix product, which runs in turn with them."""
+    take at the best rate, which is measured in turn with them."""
     rates = []
-    _, *times = in_turn(lambda: rates.append(matmul_rate(device, dtype)), *runs, device=device, rounds=rounds)
+    _, *times = in_turn(lambda: rates.append(best_rate(device, dtype)), *runs, device=device, rounds=rounds)
     return flops / max(rates), f"{flops / 1e9:.3g} GFLOP at {max(rates) / 1e9:.3g} GFLOP/s", *times
-
-
-def matmul_rate(device, dtype):
-    """The best of ten large matrix products, in FLOPs per second."""
-    n = 8192 if device.type == "cuda" else 1024
-    x, w = torch.randn(2, n, n, device=device, dtype=dtype)
-    return 2 * n ** 3 / min(seconds(lambda: F.linear(x, w), device) for _ in range(10))
 
 
 def flops_of(run):
@@ -150,7 +153,7 @@ def training_row(device):
         rates = [json.loads(line)["images_per_s"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         dtype = json.loads((folder / "run.json").read_text())["dtype"]
     took = recipe.batch / statistics.median(rates[1:])  # the first steps are slow
-    floor = beside_product(recipe.batch * model_flops(TINY, recipe), device=device, dtype=DTYPES[dtype])
+    floor = beside_floor(recipe.batch * model_flops(TINY, recipe), device=device, dtype=DTYPES[dtype])
     time_row(f"a training step, stage 1, {recipe.batch} images, {dtype}", took, *floor, recipe.batch)
     return peak
 
@@ -164,7 +167,7 @@ def use_rows(device, dtype):
     for what, count, run in (("answers", 256, lambda: answer(dd, pixels, questions)),
                              ("captions", 256, lambda: caption(dd, pixels)),
                              ("pictures, 28 steps with guidance", 32, lambda: text_to_image(dd, prompts, cfg=3.0))):
-        *floor, took = beside_product(flops_of(run), run, device=device, dtype=dtype)
+        *floor, took = beside_floor(flops_of(run), run, device=device, dtype=dtype)  # the first also warms up
         time_row(f"{count} {what}", took, *floor, count)
 
 
@@ -257,7 +260,7 @@ def compare(device, dtype):
     header("the same work: ours, theirs", "ours", "theirs", "theirs / ours", "floor of ours", "reached")
     for what, ours, theirs in same_work(device, dtype):
         theirs()  # to warm up
-        floor, why, our_time, their_time = beside_product(flops_of(ours), ours, theirs, device=device, dtype=dtype)
+        floor, why, our_time, their_time = beside_floor(flops_of(ours), ours, theirs, device=device, dtype=dtype)
         row(what, f"{our_time:.3g} s", f"{their_time:.3g} s", f"{their_time / our_time:.2f}", f"{floor:.3g} s: {why}",
             f"{floor / our_time:.0%}")
 
@@ -322,7 +325,7 @@ def one_or_two(name, device, dtype, compiled, rounds):
     apart = sum((a - b).double().square().sum() for a, b in zip(one, two)) / sum(b.double().square().sum() for b in two)
     del one, two
     sizes = [peak_memory(lambda: loss(way), device) / 1e9 for way in ways]
-    floor, why, fast, slow = beside_product(
+    floor, why, fast, slow = beside_floor(
         model_flops(config, recipe) * batch, *(lambda way=way: loss(way).backward() for way in ways),
         device=device, dtype=dtype, rounds=rounds)
     row(f"{name}{', compiled' if compiled else ''}, {batch} images", f"{fast:.3g} s", f"{slow:.3g} s",
