@@ -26,7 +26,7 @@ KINDS = {  # kind: what is promised, patterns of test names
         f"read as well as can be, or {LINE}; training takes the next one",
         "bad_images odd_images only_plain_image images_of_every_kind images_that_vanish next_image_takes no_image_at "
         r"image_that_is_none mistakes.*(cannot\sbe\sread\sas\san\simage|no\ssuch\simage)"),
-    "arguments: missing, out of range, at odds": (LINE, "mistakes_give_one_line sizes_are_refused where_an_export_goes"),
+    "arguments: missing, out of range, at odds": (LINE, "mistakes_give_one_line sizes_are_refused where_an_export"),
     "texts: typed sentinels, other encodings, unknown words, too long": (
         "read as plain characters; what is left out is said", "no_sentinel odd_questions not_utf8 their_letters"),
     "output: a full disk, a closed pipe, too little memory, Ctrl-C": (

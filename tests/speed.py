@@ -6,7 +6,8 @@
    no such program can do without: to import torch, to read the file, to decode the image.
 2. Our networks beside diffusers' and transformers' of equal size, where these two are installed.
 3. One stacked pass for both losses, with the heads only where they are needed, against two passes with all of both
-   heads (as the authors' script does): time, memory, and how far the gradients are apart. Random weights.
+   heads (as the authors' script does): time, memory (on a CPU what is saved for the backward pass), and how far the
+   gradients are apart. Random weights.
 
 Times are medians of several runs; what is compared runs in turn. A GPU is used if there is one, and there the third
 table also has the full size in bf16, with and without torch.compile. Memory is read from Linux's /proc.
@@ -54,7 +55,7 @@ from losses import (
     stratified_times,
 )
 from model import DTYPES, PRESETS, Config, DDiT, DDiTConfig, DualDiffusion, inspect
-from sample import SHIPPED, answer, caption, default_device, text_to_image
+from sample import SHIPPED, answer, caption, text_to_image
 from t5 import T5Config, T5Encoder
 from train import RECIPES, make_mesh, parallelize
 from vae import VAE, VAEConfig
@@ -167,7 +168,7 @@ def use_rows(device, dtype):
     for what, count, run in (("answers", 256, lambda: answer(dd, pixels, questions)),
                              ("captions", 256, lambda: caption(dd, pixels)),
                              ("pictures, 28 steps with guidance", 32, lambda: text_to_image(dd, prompts, cfg=3.0))):
-        *floor, took = beside_floor(flops_of(run), run, device=device, dtype=dtype)  # the first also warms up
+        *floor, took = beside_floor(flops_of(run), run, device=device, dtype=dtype, rounds=3)  # flops_of warms up
         time_row(f"{count} {what}", took, *floor, count)
 
 
@@ -328,7 +329,7 @@ def one_or_two(name, device, dtype, compiled, rounds):
     floor, why, fast, slow = beside_floor(
         model_flops(config, recipe) * batch, *(lambda way=way: loss(way).backward() for way in ways),
         device=device, dtype=dtype, rounds=rounds)
-    row(f"{name}{', compiled' if compiled else ''}, {batch} images", f"{fast:.3g} s", f"{slow:.3g} s",
+    row(f"{name}, {batch} images, {str(dtype)[6:]}{', compiled' * compiled}", f"{fast:.3g} s", f"{slow:.3g} s",
         f"{slow / fast:.2f}", f"{sizes[0]:.2f} GB", f"{sizes[1]:.2f} GB", f"{apart.item() ** 0.5:.0e}",
         f"{floor:.3g} s: {why}", f"{floor / fast:.0%}")
 
@@ -341,9 +342,9 @@ def machine():
 
 
 def main():
-    device = torch.device(default_device())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as sample.py computes
-    print(f"{machine()}, threads: {torch.get_num_threads()}, torch {torch.__version__}; {dtype} if not said otherwise")
+    print(f"{machine()}, threads: {torch.get_num_threads()}, torch {torch.__version__}, {str(dtype)[6:]} if not said")
     header("what", "takes", "floor", "reached")
     training = training_row(device)
     use_rows(device, dtype)
@@ -356,7 +357,7 @@ def main():
         compare(device, dtype)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
                             world_size=1)
-    header("a step, fp32", "one pass", "two passes", "two / one", "memory, one", "memory, two", "gradients apart",
+    header("a step", "one pass", "two passes", "two / one", "memory, one", "memory, two", "gradients apart",
            "floor of one", "reached")
     for name in ("tiny", "middle"):
         one_or_two(name, device, torch.float32, compiled=False, rounds=5)
