@@ -1,26 +1,47 @@
-"""One stacked pass for both losses against two passes with the full vocabulary head (as the authors' script does):
-`python tests/speed.py` prints, for every size, whether the gradients agree, the ratio of time and of memory, and how
-much of the rate of a large matrix product, measured in the same run, a step reaches (its model FLOPs are those of
-on_paper.py). On a GPU it also measures the full size in bf16, with and without torch.compile. Random weights; medians
-of several steps, taken in turn. Before that: how fast one process reads images, and makes rows of a batch."""
+"""How fast it is, beside how fast it could be: `python tests/speed.py` prints three Markdown tables, in some minutes.
+
+1. What a user feels: training, answers, captions, pictures, the start of the program, memory. Each stands beside its
+   floor. Where the networks run, this is the FLOPs they need at the best rate that this machine has shown: in training
+   those of on_paper.model_flops, elsewhere those of all matrix products and convolutions. Where they do not, it is what
+   no such program can do without: to import torch, to read the file, to decode the image.
+2. Our networks beside diffusers' and transformers' of equal size, where these two are installed.
+3. One stacked pass for both losses, with the heads only where they are needed, against two passes with all of both
+   heads (as the authors' script does): time, memory (on a CPU what is saved for the backward pass), and how far the
+   gradients are apart. Random weights.
+
+Times are medians of several runs; what is compared runs in turn. A GPU is used if there is one, and there the third
+table also has the full size in bf16, with and without torch.compile. Memory is read from Linux's /proc.
+"""
+import importlib.util
+import io
+import json
 import os
+import platform
+import re
 import statistics
+import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch comes; sample.py says why
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import make_golden
 from on_paper import activation_bytes, model_flops
 
-from data import Batches, Mapped, Records, Subset, World
+from data import Batches, Mapped, Records, Subset, World, to_pixels
 from losses import (
     ImageHalf,
     TextHalf,
@@ -33,16 +54,219 @@ from losses import (
     noise_latents,
     stratified_times,
 )
-from model import PRESETS, Config, DDiT, DDiTConfig, DualDiffusion
-from sample import SHIPPED
+from model import DTYPES, PRESETS, Config, DDiT, DDiTConfig, DualDiffusion, inspect
+from sample import SHIPPED, answer, caption, text_to_image
 from t5 import T5Config, T5Encoder
 from train import RECIPES, make_mesh, parallelize
+from vae import VAE, VAEConfig
 
+TOP = Path(__file__).resolve().parents[1]
+TINY = inspect(SHIPPED)[0]  # the preset, with the shipped tokenizer's vocabulary
 MIDDLE = Config(DDiTConfig(depth=8, width=512, heads=8, text_dim=512, pos_size=64),
                 T5Config(d_model=512, num_layers=6, num_heads=8, d_kv=64, d_ff=1024))
-SIZES = {"tiny": (PRESETS["tiny"], replace(RECIPES["tiny"]["1"], learn_t5="no"), 64),
+SIZES = {"tiny": (TINY, replace(RECIPES["tiny"]["1"], learn_t5="no"), 64),
          "middle": (MIDDLE, replace(RECIPES["sd3-medium"]["1"], size=128), 4),
          "full": (PRESETS["sd3-medium"], RECIPES["sd3-medium"]["1"], 64)}
+QUESTION = ["sample.py", "--vqa", "assets/scene.png", "what color is the circle?"]
+
+
+# ---------------------------------------------------------------- how to measure
+
+
+def seconds(run, device):
+    """How long run() takes."""
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def best_rate(device, dtype):
+    """The most FLOPs per second of ten large matrix products and ten large convolutions. On a CPU these come from two
+    libraries, MKL and oneDNN, and on AMD's processors the first reaches half of the second in fp32."""
+    n = 8192 if device.type == "cuda" else 1024
+    x, w = torch.randn(2, n, n, device=device, dtype=dtype)
+    image, kernel = torch.randn(1, 256, 64, 64).to(x), torch.randn(256, 256, 3, 3).to(x)
+    product = min(seconds(lambda: F.linear(x, w), device) for _ in range(10))
+    convolution = min(seconds(lambda: F.conv2d(image, kernel, padding=1), device) for _ in range(10))
+    return max(2 * n ** 3 / product, 2 * 64 * 64 * 9 * 256 * 256 / convolution)
+
+
+def in_turn(*runs, device, rounds=5):
+    """The median of the seconds that each of the runs takes."""
+    return [statistics.median(times) for times in zip(*([seconds(run, device) for run in runs] for _ in range(rounds)))]
+
+
+def beside_floor(flops, *runs, device, dtype, rounds=5):
+    """-> floor, why, and the median of the seconds that each of the runs takes. The floor: how long that many FLOPs
+    take at the best rate, which is measured in turn with them."""
+    rates = []
+    _, *times = in_turn(lambda: rates.append(best_rate(device, dtype)), *runs, device=device, rounds=rounds)
+    return flops / max(rates), f"{flops / 1e9:.3g} GFLOP at {max(rates) / 1e9:.3g} GFLOP/s", *times
+
+
+def flops_of(run):
+    """The FLOPs of the matrix products and convolutions in run(). Attention by plain products, since torch's counter
+    does not know the CPU's own kernel."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
+def memory(code):
+    """The most bytes that a Python process holds while it runs this code. (ru_maxrss would begin with ours.)"""
+    code += "\nprint(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=TOP, check=True, text=True, stdout=subprocess.PIPE)
+    return 1024 * int(done.stdout.split()[-1])
+
+
+def program(args):
+    """The code that runs one of our programs, for `memory`."""
+    return f"import runpy, sys; sys.argv = {args}; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+# ---------------------------------------------------------------- what a user feels
+
+
+def row(*cells):
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def header(*names):
+    print()
+    row(*names)
+    row(*["---"] * len(names))
+
+
+def time_row(what, took, floor, why, count=None):
+    """took, floor: seconds; count: of what was done in that time."""
+    rate = f", {count / took:.0f} a second" if count else ""
+    row(what, f"{took:.3g} s{rate}", f"{floor:.3g} s: {why}", f"{floor / took:.0%}")
+
+
+def training_row(device):
+    """train.py itself, in the type that it chooses -> the most memory that it held."""
+    recipe = RECIPES["tiny"]["1"]
+    with tempfile.TemporaryDirectory() as out:
+        peak = memory(program(["train.py", "--stage", "1", "--steps", "80", "--pool", "640", "--out", out]))
+        folder = Path(out, "stage1")
+        rates = [json.loads(line)["images_per_s"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        dtype = json.loads((folder / "run.json").read_text())["dtype"]
+    took = recipe.batch / statistics.median(rates[1:])  # the first steps are slow
+    floor = beside_floor(recipe.batch * model_flops(TINY, recipe), device=device, dtype=DTYPES[dtype])
+    time_row(f"a training step, stage 1, {recipe.batch} images, {dtype}", took, *floor, recipe.batch)
+    return peak
+
+
+def use_rows(device, dtype):
+    """The shipped model, on scenes that it has not seen."""
+    dd, world, rng = DualDiffusion.load(SHIPPED, device=device, dtype=dtype), World(10 ** 6), np.random.default_rng(0)
+    pixels = torch.from_numpy(to_pixels([world.image(i) for i in range(256)]))
+    questions = [world.question(i, rng)[0] for i in range(256)]
+    prompts = [world.caption(i, rng) for i in range(32)]
+    for what, count, run in (("answers", 256, lambda: answer(dd, pixels, questions)),
+                             ("captions", 256, lambda: caption(dd, pixels)),
+                             ("pictures, 28 steps with guidance", 32, lambda: text_to_image(dd, prompts, cfg=3.0))):
+        *floor, took = beside_floor(flops_of(run), run, device=device, dtype=dtype, rounds=3)  # flops_of warms up
+        time_row(f"{count} {what}", took, *floor, count)
+
+
+def start_rows(device, dtype):
+    programs = [[sys.executable, *QUESTION], [sys.executable, "-c", "import torch"]]
+    runs = [lambda args=args: subprocess.run(args, cwd=TOP, check=True, stdout=subprocess.DEVNULL) for args in programs]
+    time_row("`python sample.py --vqa ...`, from start to answer", *in_turn(*runs, device=device), "to import torch")
+    took, floor = in_turn(lambda: DualDiffusion.load(SHIPPED, device=device, dtype=dtype),
+                          lambda: Path(SHIPPED).read_bytes(), device=device)
+    size = os.path.getsize(SHIPPED)
+    why = f"to read {size / 1e6:.1f} MB at {size / floor / 1e9:.1f} GB/s"
+    time_row("of that, loading the checkpoint", took, floor, why)
+
+
+def memory_rows(training):
+    imported = memory("import torch")
+    weights = sum(w.nbytes for w in DualDiffusion.load(SHIPPED).state_dict().values())
+    why = f"torch, and {weights / 1e6:.0f} MB of weights in fp32"
+    for what, peak in (("answering, peak memory", memory(program(QUESTION))), ("training, peak memory", training)):
+        floor = imported + weights
+        row(what, f"{peak / 1e9:.2f} GB", f"{floor / 1e9:.2f} GB: {why}", f"{floor / peak:.0%}")
+
+
+def image_row(device):
+    """How fast a process brings photographs to 256 pixels: JPEGs of 512 x 384 out of a shard."""
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(os.path.join(folder, "x.tar"), "w") as tar:
+            for k in range(100):
+                noise = Image.effect_noise((64, 48), 80).resize((512, 384), Image.Resampling.BICUBIC).convert("RGB")
+                noise.save(os.path.join(folder, f"{k}.jpg"), quality=90)
+                Path(folder, f"{k}.txt").write_text("noise")
+                for name in (f"{k}.jpg", f"{k}.txt"):
+                    tar.add(os.path.join(folder, name), name)
+        records, raw = Records(os.path.join(folder, "x.tar"), 256, folder), Path(folder, "0.jpg").read_bytes()
+        rng, count = np.random.default_rng(0), len(records)
+        took, floor = in_turn(lambda: [(records.image(k), records.caption(k, rng)) for k in range(count)],
+                              lambda: [Image.open(io.BytesIO(raw)).load() for k in range(count)], device=device)
+        time_row(f"{count} JPEGs of 512x384 to 256 pixels, one process", took, floor, "to decode them", count)
+
+
+def batch_row(device):
+    """How fast a process makes rows of stage 3 in the built-in world, latents at hand."""
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(os.path.join(folder, "latents.npy"), np.zeros((25_000, 2, 16, 8, 8), np.float16))
+        recipe = RECIPES["tiny"]["3"]
+        subset = Subset(World(), np.arange(25_000), Mapped(os.path.join(folder, "latents.npy")))
+        batches = Batches(subset, subset, DualDiffusion.load(SHIPPED).tokenizer, recipe, 0, slice(0, recipe.batch))
+        steps = iter(range(100))
+        took, = in_turn(lambda: batches[next(steps)], device=device, rounds=100)
+        row(f"the {recipe.batch} rows of a batch of stage 3, one process",
+            f"{took:.3g} s, {recipe.batch / took:.0f} a second", "", "")
+
+
+# ---------------------------------------------------------------- beside diffusers and transformers
+
+
+def same_work(device, dtype):
+    """-> what, our way, their way. As in SD3 and T5-XXL, but 4 blocks of width 512, and a VAE of half the width; images
+    of 256 pixels (the VAE's: 128), texts of 256 tokens. Our text head is left out, and their last block made whole."""
+    from diffusers.models.attention import JointTransformerBlock
+    config = DDiTConfig(depth=4, width=512, heads=8), T5Config(d_model=512, num_layers=4, num_heads=8, d_ff=1280), \
+        VAEConfig(channels=64)
+    ours = DDiT(config[0]), T5Encoder(config[1]), VAE(config[2])
+    states = [make_golden.random_state({k: w.shape for k, w in module.state_dict().items()}) for module in ours]
+    for module, state in zip(ours, states):
+        module.load_state_dict(state)
+    states[0] |= make_golden.random_state(make_golden.y_embedder(512))
+    ddit, t5, vae, sd3, their_t5, their_vae = (module.to(device, dtype).eval() for module in (*ours, *(
+        build(state, c) for build, state, c in zip(
+            (make_golden.sd3_transformer, make_golden.t5_encoder, make_golden.autoencoder), states, config))))
+    sd3.transformer_blocks[-1] = JointTransformerBlock(512, 8, 64, context_pre_only=False).to(device, dtype)
+
+    def random(*shape):
+        return torch.randn(shape, device=device, dtype=dtype)
+    x, text, pooled, t = random(2, 16, 32, 32), random(2, 256, 4096), random(2, 2048), torch.rand(2, device=device)
+    tokens, pixels, z = torch.randint(32000, (2, 256), device=device), random(1, 3, 128, 128), random(1, 16, 16, 16)
+    no_logits = torch.zeros(0).long()
+    yield ("`DDiT`, forward and backward: `SD3Transformer2DModel`",
+           lambda: ddit(x, t, text, no_logits)[0].mean().backward(),
+           lambda: sd3(x, text, pooled, 1000 * t).sample.mean().backward())
+    with torch.no_grad():
+        yield ("`DDiT`: `SD3Transformer2DModel`", lambda: ddit(x, t, text, no_logits),
+               lambda: sd3(x, text, pooled, 1000 * t))
+        yield "`T5Encoder`: `T5EncoderModel`", lambda: t5(tokens), lambda: their_t5(tokens)
+        yield "`VAE.encode`: `AutoencoderKL`", lambda: vae.encode(pixels), lambda: their_vae.encode(pixels)
+        yield "`VAE.decode`: `AutoencoderKL`", lambda: vae.decode(z), lambda: their_vae.decode(z)
+
+
+def compare(device, dtype):
+    header("the same work: ours, theirs", "ours", "theirs", "theirs / ours", "floor of ours", "reached")
+    for what, ours, theirs in same_work(device, dtype):
+        theirs()  # to warm up
+        floor, why, our_time, their_time = beside_floor(flops_of(ours), ours, theirs, device=device, dtype=dtype)
+        row(what, f"{our_time:.3g} s", f"{their_time:.3g} s", f"{their_time / our_time:.2f}", f"{floor:.3g} s: {why}",
+            f"{floor / our_time:.0%}")
+
+
+# ---------------------------------------------------------------- one pass or two
 
 
 def two_passes(ddit, t5, images, texts, text_weight):
@@ -70,22 +294,6 @@ def random_halves(config, recipe, batch, device):
     return ImageHalf(*(x.to(device) for x in images)), TextHalf(*(x.to(device) for x in texts))
 
 
-def matmul_rate(device, dtype):
-    """The best of ten large matrix products, in FLOPs per second."""
-    n = 8192 if device.type == "cuda" else 1024
-    x, w = torch.randn(2, n, n, device=device, dtype=dtype)
-    return 2 * n ** 3 / min(seconds(lambda: F.linear(x, w), device) for _ in range(10))
-
-
-def seconds(run, device):
-    """How long run() takes."""
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def peak_memory(run, device):
     """Bytes: of the GPU at the most; on a CPU, of what is saved for the backward pass."""
     if device.type != "cuda":
@@ -95,7 +303,7 @@ def peak_memory(run, device):
     return torch.cuda.max_memory_allocated()
 
 
-def measure(name, device, dtype, compiled, rounds):
+def one_or_two(name, device, dtype, compiled, rounds):
     config, recipe, batch = SIZES[name]
     torch.manual_seed(0)
     with device:
@@ -117,62 +325,45 @@ def measure(name, device, dtype, compiled, rounds):
     one, two = map(gradients, ways)
     apart = sum((a - b).double().square().sum() for a, b in zip(one, two)) / sum(b.double().square().sum() for b in two)
     del one, two
-    memory = [peak_memory(lambda: loss(way), device) for way in ways]
-    times = [[seconds(lambda: loss(way).backward(), device) for way in ways] for _ in range(rounds)]
-    fast, slow = map(statistics.median, zip(*times))
-    rate = matmul_rate(device, dtype)
-    share = model_flops(config, recipe) * batch / fast / rate
-    print(f"{name}{', compiled' if compiled else ''}: gradients apart {apart.item() ** 0.5:.1e}; a step of {batch} in "
-          f"{fast:.3f} s ({batch / fast:.1f} a second), {slow / fast:.2f} times as fast as two passes; activations "
-          f"{memory[0] / 1e9:.2f} GB, {memory[1] / 1e9:.2f} in two passes; {share:.0%} of the {rate / 1e12:.2f} "
-          f"TFLOP/s of a large product", flush=True)
+    sizes = [peak_memory(lambda: loss(way), device) / 1e9 for way in ways]
+    floor, why, fast, slow = beside_floor(
+        model_flops(config, recipe) * batch, *(lambda way=way: loss(way).backward() for way in ways),
+        device=device, dtype=dtype, rounds=rounds)
+    row(f"{name}, {batch} images, {str(dtype)[6:]}{', compiled' * compiled}", f"{fast:.3g} s", f"{slow:.3g} s",
+        f"{slow / fast:.2f}", f"{sizes[0]:.2f} GB", f"{sizes[1]:.2f} GB", f"{apart.item() ** 0.5:.0e}",
+        f"{floor:.3g} s: {why}", f"{floor / fast:.0%}")
 
 
-def image_rate():
-    """How many photographs a process can bring to 256 pixels per second: JPEGs of 512 x 384 out of a shard."""
-    with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(os.path.join(folder, "x.tar"), "w") as tar:
-            for k in range(100):
-                noise = Image.effect_noise((64, 48), 80).resize((512, 384), Image.Resampling.BICUBIC).convert("RGB")
-                noise.save(os.path.join(folder, f"{k}.jpg"), quality=90)
-                with open(os.path.join(folder, f"{k}.txt"), "w") as f:
-                    f.write("noise")
-                for name in (f"{k}.jpg", f"{k}.txt"):
-                    tar.add(os.path.join(folder, name), name)
-        records = Records(os.path.join(folder, "x.tar"), 256, folder)
-        start = time.perf_counter()
-        for k in range(len(records)):
-            records.image(k)
-            records.caption(k, np.random.default_rng(k))
-        print(f"one process reads {len(records) / (time.perf_counter() - start):.0f} images a second", flush=True)
-
-
-def row_rate():
-    """How many rows of stage 3 in the built-in world a process can make per second, latents at hand."""
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(os.path.join(folder, "latents.npy"), np.zeros((25_000, 2, 16, 8, 8), np.float16))
-        recipe = RECIPES["tiny"]["3"]
-        subset = Subset(World(), np.arange(25_000), Mapped(os.path.join(folder, "latents.npy")))
-        batches = Batches(subset, subset, DualDiffusion.load(SHIPPED).tokenizer, recipe, 0, slice(0, recipe.batch))
-        times = []
-        for step in range(100):
-            start = time.perf_counter()
-            batches[step]
-            times.append(time.perf_counter() - start)
-        print(f"one process makes {recipe.batch / statistics.median(times):.0f} tiny rows a second", flush=True)
+def machine():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.processor()
 
 
 def main():
-    image_rate()
-    row_rate()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as sample.py computes
+    print(f"{machine()}, threads: {torch.get_num_threads()}, torch {torch.__version__}, {str(dtype)[6:]} if not said")
+    header("what", "takes", "floor", "reached")
+    training = training_row(device)
+    use_rows(device, dtype)
+    start_rows(device, dtype)
+    if device.type == "cpu":
+        memory_rows(training)
+    image_row(device)
+    batch_row(device)
+    if all(map(importlib.util.find_spec, ("diffusers", "transformers"))):
+        compare(device, dtype)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
                             world_size=1)
+    header("a step", "one pass", "two passes", "two / one", "memory, one", "memory, two", "gradients apart",
+           "floor of one", "reached")
     for name in ("tiny", "middle"):
-        measure(name, device, torch.float32, compiled=False, rounds=5)
+        one_or_two(name, device, torch.float32, compiled=False, rounds=5)
     if device.type == "cuda":
         for compiled in (False, True):
-            measure("full", device, torch.bfloat16, compiled, rounds=10)
+            one_or_two("full", device, torch.bfloat16, compiled, rounds=10)
     dist.destroy_process_group()
 
 
