@@ -1,7 +1,9 @@
 """sample.py and train.py as a user types them, mistakes first. Each mistake: one line, exit status 2."""
+import importlib
 import io
 import json
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -61,6 +63,7 @@ MISTAKES = {
         (["--caption", "void"], "void: cannot be read as an image"),
         (["--vqa", "ok.png"], "--vqa wants an image and then a question"),
         (["--infill", "ok.png", "no blank"], "has no blank"),
+        (["--caption", "ok.png", "--length", "auto", "--t2i", "x"], "those of --caption and --vqa, without --options"),
         ([], "nothing to do"),
         (["--caption", "ok.png", "--steps", "0"], "--steps"),
         (["--caption", "ok.png", "--order", "backwards"], "invalid choice"),
@@ -426,24 +429,44 @@ def test_another_process_draws_the_same(monkeypatch, tmp_path):
     assert a.tobytes() == b.tobytes() and a.text["parameters"] == b.text["parameters"]
 
 
-def test_the_readme_s_commands(tmp_path, monkeypatch, capsys):
-    """Those that use the model, and the Python, as they stand in README.md; in another folder, so that nothing is
-    written here."""
+def readme_commands():
+    """Every line of README.md that is to be typed, those that end in a backslash with the next -> README, commands."""
     readme = open(os.path.join(ROOT, "README.md")).read()
+    lines = re.findall(r"^    ((?:python|torchrun) .+)$", readme.replace("\\\n", " "), re.MULTILINE)
+    return readme, list(dict.fromkeys(shlex.join(shlex.split(line)) for line in lines))
+
+
+def test_the_readme_s_commands_that_use_the_model(tmp_path, monkeypatch, capsys):
+    """And the Python; in another folder, so that nothing is written here. What README says they print, they print."""
+    readme, commands = readme_commands()
     os.symlink(os.path.join(ROOT, "assets"), tmp_path / "assets")
-    section = readme[readme.index("## Use it"):readme.index("## Real weights")]
-    commands = [line.strip() for line in section.splitlines() if line.startswith("    python sample.py")]
-    assert len(commands) == 9
-    printed = []
+    commands = [shlex.split(line)[2:] for line in commands if "sample.py" in line and "--ckpt" not in line]
+    assert len(commands) == 17
+    printed = ""
     monkeypatch.chdir(tmp_path)
     for command in commands:
-        call(monkeypatch, *shlex.split(command)[2:])
+        call(monkeypatch, *command)
         out, err = capsys.readouterr()
         assert out and not err
-        printed.append(out)
-    assert "a large green triangle above a small red circle and a small green square\n" in printed
-    assert "red (100.0%), green (0.0%), blue (0.0%)\n" in printed
+        printed += out
+    passes = re.search(r"prints `(.*?)`, then `(.*?)`, then, right, `(.*?)`", readme, re.DOTALL).groups()
+    for line in (*passes, "a large green triangle above a small red circle and a small green square",
+                 "red (100.0%), green (0.0%), blue (0.0%)", "Q: where is the triangle? A: top left",
+                 "Q: where is the small red? A: bottom left"):
+        assert " ".join(line.split()) + "\n" in printed
     assert Image.open(tmp_path / "out.png").size == (196, 196)
     assert (np.asarray(Image.open(tmp_path / "best.png")) == np.asarray(Image.open(tmp_path / "again.png"))).all()
-    code = section[section.index("```python") + len("```python"):section.rindex("```")]
-    exec(code, {})
+    section = readme[readme.index("```python"):]
+    exec(section[len("```python"):section.index("```\n")], {})
+
+
+def test_the_readme_s_other_commands_are_understood(monkeypatch):
+    """Training and judging take too long to be run here: but every flag exists, and every number is in its range."""
+    commands = readme_commands()[1]
+    others = [shlex.split(line) for line in commands if "train.py" in line or "evaluate.py" in line]
+    assert len(others) > 30
+    for line in others:
+        script = next(k for k, word in enumerate(line) if word.endswith(".py"))
+        program = importlib.import_module(os.path.basename(line[script])[:-3])
+        monkeypatch.setattr(sys, "argv", line[script:])
+        program.parse_args()
