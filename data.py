@@ -39,7 +39,6 @@ SHAPES = ("circle", "square", "triangle", "cross")
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")  # row by row
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1)}  # axis (0 rows), direction
 HELD = {("yellow", "triangle"), ("purple", "circle"), ("cyan", "square")}  # colour-shape pairs kept for testing
-CENTERS = np.arange(SIDE) + 0.5  # of the pixels of a row or a column
 
 
 class Thing(NamedTuple):
@@ -98,7 +97,7 @@ class World:
         canvas = np.broadcast_to(background, (SIDE, SIDE, 3)).copy()
         for thing, ((cx, cy), r, rgb) in zip(things, looks):
             top, left = thing.quarter // 2 * 32, thing.quarter % 2 * 32
-            x, y = CENTERS[left:left + 32] - cx, CENTERS[top:top + 32, None] - cy
+            x, y = np.arange(left, left + 32) + 0.5 - cx, np.arange(top, top + 32)[:, None] + 0.5 - cy  # pixel centres
             inside = np.clip(0.5 - distance(thing.shape, x, y, r), 0, 1)[..., None]
             quarter = canvas[top:top + 32, left:left + 32]
             quarter += inside * (np.array(rgb) - quarter)

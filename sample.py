@@ -116,8 +116,8 @@ def in_random_order(predict_tokens, masked, steps, generator):
 
 
 def by_confidence(predict_tokens, masked, steps, generator):
-    """As many tokens per step as ancestral sampling reveals on average, but the most probable first (MaskGIT). For this
-    every pass predicts all masked tokens. The texts are not exact samples."""
+    """As many tokens per step as ancestral sampling reveals on average, but the most probable first (MaskGIT). So every
+    pass predicts all masked tokens. The texts are not exact samples."""
     total = masked.sum(1)
     for share in revealed_share(steps)[1:]:
         count = (share * total - 1e-9).ceil() - total + masked.sum(1)  # per row; 1e-9: more than float64's rounding
@@ -173,26 +173,24 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
 
 
 def caption(dd, images, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
-    """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text, or "auto", as many as it takes, in
-    blocks; steps: forward passes at most, per block. order: by default "entropy", which needs no steps; if steps are
-    given, "random", the paper's. A model that was tuned on answers alone is asked for a caption by a question,
-    `caption_prompt`."""
-    return unmask_texts(dd, images, [text_ids(dd, "", length)] * len(images), steps, order, temperature, generator,
-                        watch, random_steps=dd.config.settings.caption_steps, endless=length == "auto")
+    """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; "auto": as many as it takes;
+    steps: forward passes at most. order: by default "entropy", which needs no steps; with steps "random", the paper's.
+    A model that was tuned on answers alone is asked for a caption by a question, `caption_prompt`."""
+    return unmask_texts(dd, images, [text_ids(dd, "", length)] * len(images), length, steps, order,
+                        temperature, generator, watch, random_steps=dd.config.settings.caption_steps)
 
 
 def answer(dd, images, questions, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
     """Answer one question per image -> list of str. length: tokens of question and answer in sum. The model's own
     suffix, if it has one, follows the question. The rest is as for `caption`."""
-    texts = [text_ids(dd, (question, ""), length) for question in questions]
-    return unmask_texts(dd, images, texts, steps, order, temperature, generator, watch,
-                        random_steps=dd.config.settings.answer_steps, endless=length == "auto")
+    return unmask_texts(dd, images, [text_ids(dd, (question, ""), length) for question in questions], length, steps,
+                        order, temperature, generator, watch, random_steps=dd.config.settings.answer_steps)
 
 
 def infill(dd, images, texts, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
     """Fill in the blanks of one text per image -> list of str. Every underscore stands for one token."""
     texts = [dd.tokenizer.blank_ids(text, length or dd.config.settings.length) for text in texts]
-    return unmask_texts(dd, images, texts, steps, order, temperature, generator, watch, whole=True)
+    return unmask_texts(dd, images, texts, length, steps, order, temperature, generator, watch, whole=True)
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
@@ -230,15 +228,14 @@ def text_ids(dd, text, length=None):
 
 
 @torch.no_grad()
-def unmask_texts(dd, images, texts, steps, order, temperature, generator, watch, random_steps=None, whole=False,
-                 endless=False):
+def unmask_texts(dd, images, texts, length, steps, order, temperature, generator, watch, random_steps=0, whole=False):
     """Unmask one text (ids, maskable) per image -> list of str: from the first mask on, or the whole texts. Without
-    `steps`, random order takes `random_steps`, and the others a token per step. endless: in blocks, until EOS."""
+    `steps`, random order takes `random_steps`, and the others a token per step. length "auto": in blocks, until EOS."""
     latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
     tokens, maskable = (torch.tensor(column) for column in zip(*texts))
     order = order or ("random" if steps else "entropy")
     steps = steps or (order == "random" and random_steps) or tokens.shape[1]
-    method, lines = unmask_in_blocks if endless else unmask, []
+    method, lines = unmask_in_blocks if length == "auto" else unmask, []
     for part in slices(len(images), *images.shape[2:]):
         latents = dd.encode_image(images[part])
         ids, _ = method(dd, latents, tokens[part], maskable[part], steps, order, temperature, generator, watch)

@@ -81,9 +81,9 @@ class Tokenizer:
     def blank_ids(self, text, length):
         """A text with underscores -> ids, maskable: each underscore is one token to fill in."""
         first, *others = (self.encode(part)[:-1] for part in text.split("_"))
-        space = self.pieces.piece_to_id("▁")  # SentencePiece begins a text with it, and so what follows a blank: "_?"
-        ids = first + [i for part in others for i in (self.mask_id, *part[part[:1] == [space]:])]
-        ids = ids[:length - 1] + [self.eos_id] * max(1, length - len(ids))
+        space = self.pieces.piece_to_id("▁")  # SentencePiece begins every text with it, but in "_?" it is out of place
+        ids = [*first, *(i for part in others for i in (self.mask_id, *part[part[:1] == [space]:]))][:length - 1]
+        ids += [self.eos_id] * (length - len(ids))
         return ids, [i == self.mask_id for i in ids]
 
 
