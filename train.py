@@ -771,9 +771,9 @@ RANGES = {"clip": (1e-9, 1e30), "time_std": (1e-9, 1e30), "time_mean": (-100, 10
           **dict.fromkeys(("rate", "muon", "warmup", "weight_decay", "text_weight", "image_weight"), (0, 1e30))}
 
 
-def recipe_help(name):
-    """A number's comment in Recipe, and its defaults, stage by stage."""
-    comment = re.search(rf"    {name}: .*?# (.*)", python_inspect.getsource(Recipe))[1].replace("%", "%%")
+def recipe_help(name, source):
+    """A number's comment in the source of Recipe, and its defaults, stage by stage."""
+    comment = re.search(rf"    {name}: .*?# (.*)", source)[1].replace("%", "%%")
     defaults = {preset: [getattr(recipe, name) for recipe in RECIPES[preset].values()] for preset in list(RECIPES)[:2]}
     defaults = [f"{preset} {', '.join(map(str, dict.fromkeys(values) if len(set(values)) == 1 else values))}"
                 for preset, values in defaults.items()]
@@ -812,9 +812,10 @@ def add_arguments(parser):
     add("--keep", type=int, default=3, help="checkpoints that stay; default: 3")
     add = parser.add_argument_group("numbers of a stage").add_argument
     choices = {"schedule": ["constant", "linear"], "learn_t5": ["no", "mask", "all"]}
+    source = python_inspect.getsource(Recipe)  # slow: it parses the whole file
     for field in fields(Recipe):
         add("--" + field.name.replace("_", "-"), type=field.type, choices=choices.get(field.name),
-            help=recipe_help(field.name))
+            help=recipe_help(field.name, source))
 
 
 def parse_args():

@@ -1,5 +1,3 @@
-import functools
-import inspect
 import os
 import sys
 
@@ -12,8 +10,6 @@ import torch  # noqa: E402
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 import losses  # noqa: E402
-
-inspect.getsource = functools.cache(inspect.getsource)  # train.py's help is made of its source, which is slow to parse
 
 
 @pytest.fixture
