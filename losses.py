@@ -80,7 +80,7 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 
     The sum is divided by batch · length, so the loss is in nats per token of the padded text, and every row counts
     alike. Length counts the question, which is never masked and costs nothing, and the EOS padding, which is masked and
-    costs like any token. (To divide by the number of masked tokens, about t · length, would weight by 1/t twice.)
+    costs like any token. (To divide by the row's masked tokens, about t · length, would weight by 1/t twice.)
 
     SUBS, two facts that the network need not learn: the mask token is never right, so its logit, the last of the V, is
     left out; and a token that is not masked is known, so it costs nothing.
@@ -130,7 +130,7 @@ class TextHalf(NamedTuple):
     tokens: torch.Tensor    # (B,L) clean
     noisy: torch.Tensor     # (B,L) the same, some of them masked
     masked: torch.Tensor    # (N,) where, as `flat_positions`
-    t: torch.Tensor         # (B,)
+    t: torch.Tensor         # (B,) how many are masked, and their weight; the network gets 0
 
 
 def joint_loss(ddit, t5, images, texts, text_weight=0.2, image_weight=1.0):

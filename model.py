@@ -95,9 +95,9 @@ class StreamBlock(nn.Module):
         return self.attn(modulate(self.norm1(x), shift, scale)), rest
 
     def after(self, x, attended, rest):
-        gate_attn, shift, scale, gate_mlp = rest
+        gate_attn, shift_mlp, scale_mlp, gate_mlp = rest
         x = x + gate_attn[:, None] * self.attn.proj(attended)
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift, scale))
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class JointBlock(nn.Module):

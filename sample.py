@@ -252,20 +252,20 @@ def unmask_in_blocks(dd, latents, tokens, maskable, *how, blocks=32):
     network never sees more tokens than in training. But there no text begins in the middle, and of a longer one it saw
     the beginning alone, never the end: README says what comes of it."""
     ids, passes = unmask(dd, latents, tokens, maskable, *how)
-    texts, prompts = ids[:, :-1].tolist(), (~maskable[:, :-1]).sum(1).tolist()  # lengths of what is given
-    length, block = tokens.shape[1], max(1, (tokens.shape[1] - 1 - max(prompts)) // 4)
+    texts, prompts = ids[:, :-1].tolist(), (~maskable[:, :-1]).sum(1).tolist()  # tokens that are given
+    room, eos_id = tokens.shape[1] - 1, dd.tokenizer.eos_id
+    block = max(1, (room - max(prompts)) // 4)
     for _ in range(blocks):
-        rows = [k for k, prompt in enumerate(prompts) if dd.tokenizer.eos_id not in texts[k][prompt:]]
+        rows = [k for k, text in enumerate(texts) if eos_id not in text[prompts[k]:]]
         if not rows:
             break
-        latest = [texts[k][len(texts[k]) - (length - 1 - prompts[k] - block):] for k in rows]
-        window = torch.tensor([texts[k][:prompts[k]] + ids + [dd.tokenizer.eos_id] * (block + 1)
-                               for k, ids in zip(rows, latest)])
-        fresh = torch.zeros_like(window, dtype=torch.bool)
+        windows = [texts[k][:prompts[k]] + texts[k][len(texts[k]) - room + prompts[k] + block:] for k in rows]
+        windows = torch.tensor([window + [eos_id] * (block + 1) for window in windows])
+        fresh = torch.zeros_like(windows, dtype=torch.bool)
         fresh[:, -1 - block:-1] = True
-        ids, more = unmask(dd, latents[rows], window, fresh, *how)
-        for k, row in zip(rows, ids[fresh].view(-1, block).tolist()):
-            texts[k] += row
+        ids, more = unmask(dd, latents[rows], windows, fresh, *how)
+        for k, words in zip(rows, ids[fresh].view(-1, block).tolist()):
+            texts[k] += words
         passes += more
     return texts, passes
 

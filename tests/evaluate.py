@@ -54,6 +54,7 @@ from sample import (
     text_to_image,
 )
 
+STEPPED = "random", "confidence"  # the orders of unmasking that take a number of steps
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws, as train.py does
 
 
@@ -98,14 +99,14 @@ def read_in_orders(dd, args):
     print("| order | steps | captions | passes | answers | passes |\n|---|---|---|---|---|---|")
     for order in args.order or ["random"]:
         for steps in args.steps or [None]:
-            cells, rows = [order, "" if order == "entropy" else str(steps or "")], []  # rows of every pass
+            cells, rows = [order, str(steps or "") if order in STEPPED else ""], []  # rows of every pass
             how = {"order": order, "steps": steps, "watch": lambda tokens, reveal: rows.append(reveal.any(1).sum())}
             for judge, inputs in ((judge_captions, ids), (judge_answers, questions)):
                 rows.clear()
                 right = judge(dd, source, inputs, torch.Generator().manual_seed(args.seed), **how)
                 cells += [f"{100 * sum(right) / len(right):.1f}%", f"{sum(rows) / len(right):.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
-            if order == "entropy":  # it chooses the number of steps itself
+            if order not in STEPPED:  # it chooses the number of steps itself
                 break
     return {}
 

@@ -129,6 +129,7 @@ def batch(dd, args):
     pictures = [noisy(dd, WORLD.image(11), 0.8), noisy(dd, WORLD.image(30), 0.5), WORLD.image(26), WORLD.image(33)]
     texts = ["a large blue triangle left of a small yellow cross · ·", "· " * 12,
              "a mask blue mask below a mask mask cross · mask ·", "Q: what color is the cross? A: mask mask · mask ·"]
+    d.box(12, 110, 776, 642, "noise", outline=2, radius=26, fill="none")
     halves = (("image", "ImageHalf: noisy latents, clean caption"), ("text", "TextHalf: clean latents, masked text"))
     for k, (kind, words) in enumerate(halves):
         d.box(24, 122 + 318 * k, 752, 304, kind, outline=0, radius=18)
@@ -141,11 +142,11 @@ def batch(dd, args):
     d.text(236, 384, "one caption in ten is empty", "text", "start")
     d.text(764, 384, "· end of text", "text", "end")
 
-    d.arrow((96, 748), (96, 906), kind="image")
+    d.arrow((96, 752), (96, 906), kind="image")
     d.text(110, 800, "latents", "image", "start")
-    d.arrow((215, 748), (215, 906), kind="noise")
+    d.arrow((215, 752), (215, 906), kind="noise")
     d.text(229, 800, "times", "noise", "start")
-    d.arrow((560, 748), (560, 782), kind="text")
+    d.arrow((560, 752), (560, 782), kind="text")
     d.box(400, 784, 320, 54, "text", "`t5")
     d.arrow((560, 838), (560, 906), kind="text")
     d.text(544, 880, "one vector per token", "text", "end")
