@@ -680,6 +680,17 @@ def warn(message):
     tqdm.write(f"warning: {message}", file=sys.stderr)  # tqdm's, or it would run into a bar
 
 
+def checksum(path):
+    """Tells a file from another of the same name: its size, and a checksum of 256 pieces of it; None of a folder."""
+    if os.path.isfile(path):
+        size, code = os.path.getsize(path), 0
+        with open(path, "rb") as f:
+            for k in range(256):
+                f.seek(size * k // 256)
+                code = zlib.crc32(f.read(4096), code)
+        return f"{size}-{code:08x}"
+
+
 def one_line(error):
     """An error's message as one short line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:120]

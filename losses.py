@@ -37,8 +37,7 @@ def reveal_rate(t):
 
     Run time backwards, from t to t - dt. The share of readable tokens grows by -alpha'(t) dt, all of it out of the
     share 1 - alpha(t) that is masked. So this is the rate at which a masked token is revealed. For the straight line it
-    is 0.999 / (0.999 t) = 1/t. Autograd finds the slope, so another schedule needs no second formula; in float64,
-    because at small t, 1 - alpha(t) is the difference of two numbers near 1."""
+    is 0.999 / (0.999 t) = 1/t. Autograd finds the slope of any schedule; in float64, as 1 - alpha can be small."""
     with torch.enable_grad():
         t = t.detach().double().requires_grad_()
         readable = alpha(t)
@@ -75,8 +74,9 @@ def masked_diffusion_loss(logits, tokens, masked, t):
     Think of writing the text backwards in time. In a short time dt a masked token is revealed with probability rate·dt,
     and to reveal it costs its cross-entropy, in nats. So rate · cross-entropy · dt is the expected cost, and its
     integral over t is the cost of writing the whole text: an upper bound on its negative log-likelihood. It is the
-    same for every schedule: rate · dt is -d(alpha) / (1 - alpha), so with alpha as the variable, t is gone (the network
-    does not see it, either). A schedule only decides how often training shows few masks or many.
+    same for every schedule: rate · dt is -d(alpha) / (1 - alpha), so with alpha as the variable, t is gone. (Nor
+    does the network see t: which tokens are masked has nothing to do with what they are, so beside the masked text t
+    tells nothing about them.) A schedule only decides how often training shows few masks or many.
 
     The sum is divided by batch · length, so the loss is in nats per token of the padded text, and every row counts
     alike. Length counts the question, which is never masked and costs nothing, and the EOS padding, which is masked and
@@ -98,7 +98,7 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 
 
 def logit_normal_times(n, mean=0.0, std=1.0, generator=None):
-    """(n,) image times in (0,1), the sigmoid of a normal: most in the middle, where the task is hardest."""
+    """(n,) image times in (0,1), the sigmoid of a normal: most in the middle (the tiny recipe has more noise)."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
 
 
@@ -111,7 +111,7 @@ def noise_latents(latents, noise, t):
 
 def flow_matching_loss(velocity, latents, noise):
     """The mean squared error against the line's direction, noise - latents; all (B,C,H,W). No image at all costs 0.
-    (The authors' script weighs by t^2, the loss of a network that predicts the image; the paper does not.)"""
+    (The authors' script weighs by t^2, as if the predicted image, x_t - t velocity, were compared.)"""
     error = velocity.float() - (noise - latents)
     return error.square().sum() / max(1, error.numel())  # Eq. 3
 

@@ -661,7 +661,8 @@ def from_sd3(tensors, config):
     tokens before T5's, and pads T5's with 0, we with EOS.)
 
     The pooled vector enters only as y_embedder(0), a constant, which goes into the last bias of t_embedder. SD3's last
-    block ends its text stream after the attention: what follows starts behind zero gates. The text head is new."""
+    block ends its text stream with the attention. What we have after it is new and does not touch the velocity; behind
+    gates of zero it leaves the text as it is, for the text head, which is new too."""
     new = {}
     if "y_embedder.mlp.0.bias" in tensors:
         b0, b2, bias = (tensors.read(f"{name}.bias", [config.width]) for name in (

@@ -46,8 +46,8 @@ def time_grid(steps, shift):
 def denoise(dd, x, prompts, negative, length, steps, cfg, shift, steer):
     """Noise (B,C,h,w) -> pixels (B,3,8h,8w), all prompts at once: Euler's steps along the ODE, from t = 1 to 0.
 
-    Guidance predicts two velocities, one for the prompt and one for the negative text (most often empty), and goes
-    `cfg` times as far as from the second to the first. So cfg 1 is the first alone."""
+    Guidance predicts two velocities, one for the prompt and one for the negative text (most often empty), and takes
+    negative + cfg * (prompt - negative). So cfg 1 is the prompt's alone."""
     x, guided = x.to(dd.device), cfg != 1
     texts = [*prompts, *[negative] * len(prompts)] if guided else prompts
     states = dd.t5(torch.tensor([dd.tokenizer.encode(text, length) for text in texts], device=dd.device))
@@ -64,19 +64,19 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, steer):
 
 
 @torch.no_grad()
-def text_to_image(dd, prompts, negative="", height=None, width=None, length=None, steps=28, cfg=7.0, shift=3.0,
+def text_to_image(dd, prompts, negative="", height=None, width=None, length=None, steps=28, cfg=None, shift=None,
                   noise=None, generator=None, steer=lambda x, t, velocity: velocity):
     """Draw one image per prompt -> pixels (B,3,height,width) in [-1,1].
 
     negative: the text that guidance leads away from; length: tokens that a prompt is padded to; height, width: pixels,
-    multiples of 16 (the defaults of all three are the checkpoint's); cfg: guidance, 1 is none; noise (B,C,H/8,W/8):
-    what to start from; steer: sees each velocity and may change it. 28 steps and a shift of 3 are SD3's. Raises
-    ValueError for a size that the model cannot take."""
+    multiples of 16; steps: of Euler, 28 is SD3's; cfg: guidance, 1 is none; shift: of the time grid; noise
+    (B,C,H/8,W/8): what to start from; steer: sees each velocity and may change it. Sizes, length, cfg and shift are by
+    default the checkpoint's. Raises ValueError for a size that the model cannot take."""
     settings, vae = dd.config.settings, dd.config.vae
     height, width, length = height or settings.size, width or settings.size, length or settings.length
+    cfg, shift = settings.cfg if cfg is None else cfg, shift or settings.shift
     if noise is None:
-        shape = (len(prompts), vae.latent_channels, *latent_size(dd, height, width))
-        noise = torch.randn(shape, generator=generator)
+        noise = torch.randn(len(prompts), vae.latent_channels, *latent_size(dd, height, width), generator=generator)
     parts = slices(len(prompts), noise.shape[2] * vae.factor, noise.shape[3] * vae.factor)
     return torch.cat([denoise(dd, noise[k], prompts[k], negative, length, steps, cfg, shift, steer) for k in parts])
 
@@ -130,14 +130,14 @@ def by_confidence(predict_tokens, masked, steps, generator):
             yield reveal, ids[reveal[candidates]]
 
 
-# Nats. The shipped model, 400 unseen scenes: 0.03 100% right in 9.5 passes, 0.1 99.8% in 8.2, 0.3 98.8% in 6.9
-GAMMA = 0.1
+GAMMA = 0.1  # nats; README has a table of what larger and smaller ones give
 
 
 def by_entropy(predict_tokens, masked, steps, generator):
     """The surest first, in each pass as many as are nearly independent; `steps` plays no part. What one pass reveals is
-    drawn as if independent. The error, the divergence from the true joint distribution, is at most the sum of the
-    entropies less the largest. So a pass reveals the tokens of least entropy, as many as keep this within GAMMA."""
+    drawn as if independent. The error, the divergence from the true joint distribution, is the sum of the entropies
+    less the joint entropy, and this is no less than the largest of them. So a pass reveals the tokens of least entropy,
+    as many as keep the sum less the largest within GAMMA."""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
@@ -275,7 +275,7 @@ def score(dd, images, texts, length=None, draws=64, seed=0):
     """How unlikely is each text, given its image? -> (N,) nats, an estimate of Eq. 7, which bounds -log p(text|image).
 
     images (N,3,H,W) in [-1,1]; texts: N captions, or pairs (question, answer), of which only the answer counts. Each is
-    masked `draws` times, at stratified times, and all in the same way, so that what differs is not chance."""
+    masked `draws` times, at stratified times, and all alike (common random numbers), so differences vary little."""
     nats = []
     for image, text in zip(images, texts):
         generator, latents = torch.Generator().manual_seed(seed), dd.encode_image(image[None])
@@ -427,7 +427,7 @@ def describe(config, parts, tokenizer):
         "can draw; to read, it must be trained first (no text head)")
     if "missing" in lines.values():
         able = "can do nothing yet: give what is missing (--t5, --vae, --spiece)"
-    return "\n".join([*(f"{title:12s} {words}" for title, words in lines.items()), able])
+    return "\n".join([*(f"{title:12s} {words}" for title, words in lines.items()), f"{config.settings}", able])
 
 
 def grid(images, columns, gap=2):
@@ -545,7 +545,8 @@ def parse_args():
     add("--offload", action="store_true", help="keep T5 on the CPU, where GPU memory is short")
     add = parser.add_argument_group("how to do it").add_argument
     add("--seed", type=seed, default=0, help="of the random numbers; default: 0")
-    add("--steps", type=number(int, 1, 10_000), help="of sampling; default: 28 to draw, the checkpoint's to read")
+    add("--steps", type=number(int, 1, 10_000), help="of sampling; default: 28 to draw; to read in random "
+        "order the checkpoint's")
     add("--order", choices=list(ORDERS), help="of unmasking text; default: entropy, which chooses its own number of "
         "steps; with --steps: random, the paper's")
     add("--temperature", type=float, default=0.0, help="of drawing tokens: divides the logits; default: 0, always the "

@@ -183,8 +183,10 @@ def subsets(paths, args, recipe):
         unseen = data.World(UNSEEN + args.seed, kinds=args.kinds), np.arange(min(250, recipe.pool // 20 + 1))
         return data.Subset(data.World(args.seed, kinds=args.kinds), np.arange(recipe.pool)), data.Subset(*unseen)
     source, names = data.Records(paths, recipe.size, args.out), " ".join(paths)
-    unseen, ids = source.split(250)
-    unseen = [i for i in unseen if data.readable(source, i, []) is not None]
+    (unseen, ids), bad = source.split(250), []
+    unseen = [i for i in unseen if data.readable(source, i, bad) is not None]
+    if bad and dist.get_rank() == 0:
+        warn(f"{len(bad)} of the images that are held out cannot be read and are left out, the first: {bad[0]}")
     if len(source) < 20:
         fail(f"{names}: holds {len(source)} images; training wants 20 or more")
     if not unseen:
@@ -579,7 +581,7 @@ def show(dd, subset, path=None):
     """A sheet: eight images drawn from captions, and eight with the model's caption and answer. In stage 0, images
     beside their reconstructions. All processes must draw, since they gather sharded weights; one with a path writes."""
     source, rng, generator = subset.source, np.random.default_rng([0, 3]), torch.Generator().manual_seed(0)
-    ids, settings = rng.permutation(subset.ids), dd.config.settings  # of data sorted by class, not one class alone
+    ids = rng.permutation(subset.ids)  # of data sorted by class, not one class alone
     images = [source.image(i) for i in ids[-8:]]
     pixels = torch.from_numpy(data.to_pixels(images))
     if dd.ddit is None:
@@ -588,7 +590,7 @@ def show(dd, subset, path=None):
         cells = [cell for pair in zip(images, decoded) for cell in zip(pair, ("image", "reconstruction"))]
     else:
         texts = [source.caption(i, rng) or "" for i in ids[:8]]
-        drawn = sample.text_to_image(dd, texts, cfg=settings.cfg, shift=settings.shift, generator=generator)
+        drawn = sample.text_to_image(dd, texts, generator=generator)
         questions = [(source.question(i, rng) or ("what is this?",))[0] for i in ids[-8:]]
         captions = sample.caption(dd, pixels, generator=generator)
         answers = sample.answer(dd, pixels, questions, generator=generator)
@@ -599,7 +601,7 @@ def show(dd, subset, path=None):
 
 
 def preview(args, recipe):
-    """A sheet of what a stage would learn from, as the model will see it."""
+    """A sheet of what a stage would learn from: images as the model will see them, texts before they are cut."""
     source = data.Records(args.data, recipe.size) if args.data else data.World(args.seed, kinds=args.kinds)
     rng, cells, bad = np.random.default_rng(args.seed), [], []
     count = len(source) if args.data else 10_000
@@ -639,12 +641,30 @@ def prepare(args, recipe, folder):
         warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
              f"python train.py --stage 0 --data {' '.join(args.data)} --out {args.out}")
     dd, modules = starting_point(args, recipe, texts, args.device, DTYPES[settings["dtype"]])
+    if (args.data or args.text_data) and dist.get_rank() == 0:
+        look_at_texts(folder, texts, unseen, dd.tokenizer, recipe.length)
     if dd.ddit:
         sample.latent_size(dd, recipe.size, recipe.size)  # refuses now what is too large
         limit = recipe.latents if args.data or args.image_data else recipe.pool
         encode = partial(data.with_latents, vae=dd.vae, folder=args.out, limit=limit)
         images, texts = (encode(images),) * 2 if texts is images else (encode(images), encode(texts))
     return dd, modules, (images, texts), (unseen_images, unseen), settings
+
+
+def look_at_texts(folder, texts, unseen, tokenizer, length):
+    """Before a stage learns from the user's data: note which images are held out; warn of texts that lose their end."""
+    with replacing(os.path.join(folder, "held-out.txt")) as beside, open(beside, "w") as f:
+        f.writelines(f"{texts.source.record(i).image}\n" for i in unseen.ids)
+    count, long = 0, []
+    for record in map(texts.source.record, texts.ids[:1000]):
+        whole = [([], caption) for caption in record.captions]
+        whole += [(tokenizer.prompt_ids(question, 10_000), answer) for question, answer, *_ in record.questions]
+        count += len(whole)
+        long += [tokenizer.decode(prompt + tokenizer.encode(text)) for prompt, text in whole
+                 if len(prompt) > length - min(8, length // 3) or len(prompt + tokenizer.encode(text)) > length]
+    if long:
+        warn(f"of {count} texts {len(long)} are longer than --length {length} and lose their end, or that of their "
+             f"question; the first: {long[0][:200]}")
 
 
 def learn(args, recipe):
@@ -685,11 +705,12 @@ def learn(args, recipe):
     weights, path = learner.weights(), os.path.join(folder, "model.safetensors")
     show(dd, held_out[1], rank == 0 and f"{folder}/samples.png")
     if rank == 0:  # where nothing new was learned, the file stays, and so stays what has begun from it
-        if start < recipe.steps or not os.path.exists(path):
+        if new := start < recipe.steps or not os.path.exists(path):
             write_model(args, recipe, weights, texts, settings, path)
         paths = args.text_data or args.data
         benchmark = f"data --unseen --data {' '.join(paths)}" if paths else "world"
-        print(f"wrote {path}\nto judge it: python tests/evaluate.py {benchmark} --ckpt {path}")
+        print(f"{'wrote' if new else 'finished before:'} {path}\n"
+              f"to judge it: python tests/evaluate.py {benchmark} --ckpt {path}")
 
 
 def own_session(worker):
@@ -707,7 +728,7 @@ def workers(images, device):
 
 def write_model(args, recipe, weights, texts, settings, path):
     """The file for sample.py: what has learned, and beside it the frozen parts, as precise as the start has them."""
-    if changed_at(args.start) != settings["start changed at"]:
+    if data.checksum(args.start) != settings["start checksum"]:
         fail(f"{args.start} has changed since this stage began, so what did not learn is lost: put it back, and the "
              f"same command ends the stage")
     dd, modules = starting_point(args, recipe, texts, torch.device("cpu"), None)
@@ -722,10 +743,6 @@ def write_model(args, recipe, weights, texts, settings, path):
             z = torch.cat([dd.vae.encode(pixels[part])[0] for part in data.slices(len(pixels), *pixels.shape[2:])])
         dd.config.vae.shift, dd.config.vae.scale = z.mean().item(), 1 / z.std().item()
     dd.save(path, dtype=torch.float16)
-
-
-def changed_at(path):
-    return os.stat(path).st_mtime_ns if os.path.isfile(path) else None
 
 
 def read_settings(folder):
@@ -751,12 +768,12 @@ def check_settings(folder, before, args, recipe, images, texts):
         cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     names = "preset", "init", "t5", "vae", "spiece", "text_encoder", "seed", "start"
     settings = {name: vars(args)[name] for name in names} | asdict(recipe) | {
-        "start changed at": changed_at(args.start), "data": [images.source.fingerprint, texts.source.fingerprint],
+        "start checksum": data.checksum(args.start), "data": [images.source.fingerprint, texts.source.fingerprint],
         "dtype": args.dtype or before.get("dtype") or ("bf16" if fast else "fp32")}
     may_change = {"start", "latents", *(["steps"] if recipe.schedule == "constant" else [])}
-    messages = {"start changed at": f"{args.start} has been written since", "data": "the data are not the same"}
+    messages = {"start checksum": f"{args.start} is another file now", "data": "the data are not the same"}
     changed = [messages.get(name, f"{name} {before.get(name)} is now {value}") for name, value in settings.items()
-               if before and before.get(name) != value and name not in may_change]
+               if before.get(name, value) != value and name not in may_change]
     if changed:
         fail(f"{folder} holds a run with other settings ({', '.join(changed)}); delete it or give another --out")
     return settings
@@ -774,10 +791,14 @@ RANGES = {"clip": (1e-9, 1e30), "time_std": (1e-9, 1e30), "time_mean": (-100, 10
 def recipe_help(name, source):
     """A number's comment in the source of Recipe, and its defaults, stage by stage."""
     comment = re.search(rf"    {name}: .*?# (.*)", source)[1].replace("%", "%%")
-    defaults = {preset: [getattr(recipe, name) for recipe in RECIPES[preset].values()] for preset in list(RECIPES)[:2]}
-    defaults = [f"{preset} {', '.join(map(str, dict.fromkeys(values) if len(set(values)) == 1 else values))}"
-                for preset, values in defaults.items()]
-    return f"{comment}; by stage: {'; '.join(defaults)}"
+    defaults = []
+    for preset in list(RECIPES)[:2]:
+        stages = {}  # value: the stages that have it
+        for stage, recipe in RECIPES[preset].items():
+            stages.setdefault(getattr(recipe, name), []).append(stage)
+        where = [f"{value} (stage {', '.join(those)})" for value, those in stages.items()]
+        defaults.append(f"{preset} {', '.join(where) if len(stages) > 1 else list(stages)[0]}")
+    return f"{comment}; default: {'; '.join(defaults)}"
 
 
 def add_arguments(parser):

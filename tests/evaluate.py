@@ -174,7 +174,7 @@ def best_of(dd, args):
         scores[f"{name}, each"], scores[f"{name}, best of 4"] = [], []
         for part in data.slices(len(ids), source.size, source.size, "drawing"):
             four = [prompt for prompt in prompts[part] for _ in range(4)]
-            pixels = text_to_image(dd, four, steps=steps, cfg=cfg, shift=dd.config.settings.shift, generator=generator)
+            pixels = text_to_image(dd, four, steps=steps, cfg=cfg, generator=generator)
             best = keep_likeliest(dd, pixels, prompts[part], 4)
             scores[f"{name}, each"] += judge_images(four, pixels)
             scores[f"{name}, best of 4"] += judge_images(prompts[part], best)
@@ -301,7 +301,7 @@ def draw(args):
             if not all(map(os.path.exists, paths)):
                 seeds = [args.seed * 1_000_003 + k for k in range(part.start, part.stop)]
                 noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
-                pixels = text_to_image(dd, prompts, cfg=settings.cfg, shift=settings.shift, noise=noise)
+                pixels = text_to_image(dd, prompts, noise=noise)
                 for path, image in zip(paths, data.to_images(pixels)):
                     with data.replacing(path) as beside:
                         Image.fromarray(image).save(beside, "PNG")
@@ -369,9 +369,8 @@ def judge_drawings(dd, source, ids, rng, generator):
     """Draw one caption of each scene of the world -> two lists of bool: for every object, whether the image shows it;
     for every scene, whether its caption is true of the image."""
     captions, objects, scenes = [source.caption(i, rng) for i in ids], [], []
-    settings = dd.config.settings
     for part in data.slices(len(ids), source.size, source.size, "drawing"):
-        pixels = text_to_image(dd, captions[part], cfg=settings.cfg, shift=settings.shift, generator=generator)
+        pixels = text_to_image(dd, captions[part], generator=generator)
         for i, text, image in zip(ids[part], captions[part], data.to_images(pixels)):
             things = read_scene(image)
             objects += [str(thing) in map(str, things) for thing in source.scene(i)[0]]

@@ -108,7 +108,7 @@ def drawing_steps(dd, prompt):
         steps.append((t, *to_images(dd.decode_image(torch.cat([x, x - t * velocity])))))
         return velocity
 
-    pixels = sample.text_to_image(dd, [prompt], cfg=3.0, steer=steer, generator=torch.Generator().manual_seed(0))
+    pixels = sample.text_to_image(dd, [prompt], steer=steer, generator=torch.Generator().manual_seed(0))
     return [*steps, (0.0, *to_images(torch.cat([pixels, pixels])))]
 
 
@@ -409,7 +409,7 @@ def samples(dd, args):
     rng, generator, world = np.random.default_rng([0, 3]), torch.Generator().manual_seed(0), World(UNSEEN + 1)
     ids = rng.permutation(250)  # as train.show chooses them, for the sheets of a run with seed 1
     prompts, ids = [world.caption(i, rng) for i in ids[:6]], ids[-6:]
-    drawn = to_images(sample.text_to_image(dd, prompts, cfg=3.0, generator=generator))
+    drawn = to_images(sample.text_to_image(dd, prompts, generator=generator))
     scenes, questions = [world.image(i) for i in ids], [world.question(i, rng)[0] for i in ids]
     pixels = torch.from_numpy(to_pixels(scenes))
     answers = sample.answer(dd, pixels, questions)

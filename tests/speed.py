@@ -167,7 +167,7 @@ def use_rows(device, dtype):
     prompts = [world.caption(i, rng) for i in range(32)]
     for what, count, run in (("answers", 256, lambda: answer(dd, pixels, questions)),
                              ("captions", 256, lambda: caption(dd, pixels)),
-                             ("pictures, 28 steps with guidance", 32, lambda: text_to_image(dd, prompts, cfg=3.0))):
+                             ("pictures, 28 steps with guidance", 32, lambda: text_to_image(dd, prompts))):
         *floor, took = beside_floor(flops_of(run), run, device=device, dtype=dtype, rounds=3)  # flops_of warms up
         time_row(f"{count} {what}", took, *floor, count)
 

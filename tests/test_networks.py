@@ -29,7 +29,7 @@ def assert_close(ours, theirs):
 
 def load(module, part):
     state = make_golden.random_state(SHAPES[part])
-    if part == "ddit":  # as DESIGN.md says: the constant y_embedder(0) goes into the last bias of t_embedder
+    if part == "ddit":  # the constant y_embedder(0) goes into the last bias of t_embedder
         _, b0, w2, b2 = (state.pop(name) for name in make_golden.y_embedder(1))
         state["t_embedder.mlp.2.bias"] += w2 @ F.silu(b0) + b2
     module.load_state_dict(state, strict=True)

@@ -296,8 +296,13 @@ def test_stage_2_changes_one_row_of_t5(uninterrupted):
         if name.startswith("text_encoders") and name != table or name.startswith("first_stage"):
             assert torch.equal(before[name], after[name]), name
     assert any((before[n] != after[n]).any() for n in before if n.startswith("model.diffusion_model.joint_blocks"))
-    os.utime(uninterrupted / "stage1" / "model.safetensors")  # gone on with, it would be half of another model
-    assert "stage1/model.safetensors has been written since" in run(*args, status=2)[1]
+    start = uninterrupted / "stage1" / "model.safetensors"
+    os.utime(start)  # as of a copy
+    assert "finished before: " in run(*args)[0]
+    copy = start.read_bytes()
+    start.write_bytes((uninterrupted / "stage2" / "model.safetensors").read_bytes())  # the end would be half of it
+    assert "stage1/model.safetensors is another file now" in run(*args, status=2)[1]
+    start.write_bytes(copy)
 
 
 def test_a_folder_holds_one_run(uninterrupted, tmp_path):
