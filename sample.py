@@ -427,7 +427,8 @@ def describe(config, parts, tokenizer):
         "can draw; to read, it must be trained first (no text head)")
     if "missing" in lines.values():
         able = "can do nothing yet: give what is missing (--t5, --vae, --spiece)"
-    return "\n".join([*(f"{title:12s} {words}" for title, words in lines.items()), f"{config.settings}", able])
+    lines["settings"] = config.settings
+    return "\n".join([*(f"{title:12s} {words}" for title, words in lines.items()), able])
 
 
 def grid(images, columns, gap=2):

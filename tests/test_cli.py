@@ -386,7 +386,7 @@ def test_describing_says_what_does_not_fit(monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()] == [
         "transformer", "DDiTConfig(depth=6,", "T5", "T5Config(d_model=128,", "VAE", "VAEConfig(channels=8,",
-        "tokenizer", "can"] and out.endswith("can draw and read\n")
+        "tokenizer", "settings", "can"] and out.endswith("can draw and read\n")
     (tmp_path / "spiece.model").write_bytes(train_tokenizer(["a b c d e"], 100).model)
     with pytest.raises(SystemExit) as end:
         call(monkeypatch, "--describe", "--spiece", tmp_path / "spiece.model")

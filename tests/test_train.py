@@ -693,3 +693,24 @@ def test_learning_rate_rises_then_holds_or_falls():
     recipe = train.Recipe(steps=100, warmup=10, schedule="linear")
     assert [train.learning_rate(recipe, s) for s in (0, 4, 50)] == pytest.approx([0.1, 0.5 * 0.96, 0.5])
     assert train.learning_rate(train.Recipe(steps=100, warmup=10), 99) == 1
+
+
+def test_texts_that_are_cut_are_counted_and_held_out_images_are_named(tmp_path, capsys):
+    """Of five texts three lose words: a long caption, a long question, and a short one whose answer has no room."""
+    long = "a small red circle in the top left, a small blue circle in the top right and a small red cross below"
+    rows = [{"caption": "a red circle"}, {"caption": long}, {"question": f"is it {long}?", "answer": "yes"},
+            {"question": "what is red?", "answer": long}, {"question": "what is red?", "answer": "the circle"}] * 8
+    for i, row in enumerate(rows):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        row = rows[i] = {"image": f"{i}.png", **row}
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source, tokenizer = data.Records([str(tmp_path / "data.jsonl")], 64), DualDiffusion.load(SHIPPED).tokenizer
+    unseen, ids = (data.Subset(source, part) for part in source.split(250))
+    train.look_at_texts(tmp_path, ids, unseen, tokenizer, 24)
+    cut = sum(i % 5 in (1, 2, 3) for i in ids.ids)
+    err = capsys.readouterr().err
+    assert f"of {len(ids.ids)} texts {cut} are longer than --length 24 and lose their end" in err
+    assert err.count("\n") == 1
+    assert (tmp_path / "held-out.txt").read_text().split() == [source.record(i).image for i in unseen.ids]
+    train.look_at_texts(tmp_path, ids, unseen, tokenizer, 96)
+    assert capsys.readouterr().err == ""
