@@ -697,7 +697,7 @@ def test_learning_rate_rises_then_holds_or_falls():
 
 def test_texts_that_are_cut_are_counted_and_held_out_images_are_named(tmp_path, capsys):
     """Of five texts three lose words: a long caption, a long question, and a short one whose answer has no room."""
-    long = "a small red circle in the top left, a small blue circle in the top right and a small red cross below the circle"
+    long = "a small red circle in the top left, a small blue circle in the top right and a small red cross below it all"
     rows = [{"caption": "a red circle"}, {"caption": long}, {"question": f"is it {long}?", "answer": "yes"},
             {"question": "what is red?", "answer": long}, {"question": "what is red?", "answer": "the circle"}] * 8
     for i, row in enumerate(rows):
