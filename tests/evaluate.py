@@ -153,13 +153,13 @@ def blocks(dd, args):
     For a model whose own length is too short for three things. The definitions are ours."""
     source, ids, scores = data.World(UNSEEN + args.seed), range(args.num), {}
     captions = write_captions(dd, source, ids, torch.Generator().manual_seed(args.seed), length="auto")
-    for count in 1, 2, 3:
+    for count, name in enumerate(("one thing", "two things", "three things"), 1):
         tellings = [(text.split(), source.scene(i)[0]) for i, text in zip(ids, captions)]
         tellings = [(words, things) for words, things in tellings if len(things) == count]
         holds = [[caption_holds(" ".join(words[:k + 1]), things) for k in range(len(words))]
                  for words, things in tellings]
-        scores[f"{count} things, true"] = [true[-1] for true in holds]
-        scores[f"{count} things, first words"] = [any(true) for true in holds]
+        scores[f"{name}, true"] = [true[-1] for true in holds]
+        scores[f"{name}, first words"] = [any(true) for true in holds]
     return scores
 
 
