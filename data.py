@@ -585,12 +585,13 @@ def with_latents(subset, vae, folder, limit):
 @torch.no_grad()
 def encode_images(source, ids, vae, shape, path):
     bad, device = [], next(vae.parameters()).device
+    tqdm.write(f"encoding {len(ids):,} images once, into {path}", file=sys.stderr)
     if (total := 2 * np.prod(shape)) > shutil.disk_usage(os.path.dirname(path) or ".").free:
         raise OSError(f"{path} would take {total / 1e9:.1f} GB, and the disk has less: free some, or give a smaller "
                       "--latents")
     with replacing(path) as beside:
         latents = np.lib.format.open_memmap(beside, "w+", np.float16, shape)
-        for part in slices(len(ids), source.size, source.size, "encoding images once"):
+        for part in slices(len(ids), source.size, source.size, "encoding"):
             messages = []
             images = {i: image for i in ids[part].tolist() if (image := readable(source, i, messages)) is not None}
             bad += [(part.stop, message) for message in messages]

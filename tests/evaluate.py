@@ -96,18 +96,22 @@ def read_in_orders(dd, args):
     a text takes. All share the scenes and questions of `world`."""
     source, ids = data.World(UNSEEN + args.seed, kinds=args.kinds), range(args.num)
     _, questions = scene_questions(source, ids, np.random.default_rng([args.seed, 2]))
+    widest = [0.0, 0.0]  # intervals, in points to one side
     print("| order | steps | captions | passes | answers | passes |\n|---|---|---|---|---|---|")
     for order in args.order or ["random"]:
         for steps in args.steps or [None]:
             cells, rows = [order, str(steps or "") if order in STEPPED else ""], []  # rows of every pass
             how = {"order": order, "steps": steps, "watch": lambda tokens, reveal: rows.append(reveal.any(1).sum())}
-            for judge, inputs in ((judge_captions, ids), (judge_answers, questions)):
+            for k, (judge, inputs) in enumerate(((judge_captions, ids), (judge_answers, questions))):
                 rows.clear()
                 right = judge(dd, source, inputs, torch.Generator().manual_seed(args.seed), **how)
                 cells += [f"{100 * sum(right) / len(right):.1f}%", f"{sum(rows) / len(right):.2f}"]
+                low, high = interval(right)
+                widest[k] = max(widest[k], (high - low) / 2)
             print(f"| {' | '.join(cells)} |", flush=True)
             if order not in STEPPED:  # it chooses the number of steps itself
                 break
+    print("\n95% intervals: at most {:.1f} points to each side for captions, {:.1f} for answers".format(*widest))
     return {}
 
 

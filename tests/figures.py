@@ -182,7 +182,7 @@ def block(dd, args):
         for y, words, color in (
                 (524, "`norm1", kind), (602, "modulate: shift, scale", "noise"), (680, "`attn.qkv", kind),
                 (886, "`attn.proj", kind), (964, "× gate_attn", "noise"),
-                (1116, "`norm2", kind), (1194, "modulate: shift, scale", "noise"), (1272, "`mlp", kind),
+                (1116, "`norm2", kind), (1194, "shift_mlp, scale_mlp", "noise"), (1272, "`mlp", kind),
                 (1350, "× gate_mlp", "noise")):
             d.box(x, y, 320, 52, color, words)
         for y in (576, 654, 732, 860, 938, 1016, 1090, 1168, 1246, 1324, 1402, 1476):

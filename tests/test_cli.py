@@ -441,7 +441,7 @@ def test_the_readme_s_commands_that_use_the_model(tmp_path, monkeypatch, capsys)
     readme, commands = readme_commands()
     os.symlink(os.path.join(ROOT, "assets"), tmp_path / "assets")
     commands = [shlex.split(line)[2:] for line in commands if "sample.py" in line and "--ckpt" not in line]
-    assert len(commands) == 17
+    assert len(commands) == 18
     printed = ""
     monkeypatch.chdir(tmp_path)
     for command in commands:
@@ -449,7 +449,7 @@ def test_the_readme_s_commands_that_use_the_model(tmp_path, monkeypatch, capsys)
         out, err = capsys.readouterr()
         assert out and not err
         printed += out
-    passes = readme[readme.index("```\na small green circle green"):].splitlines()[1:4]
+    passes = readme[readme.index("```\na small green circle green"):].splitlines()[1:5]
     for line in (*passes, "a large green triangle above a small red circle and a small green square",
                  "red (100.0%), green (0.0%), blue (0.0%)", "Q: where is the triangle? A: top left",
                  "Q: where is the small red? A: bottom left"):

@@ -124,7 +124,9 @@ def test_orders_and_steps_of_reading(monkeypatch, capsys):
     """As the table has it: one step is one pass, by confidence a step is a pass, and entropy needs few for much."""
     out, _ = run(monkeypatch, capsys, "world", "--num", 24, "--kinds", "color", "--steps", 1, 4, "--order",
                  "random", "confidence", "entropy")
-    rows = [[cell.strip(" %") for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
+    rows = [[cell.strip(" %") for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:-2]]
+    widest = re.search(r"^95% intervals: at most ([\d.]+) points to each side .* for answers$", out, re.MULTILINE)
+    assert 15 < float(widest[1]) < 20  # of 24, the half of which are right, 18.6
     assert [row[:2] for row in rows] == [["random", "1"], ["random", "4"], ["confidence", "1"], ["confidence", "4"],
                                          ["entropy", ""]]
     right, passes = ([float(row[k]) for row in rows] for k in (2, 3))
