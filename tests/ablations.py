@@ -65,7 +65,7 @@ def judge(path, seed, stage, num=250):
         scores["answers"] = evaluate.judge_answers(dd, source, questions, generator)
     with open(os.path.join(os.path.dirname(path), "metrics.jsonl")) as f:
         *_, last = map(json.loads, f)
-    losses = {"image loss": last.get("val_image_loss"), "text loss": last["val_text_loss"]}
+    losses = {"image loss": last["val_image_loss"] or None, "text loss": last["val_text_loss"]}  # None: none is learned
     return {name: 100 * float(np.mean(values)) for name, values in scores.items()} | losses
 
 
