@@ -73,10 +73,10 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 
     Think of writing the text backwards in time. In a short time dt a masked token is revealed with probability rate·dt,
     and to reveal it costs its cross-entropy, in nats. So rate · cross-entropy · dt is the expected cost, and its
-    integral over t is the cost of writing the whole text: an upper bound on its negative log-likelihood. It is the
-    same for every schedule: rate · dt is -d(alpha) / (1 - alpha), so with alpha as the variable, t is gone. (Nor
-    does the network see t: which tokens are masked has nothing to do with what they are, so beside the masked text t
-    tells nothing about them.) A schedule only decides how often training shows few masks or many.
+    integral over t that of the whole text, averaged over orders of its tokens: an upper bound on its negative log-
+    likelihood. What is masked depends on t through alpha alone, rate · dt is -d(alpha) / (1 - alpha), and the network
+    does not see t, for beside the masked text it tells nothing of the words. So with alpha as the variable t is gone: a
+    schedule only decides how often training shows few masks or many.
 
     The sum is divided by batch · length, so the loss is in nats per token of the padded text, and every row counts
     alike. Length counts the question, which is never masked and costs nothing, and the EOS padding, which is masked and
@@ -98,7 +98,7 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 
 
 def logit_normal_times(n, mean=0.0, std=1.0, generator=None):
-    """(n,) image times in (0,1), the sigmoid of a normal: most in the middle (the tiny recipe has more noise)."""
+    """(n,) image times in (0,1), the sigmoid of a normal: most in the middle (the tiny recipe draws later ones)."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
 
 

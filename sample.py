@@ -136,8 +136,8 @@ GAMMA = 0.1  # nats; README has a table of what larger and smaller ones give
 def by_entropy(predict_tokens, masked, steps, generator):
     """The surest first, in each pass as many as are nearly independent; `steps` plays no part. What one pass reveals is
     drawn as if independent. The error, the divergence from the true joint distribution, is the sum of the entropies
-    less the joint entropy, and this is no less than the largest of them. So a pass reveals the tokens of least entropy,
-    as many as keep the sum less the largest within GAMMA."""
+    less the joint entropy. The joint entropy is at least the largest single one. So a pass reveals the tokens of least
+    entropy, as many as keep the sum less the largest within GAMMA."""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)

@@ -173,7 +173,7 @@ def best_of(dd, args):
     Prompts have held-out pairs of colour and shape; `read_scene` says what is right. The definition is ours."""
     source, ids = data.World(UNSEEN + args.seed, "held"), range(args.num)
     prompts, scores = [source.caption(i, np.random.default_rng([args.seed, 2, i])) for i in ids], {}
-    for steps, cfg in (28, 1), (6, 3):
+    for steps, cfg in (28, 1), (6, 3), (28, 3):
         generator, name = torch.Generator().manual_seed(args.seed), f"{steps} steps, cfg {cfg}"
         scores[f"{name}, each"], scores[f"{name}, best of 4"] = [], []
         for part in data.slices(len(ids), source.size, source.size, "drawing"):
