@@ -256,9 +256,9 @@ EXTENSIONS = tuple(end for end, name in Image.registered_extensions().items() if
 FORM = '{"image": path, "caption": text}'  # for messages
 
 
-def load_image(path, width, height=None, span=("", 0, -1)):
+def load_image(path, width, height=None, span=("", 0, -1), behind="white"):
     """An image file of one of FORMATS -> RGB image of width x height (square if only one is given): turned upright by
-    its EXIF note, transparency on white, resized (bicubic) to cover, centre cropped. span: see `Record`. Raises
+    its EXIF note, `behind` what is transparent, resized (bicubic) to cover, centre cropped. span: see `Record`. Raises
     ValueError if it is no image, or one of more than 179 million pixels."""
     (shard, start, count), raw = span, None
     try:
@@ -272,7 +272,7 @@ def load_image(path, width, height=None, span=("", 0, -1)):
                 image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
             return ImageOps.fit(image.convert("RGB"), (width, height or width), Image.Resampling.BICUBIC)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None

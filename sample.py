@@ -6,7 +6,6 @@ an image begins as noise and follows the velocity; a text begins as masks, which
     python sample.py --t2i "a large green triangle left of a small red circle" --num 8 --out out.png
     python sample.py --infill img.png "a _ green _ above a small _ circle and a small green square"
 
-Answers, captions and the names of written files go to stdout, all else to stderr.
 References:
   Ho & Salimans, Classifier-Free Guidance, arXiv 2207.12598; Esser et al., SD3, arXiv 2403.03206, section 5.3.2
   Zheng et al., Masked Diffusion Models are Secretly Time-Agnostic Masked Models, arXiv 2409.02908
@@ -97,8 +96,7 @@ def text_logits(dd, latents, tokens, where):
 
 
 # The orders of unmasking. For every forward pass each yields which tokens it reveals, (B,L) bool, and the tokens (N,).
-# `predict_tokens` is the forward pass: where, (B,L) bool -> what draw_tokens gives for each true position. `masked`
-# (B,L) bool is what is left to reveal; `unmask` updates it after every pass.
+# `predict_tokens` is the forward pass, (B,L) bool -> what draw_tokens gives there; `unmask` updates `masked` after it.
 
 
 def in_random_order(predict_tokens, masked, steps, generator):
@@ -116,8 +114,7 @@ def in_random_order(predict_tokens, masked, steps, generator):
 
 
 def by_confidence(predict_tokens, masked, steps, generator):
-    """As many tokens per step as ancestral sampling reveals on average, but the most probable first (MaskGIT). So every
-    pass predicts all masked tokens. The texts are not exact samples."""
+    """As many tokens per step as ancestral sampling reveals on average, but the most probable first (MaskGIT)."""
     total = masked.sum(1)
     for share in revealed_share(steps)[1:]:
         count = (share * total - 1e-9).ceil() - total + masked.sum(1)  # per row; 1e-9: more than float64's rounding
@@ -155,13 +152,17 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
 
     latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; steps: of the time grid;
     order: one of ORDERS; "random", at temperature 1, is exact ancestral sampling. temperature divides the logits; 0
-    takes the likeliest token, which is no sampling but a greedy reading in that order. A text is read up to its first
-    EOS: once that and all before it are revealed, the row's other masks become EOS without a forward pass."""
+    takes the likeliest token, a greedy reading. A text is read up to its first EOS: once that and all before it are
+    revealed, the row's other masks become EOS without a forward pass."""
+    mask_id, eos_id, passes = dd.tokenizer.mask_id, dd.tokenizer.eos_id, 0
+    words_follow = (~maskable & (tokens != eos_id)).flip(1).cumsum(1).flip(1) > 0
+
     def predict_tokens(where):
         rows = where.any(1)
-        return draw_tokens(text_logits(dd, latents[rows], tokens[rows], where[rows]), temperature, generator)
+        logits = text_logits(dd, latents[rows], tokens[rows], where[rows])
+        logits[words_follow[where], eos_id] = -torch.inf  # a text does not end before words that are given
+        return draw_tokens(logits, temperature, generator)
 
-    mask_id, eos_id, passes = dd.tokenizer.mask_id, dd.tokenizer.eos_id, 0
     tokens, masked = torch.where(maskable, mask_id, tokens), maskable.clone()
     for passes, (reveal, ids) in enumerate(ORDERS[order](predict_tokens, masked, steps, generator), 1):
         tokens[reveal] = ids
@@ -181,8 +182,7 @@ def caption(dd, images, length=None, steps=None, order=None, temperature=0.0, ge
 
 
 def answer(dd, images, questions, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
-    """Answer one question per image -> list of str. length: tokens of question and answer in sum. The model's own
-    suffix, if it has one, follows the question. The rest is as for `caption`."""
+    """Answer one question per image -> list of str. length: tokens of question and answer; the rest as for caption."""
     return unmask_texts(dd, images, [text_ids(dd, (question, ""), length) for question in questions], length, steps,
                         order, temperature, generator, watch, random_steps=dd.config.settings.answer_steps)
 
@@ -474,8 +474,10 @@ def recorded_arguments(path):
             values = json.loads(image.text["arguments"])
             return [f"--{name.replace('_', '-')}={value}" for name in RECORDED if name in values
                     for value in (values[name] if isinstance(values[name], list) else [values[name]])]
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: holds no record of how it was drawn: only PNGs of this program do") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image") from None
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError):
+        raise ValueError(f"{path}: holds no record of how it was drawn: only whole PNGs of this program do") from None
 
 
 def watch_text(tokenizer, passes):
@@ -521,6 +523,8 @@ def width_and_height(text):
 
 def text_length(text):
     """An argparse type: a number of tokens, or "auto"."""
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is neither a number nor auto")
     return text if text == "auto" else number(int, 8, 4096)(text)
 
 
@@ -533,7 +537,8 @@ def parse_args():
     add("--infill", nargs="+", action="append", metavar="IMAGE ... TEXT", default=[], help="an underscore is one token")
     add("--edit", metavar="IMAGE", help="draw a part of it anew, as --t2i's text says")
     add("--mask", nargs="+", metavar="IMAGE TEXT", help="for --edit: an image, white in that part, and the text")
-    add("--again", metavar="PNG", help="draw again what this PNG shows: it carries its prompt and settings")
+    add("--again", metavar="PNG", help="draw again what this PNG shows: it carries its prompts and settings; "
+        "other flags count, too")
     group = parser.add_argument_group("the model")
     add = group.add_argument
     add("--ckpt", metavar="FILE", help="a file of ours or of SD3, or a folder in diffusers layout; default: the small "
@@ -563,11 +568,13 @@ def parse_args():
     add("--negative", default="", metavar="TEXT", help="what guidance leads away from; default: the empty text")
     add("--size", type=width_and_height, metavar="SIDES", help="pixels, 512 or 768x512; default: the checkpoint's")
     add("--trace", default="", metavar="FILE", help="an image of how it came about: of a text a row per pass, of a "
-        "drawing an image per step; a .gif moves")
+        "drawing an image per step (a .gif moves)")
     add("--out", default="out.png", help="the image, or the page of all images; default: out.png")
     args = parser.parse_args()
     if args.again is not None:
         args = parser.parse_args([*recorded_arguments(args.again), *sys.argv[1:]])  # the later one of two counts
+        if not args.t2i:
+            fail(f"{args.again}: does not show a drawing, which alone can be drawn again")
     return checked(args)
 
 
@@ -583,7 +590,11 @@ def checked(args):
     drawn_on = [args.edit, args.mask] if args.edit else []
     for paths in (args.caption, drawn_on, *(paths for *paths, _ in args.vqa + args.infill)):
         if missing := [path for path in paths if not os.path.exists(path)]:
-            fail(f"{missing[0]}: no such image" + (" (a question goes in quotes)" if len(paths) > 1 else ""))
+            quotes = " (a question goes in quotes)" if len(paths) > 1 and paths is not drawn_on else ""
+            fail(f"{missing[0]}: no such image{quotes}")
+        for name in ["out"] * bool(args.t2i) + ["trace"] * bool(args.trace):
+            if any(os.path.realpath(path) == os.path.realpath(getattr(args, name)) for path in paths):
+                fail(f"--{name} {getattr(args, name)}: is an image to be read; give another name")
     if any("_" not in text for *_, text in args.infill):
         fail("--infill's text has no blank: each underscore stands for one token to fill in")
     if not (args.vqa or args.caption or args.infill or args.t2i or args.describe or args.export is not None):
@@ -597,7 +608,8 @@ def checked(args):
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
         fail("--temperature is 0 or from 0.01 to 100")
     texts = len(args.caption) + sum(len(job) - 1 for job in args.infill + (args.vqa if not args.options else []))
-    if args.trace and (texts + bool(args.t2i) != 1 or args.trace == args.out):
+    same_file = args.t2i and os.path.realpath(args.trace) == os.path.realpath(args.out)
+    if args.trace and (texts + bool(args.t2i) != 1 or same_file):
         fail("--trace FILE shows one text, or what --t2i draws, not several, and not in --out's file")
     for name in ["out"] * bool(args.t2i) + ["trace"] * bool(args.trace):
         path = getattr(args, name)
@@ -671,9 +683,12 @@ def draw_page(dd, args, width, height, length, generator):
     how = dict(negative=negative, height=height, width=width, length=length, steps=steps, cfg=cfg, shift=settings.shift,
                generator=generator, steer=steer)
     if args.edit:
-        images = to_pixels([load_image(path, width, height) for path in (args.edit, args.mask)])
-        image, mask = torch.from_numpy(images).split(1)
-        pixels = edit(dd, image, mask.amax(1, keepdim=True) > 0, candidates, **how)
+        images = load_image(args.edit, width, height), load_image(args.mask, width, height, behind="black")
+        image, mask = torch.from_numpy(to_pixels(images)).split(1)
+        inside = mask.amax(1, keepdim=True) > 0
+        if not inside.any():
+            fail(f"--mask {args.mask}: is white nowhere, so there is nothing to draw")
+        pixels = edit(dd, image, inside, candidates, **how)
     else:
         pixels = text_to_image(dd, candidates, **how)
     if args.best_of > 1:

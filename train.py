@@ -704,6 +704,8 @@ def learn(args, recipe):
           lambda done: show(dd, held_out[1], rank == 0 and f"{folder}/samples-{done:06d}.png"), args, recipe)
     weights, path = learner.weights(), os.path.join(folder, "model.safetensors")
     show(dd, held_out[1], rank == 0 and f"{folder}/samples.png")
+    if bad := {message for _, message in log.bad}:
+        warn(f"{len(bad)} images could not be read, others were taken; they are named in {folder}/bad-{rank}.txt")
     if rank == 0:  # where nothing new was learned, the file stays, and so stays what has begun from it
         if new := start < recipe.steps or not os.path.exists(path):
             write_model(args, recipe, weights, texts, settings, path)
@@ -775,7 +777,7 @@ def check_settings(folder, before, args, recipe, images, texts):
     changed = [messages.get(name, f"{name} {before.get(name)} is now {value}") for name, value in settings.items()
                if before.get(name, value) != value and name not in may_change]
     if changed:
-        fail(f"{folder} holds a run with other settings ({', '.join(changed)}); delete it or give another --out")
+        fail(f"{folder} holds a run with other settings ({', '.join(changed)}); give its own, or another --out")
     return settings
 
 

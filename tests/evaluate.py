@@ -164,7 +164,7 @@ def blocks(dd, args):
                  for words, things in tellings]
         scores[f"{name}, true"] = [true[-1] for true in holds]
         scores[f"{name}, first words"] = [any(true) for true in holds]
-    return scores
+    return {name: values for name, values in scores.items() if values}
 
 
 def best_of(dd, args):

@@ -45,6 +45,7 @@ def files(tmp_path_factory):
     shipped.ddit = shipped.t5 = None
     shipped.save(str(folder / "stage0.safetensors"))
     Image.new("RGB", (20, 20), "red").save(folder / "ok.png")
+    Image.new("RGBA", (20, 20), (255, 255, 255, 0)).save(folder / "black.png")  # nothing of it is painted
     (folder / "broken.jsonl").write_text('{"image": "ok.png", "caption": "c"}\n{"image": "ok.png", \n')
     (folder / "missing.jsonl").write_text(json.dumps({"image": "gone.png", "caption": "c"}) + "\n")
     (folder / "void").mkdir()
@@ -64,6 +65,10 @@ MISTAKES = {
         (["--vqa", "ok.png"], "--vqa wants an image and then a question"),
         (["--infill", "ok.png", "no blank"], "has no blank"),
         (["--caption", "ok.png", "--length", "auto", "--t2i", "x"], "those of --caption and --vqa, without --options"),
+        (["--caption", "ok.png", "--length", "Auto"], "Auto is neither a number nor auto"),
+        (["--caption", "ok.png", "--trace", "./ok.png"], "--trace ./ok.png: is an image to be read"),
+        (["--t2i", "x", "--out", "one.png", "--trace", "./one.png"], "not in --out's file"),
+        (["--edit", "ok.png", "--mask", "black.png", "a red circle"], "black.png: is white nowhere"),
         ([], "nothing to do"),
         (["--caption", "ok.png", "--steps", "0"], "--steps"),
         (["--caption", "ok.png", "--order", "backwards"], "invalid choice"),
@@ -220,7 +225,7 @@ def test_a_drawing_tells_how_it_was_drawn_and_is_drawn_again(monkeypatch, capsys
     assert Image.open(again).tobytes() == image.tobytes() and Image.open(again).text == image.text
     call(monkeypatch, "--again", again, "--seed", 6, "--out", other)  # what is typed counts more
     assert Image.open(other).tobytes() != image.tobytes() and "Seed: 6," in Image.open(other).text["parameters"]
-    for path, message in ((SCENE, "holds no record"), (tmp_path / "none.png", "No such file")):
+    for path, message in ((SCENE, "holds no record"), (tmp_path / "none.png", "no such image")):
         with pytest.raises(SystemExit) as end:
             call(monkeypatch, "--again", path)
         err = capsys.readouterr().err

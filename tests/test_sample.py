@@ -486,3 +486,18 @@ def test_a_text_that_fills_its_length_goes_on_in_blocks():
     texts, _ = sample.unmask_in_blocks(dd, torch.arange(30)[:, None], tokens, maskable, 1, "entropy")
     for n, text in enumerate(texts):
         assert text[:n + 2] == [prompt, *range(10, 10 + n), eos]
+
+
+def test_a_blank_before_given_words_is_never_the_end():
+    """A network that always says EOS: it may in the last blank, not in those that words follow."""
+    eos, mask = 1, 9
+
+    def ddit(latents, t, text, predict=None, image_rows=None):
+        return None, torch.tensor([0.0, 5, 0, 0, 4, 0, 0, 0, 0, 0]).expand(int(predict.sum()), -1).clone()
+
+    dd = SimpleNamespace(tokenizer=SimpleNamespace(mask_id=mask, eos_id=eos), device="cpu", t5=lambda x: x, ddit=ddit)
+    tokens = torch.tensor([[2, mask, mask, 3, mask, eos], [2, 3, mask, mask, eos, eos]])
+    for order in sample.ORDERS:
+        filled, _ = sample.unmask(dd, torch.zeros(2, 1), tokens, tokens == mask, 8, order, 0.0,
+                                  torch.Generator().manual_seed(0))
+        assert filled.tolist() == [[2, 4, 4, 3, eos, eos], [2, 3, eos, eos, eos, eos]]
