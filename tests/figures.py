@@ -342,7 +342,7 @@ def text_width(words):
 def unmask_rows(dd, pixels, text, order):
     """-> for every pass of `unmask` a list of pairs, a word ("" where it is masked) and whether it is new."""
     passes, (ids, maskable) = [], sample.text_ids(dd, text)
-    sample.unmask_texts(dd, pixels, [(ids, maskable)], 24, order, 0.0, torch.Generator().manual_seed(0),
+    sample.unmask_texts(dd, pixels, [(ids, maskable)], None, 24, order, 0.0, torch.Generator().manual_seed(0),
                         sample.watch_text(dd.tokenizer, passes))
     return [[(word.strip("▁"), new) for (word, new), m in zip(row, maskable) if m] for row in passes]
 
