@@ -588,11 +588,12 @@ def checked(args):
         if any(len(job) < 2 or not job[-1].strip() for job in getattr(args, name)):
             fail(f"--{name} wants an image and then {what}: --{name} img.png \"...\"")
     drawn_on = [args.edit, args.mask] if args.edit else []
+    outputs = ["out"] * bool(args.t2i) + ["trace"] * bool(args.trace)
     for paths in (args.caption, drawn_on, *(paths for *paths, _ in args.vqa + args.infill)):
         if missing := [path for path in paths if not os.path.exists(path)]:
             quotes = " (a question goes in quotes)" if len(paths) > 1 and paths is not drawn_on else ""
             fail(f"{missing[0]}: no such image{quotes}")
-        for name in ["out"] * bool(args.t2i) + ["trace"] * bool(args.trace):
+        for name in outputs:
             if any(os.path.realpath(path) == os.path.realpath(getattr(args, name)) for path in paths):
                 fail(f"--{name} {getattr(args, name)}: is an image to be read; give another name")
     if any("_" not in text for *_, text in args.infill):
@@ -611,7 +612,7 @@ def checked(args):
     same_file = args.t2i and os.path.realpath(args.trace) == os.path.realpath(args.out)
     if args.trace and (texts + bool(args.t2i) != 1 or same_file):
         fail("--trace FILE shows one text, or what --t2i draws, not several, and not in --out's file")
-    for name in ["out"] * bool(args.t2i) + ["trace"] * bool(args.trace):
+    for name in outputs:
         path = getattr(args, name)
         can_save = Image.registered_extensions().get(os.path.splitext(path)[1].lower()) in Image.SAVE
         if not can_save or os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):

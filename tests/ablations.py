@@ -1,6 +1,6 @@
 """The paper's ablations in miniature: the tiny preset, the built-in world, a few minutes per run.
 
-    python tests/ablations.py                 all runs of seeds 0, 1, 2 (two hours on two cores), then the table
+    python tests/ablations.py                 all runs of seeds 0, 1, 2 (some two hours), then the table
     python tests/ablations.py --seeds 0       one seed; several such programs may run beside each other
 
 Every run is one call of train.py, and is printed, so it can be typed alone. What is finished is not done again, and an
@@ -61,8 +61,7 @@ def judge(path, seed, stage, num=250):
     scores = {"captions": evaluate.judge_captions(dd, source, ids, generator)}
     scores["objects drawn"], scores["scenes drawn"] = evaluate.judge_drawings(dd, source, ids, rng, generator)
     if stage == "3":
-        questions = [(i, *pair) for i in ids for kind in data.KINDS if (pair := source.question(i, rng, kind))]
-        scores["answers"] = evaluate.judge_answers(dd, source, questions, generator)
+        scores["answers"] = evaluate.judge_answers(dd, source, evaluate.scene_questions(source, ids, rng)[1], generator)
     with open(os.path.join(os.path.dirname(path), "metrics.jsonl")) as f:
         *_, last = map(json.loads, f)
     losses = {"image loss": last["val_image_loss"] or None, "text loss": last["val_text_loss"]}  # None: none is learned

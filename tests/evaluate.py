@@ -105,7 +105,8 @@ def read_in_orders(dd, args):
             for k, (judge, inputs) in enumerate(((judge_captions, ids), (judge_answers, questions))):
                 rows.clear()
                 right = judge(dd, source, inputs, torch.Generator().manual_seed(args.seed), **how)
-                cells += [f"{100 * sum(right) / len(right):.1f}%", f"{sum(rows) / len(right):.2f}"]
+                count = max(1, len(right))
+                cells += [f"{100 * sum(right) / count:.1f}%", f"{sum(rows) / count:.2f}"]
                 low, high = interval(right)
                 widest[k] = max(widest[k], (high - low) / 2)
             print(f"| {' | '.join(cells)} |", flush=True)
@@ -158,7 +159,7 @@ def blocks(dd, args):
     source, ids, scores = data.World(UNSEEN + args.seed), range(args.num), {}
     captions = write_captions(dd, source, ids, torch.Generator().manual_seed(args.seed), length="auto")
     for count, name in enumerate(("one thing", "two things", "three things"), 1):
-        tellings = [(text.split(), source.scene(i)[0]) for i, text in zip(ids, captions)]
+        tellings = [(text.split() or [""], source.scene(i)[0]) for i, text in zip(ids, captions)]
         tellings = [(words, things) for words, things in tellings if len(things) == count]
         holds = [[caption_holds(" ".join(words[:k + 1]), things) for k in range(len(words))]
                  for words, things in tellings]
@@ -339,7 +340,7 @@ def scene_questions(source, ids, rng):
     """Of every kind one question per scene, where the scene allows it -> kinds, questions (i, question, answer)."""
     questions = [(kind, (i, *pair)) for i in ids for kind in dict.fromkeys(source.kinds)
                  if (pair := source.question(i, rng, kind))]
-    return zip(*questions)
+    return [kind for kind, _ in questions], [question for _, question in questions]
 
 
 def judge_answers(dd, source, questions, generator, **how):
