@@ -112,9 +112,9 @@ class World:
         return pick(rng, ["", "", "", "there is "]) + pick(rng, phrasings(order, relation))
 
     def question(self, i, rng, kind=None):
-        """-> question, answer; with `kind`, of that kind, or None where ten tries find none that fits the scene."""
+        """-> question, answer; with `kind`, of that kind. None where many tries find none that fits the scene."""
         things = self.scene(i)[0]
-        while True:
+        for _ in range(1 if kind else 100):
             name = kind or pick(rng, self.kinds)
             if name == "compare" and rng.random() < 1 / 3:
                 name = "same"
@@ -124,8 +124,6 @@ class World:
                 phrase = refer(thing, things, rng, hide=name)
                 if phrase and (pair := ask(thing, phrase, things, rng)):
                     return pair
-            if kind:
-                return None
 
 
 def related(a, relation, b):

@@ -572,6 +572,8 @@ def parse_args():
     add("--out", default="out.png", help="the image, or the page of all images; default: out.png")
     args = parser.parse_args()
     if args.again is not None:
+        if args.t2i:
+            fail(f"--again {args.again}: the PNG has its own prompts; leave --t2i out")
         args = parser.parse_args([*recorded_arguments(args.again), *sys.argv[1:]])  # the later one of two counts
         if not args.t2i:
             fail(f"{args.again}: does not show a drawing, which alone can be drawn again")

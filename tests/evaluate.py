@@ -84,7 +84,7 @@ def world(dd, args):
     scores["answers"] = judge_answers(dd, source, questions, generator)
     for kind in dict.fromkeys(source.kinds):
         scores[f"  {kind}"] = [score for score, other in zip(scores["answers"], kinds) if other == kind]
-    questions = [(i, *held_out.question(i, rng)) for i in ids]
+    questions = [(i, *pair) for i in ids if (pair := held_out.question(i, rng))]
     scores["answers, held-out pairs"] = judge_answers(dd, held_out, questions, generator)
     scores["captions"] = judge_captions(dd, source, ids, generator)
     scores["objects drawn"], scores["scenes drawn"] = judge_drawings(dd, source, ids, rng, generator)
@@ -475,10 +475,10 @@ def fit_outline(patch, y, x):
 
 
 def report(scores):
-    """{name: scores} -> one line per name: the mean in per cent, its interval, the sum of how many."""
+    """{name: scores} -> one line per name that has any: the mean in per cent, its interval, the sum of how many."""
     return "\n".join("{:26s}{:6.1f}%  [{:.1f}, {:.1f}]  {:.10g}/{}".format(
-        name, 100 * sum(values) / max(len(values), 1), *interval(values), sum(values), len(values))
-        for name, values in scores.items())
+        name, 100 * sum(values) / len(values), *interval(values), sum(values), len(values))
+        for name, values in scores.items() if values)
 
 
 NEEDS = {"world": "", "blanks": "", "blocks": "", "best-of": "", "data": "data", "vqa": "annotations images",

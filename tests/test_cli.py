@@ -225,9 +225,10 @@ def test_a_drawing_tells_how_it_was_drawn_and_is_drawn_again(monkeypatch, capsys
     assert Image.open(again).tobytes() == image.tobytes() and Image.open(again).text == image.text
     call(monkeypatch, "--again", again, "--seed", 6, "--out", other)  # what is typed counts more
     assert Image.open(other).tobytes() != image.tobytes() and "Seed: 6," in Image.open(other).text["parameters"]
-    for path, message in ((SCENE, "holds no record"), (tmp_path / "none.png", "no such image")):
+    for path, message, *more in ((SCENE, "holds no record"), (tmp_path / "none.png", "no such image"),
+                                 (first, "has its own prompts", "--t2i", "a blue square")):
         with pytest.raises(SystemExit) as end:
-            call(monkeypatch, "--again", path)
+            call(monkeypatch, "--again", path, *more)
         err = capsys.readouterr().err
         assert end.value.code == 2 and message in err and err.splitlines()[-1].startswith("sample.py: ")
 

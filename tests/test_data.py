@@ -77,6 +77,12 @@ def test_questions_of_every_kind_have_their_right_answers():
         assert set(seen[kind]) == {"yes", "no"} and min(seen[kind].values()) > 0.25 * seen[kind].total()
 
 
+def test_a_scene_in_which_nothing_can_be_asked_has_no_question():
+    world, rng = data.World(0, kinds=["compare"]), np.random.default_rng(0)
+    alone = [len(world.scene(i)[0]) == 1 for i in range(60)]
+    assert any(alone) and [world.question(i, rng) is None for i in range(60)] == alone
+
+
 def save(path, mode, color, size=(40, 20), **options):
     Image.new(mode, size, color).save(path, **options)
     return path
