@@ -249,7 +249,7 @@ def curves(dd, args):
             return print(f"curves: left out, no {path} (train the default stages, or give --runs)")
         with open(path) as f:
             stages.append([json.loads(line) for line in f])
-    d = Drawing("Training, the three default stages", "lines: training; dots: unseen images; log scale")
+    d = Drawing("Training, the three default stages", "against steps; lines: training; dots: unseen images")
     for top, kind in ((170, "image"), (640, "text")):
         values = [row[f"{kind}_loss"] for rows in stages for row in rows]
         low, high, height = math.log(min(values) * 0.8), math.log(max(values) * 1.1), 320
@@ -258,7 +258,7 @@ def curves(dd, args):
             y = top + height * (high - math.log(tick)) / (high - low)
             d.line([(90, y), (690, y)], "noise", 1, 0.4)
             d.text(80, y + 9, f"{tick:g}", "noise", "end")
-        for k, (rows, left, width) in enumerate(zip(stages, (90, 300, 370), (190, 50, 320))):
+        for k, (rows, left, width, every) in enumerate(zip(stages, (90, 300, 370), (190, 50, 320), (200, 40, 1000))):
             def place(row, name):
                 return (left + width * row["step"] / rows[-1]["step"],
                         top + height * (high - math.log(row[name])) / (high - low))
@@ -268,8 +268,12 @@ def curves(dd, args):
             dots = [place(row, f"val_{kind}_loss") for row in rows if f"val_{kind}_loss" in row]
             for x, y in dots:
                 d.dot(x, y, kind)
-            d.text(left + width / 2, top + height + 34, f"stage {k + 1}" if width > 99 else str(k + 1))
-            d.text(left + width / 2, top + height + 66, f"{rows[-1]['step']:,}{' steps' * (width > 99)}", "noise")
+            for step in range(every, rows[-1]["step"] + 1, every):
+                x = left + width * step / rows[-1]["step"]
+                d.line([(x, top + height), (x, top + height + 8)])
+                d.text(x, top + height + 34, f"{step:,}", "noise")
+            d.text(left + width / 2, top + height + 66, f"stage {k + 1}" if width > 99 else str(k + 1))
+        x, y = dots[-1]
         d.text(x + 14, y + 9, f"{rows[-1][f'val_{kind}_loss']:.3f}", kind, "start", bold=True)
     d.save("curves.svg", 1060)
 
