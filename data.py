@@ -471,6 +471,9 @@ class Records:
         files = [(record.image, record.span[0] or record.image) for record in map(self.record, ids)]
         return self.size, [(image, os.path.exists(file) and os.stat(file).st_mtime_ns) for image, file in files]
 
+    def count_images(self):
+        return len(np.unique(self.index.array[:-1, 1]))  # several records may be about one image
+
     def split(self, count):
         """Keep some images apart, at most `count` and at most one in twenty, but one at least, chosen by the hash of
         their names, so that all records of an image go one way -> ids of those kept apart, ids of the others."""

@@ -28,7 +28,8 @@ MIN_TIME = 1e-3  # the smallest time of a text in training; there the weight of 
 def alpha(t):
     """The schedule: the share of tokens still readable at time t (a tensor). All else follows from it: what is masked,
     the weight of the loss, and at which steps sampling reveals tokens. This one is the paper's, a straight line; a
-    thousandth stays readable at t = 1. (It is called log-linear, as other papers write alpha as exp(-sigma).)"""
+    thousandth stays readable at t = 1. (Other papers write alpha as exp(-sigma), call this one log-linear, and want a
+    finite sigma.)"""
     return 1 - 0.999 * t
 
 
@@ -71,12 +72,12 @@ def flat_positions(mask):
 def masked_diffusion_loss(logits, tokens, masked, t):
     """Eq. 7: the cross-entropy of the masked tokens, each weighted by the rate at which it is revealed at that time.
 
-    Think of writing the text backwards in time. In a short time dt a masked token is revealed with probability rate·dt,
+    Run time backwards, and the text is written. In a short time dt a masked token is revealed with probability rate·dt,
     and to reveal it costs its cross-entropy, in nats. So rate · cross-entropy · dt is the expected cost, and its
     integral over t that of the whole text, averaged over orders of its tokens: an upper bound on its negative log-
-    likelihood. What is masked depends on t through alpha alone, rate · dt is -d(alpha) / (1 - alpha), and the network
-    does not see t, for beside the masked text it tells nothing of the words. So with alpha as the variable t is gone: a
-    schedule only decides how often training shows few masks or many.
+    likelihood. What is masked depends on alpha alone; the network does not see t, which beside the masked text tells
+    nothing of the words; and rate · dt is -d(alpha) / (1 - alpha). So the cost is the integral of cross-entropy(alpha)
+    / (1 - alpha) over alpha, whatever the schedule: that only decides how often training shows few masks or many.
 
     The sum is divided by batch · length, so the loss is in nats per token of the padded text, and every row counts
     alike. Length counts the question, which is never masked and costs nothing, and the EOS padding, which is masked and

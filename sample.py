@@ -96,7 +96,8 @@ def text_logits(dd, latents, tokens, where):
 
 
 # The orders of unmasking. For every forward pass each yields which tokens it reveals, (B,L) bool, and the tokens (N,).
-# `predict_tokens` is the forward pass, (B,L) bool -> what draw_tokens gives there; `unmask` updates `masked` after it.
+# `predict_tokens` is the forward pass, (B,L) bool -> tokens there, their probabilities, the entropies, each (N,). After
+# each `yield`, `unmask` takes what was revealed out of `masked`.
 
 
 def in_random_order(predict_tokens, masked, steps, generator):
@@ -134,7 +135,7 @@ def by_entropy(predict_tokens, masked, steps, generator):
     """The surest first, in each pass as many as are nearly independent; `steps` plays no part. What one pass reveals is
     drawn as if independent. The error, the divergence from the true joint distribution, is the sum of the entropies
     less the joint entropy. The joint entropy is at least the largest single one. So a pass reveals the tokens of least
-    entropy, as many as keep the sum less the largest within GAMMA."""
+    entropy, as many as keep the sum less the largest within GAMMA. (At temperature 0 that is a rule of thumb.)"""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
@@ -151,8 +152,8 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
     """Draw the maskable tokens given the image and the other tokens -> tokens (B,L), number of forward passes.
 
     latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; steps: of the time grid;
-    order: one of ORDERS; "random", at temperature 1, is exact ancestral sampling. temperature divides the logits; 0
-    takes the likeliest token, a greedy reading. A text is read up to its first EOS: once that and all before it are
+    order: one of ORDERS; "random", at temperature 1, is exact ancestral sampling of captions and answers. temperature
+    divides the logits; 0 takes the likeliest token. A text is read up to its first EOS: once that and all before it are
     revealed, the row's other masks become EOS without a forward pass."""
     mask_id, eos_id, passes = dd.tokenizer.mask_id, dd.tokenizer.eos_id, 0
     words_follow = (~maskable & (tokens != eos_id)).flip(1).cumsum(1).flip(1) > 0

@@ -81,7 +81,7 @@ class Recipe:
     image_weight: float = 1.0   # of the image loss; 0: the text loss alone, as in Table 10
     time_mean: float = 0.0      # of the image times' logit; above 0, training sees more noise
     time_std: float = 1.0       # of the image times' logit
-    drop: float = 0.1           # share of captions that the image half gets empty, for guidance
+    drop: float = 0.1           # share of captions left empty in the image half, for guidance; missing ones always are
     questions: float = 0.0      # share of the text half's texts that are questions with answers
     learn_t5: str = "no"        # what of T5 learns: nothing, the mask token's row ("mask"), or all
     pool: int = 25_000          # images of the built-in world to learn from
@@ -187,8 +187,8 @@ def subsets(paths, args, recipe):
     unseen = [i for i in unseen if data.readable(source, i, bad) is not None]
     if bad and dist.get_rank() == 0:
         warn(f"{len(bad)} of the images that are held out cannot be read and are left out, the first: {bad[0]}")
-    if len(source) < 20:
-        fail(f"{names}: holds {len(source)} images; training wants 20 or more")
+    if (count := source.count_images()) < 20:
+        fail(f"{names}: holds {count} images; training wants 20 or more")
     if not unseen:
         fail(f"{names}: of the images that are held out none can be read")
     if args.stage in ("1", "2", "2hr") and not source.captioned:
@@ -654,7 +654,7 @@ def prepare(args, recipe, folder):
 def look_at_texts(folder, texts, unseen, tokenizer, length):
     """Before a stage learns from the user's data: note which images are held out; warn of texts that lose their end."""
     with replacing(os.path.join(folder, "held-out.txt")) as beside, open(beside, "w") as f:
-        f.writelines(f"{texts.source.record(i).image}\n" for i in unseen.ids)
+        f.writelines(dict.fromkeys(f"{texts.source.record(i).image}\n" for i in unseen.ids))
     count, long = 0, []
     for record in map(texts.source.record, texts.ids[:1000]):
         whole = [([], caption) for caption in record.captions]
@@ -683,7 +683,7 @@ def learn(args, recipe):
     if rank == 0:
         with replacing(os.path.join(folder, "run.json")) as beside, open(beside, "w") as f:
             json.dump(settings, f, indent=1)
-        print(f"{sum(p.numel() for p in learner.parameters):,} parameters learn from {len(texts.ids):,} images, in "
+        print(f"{sum(p.numel() for p in learner.parameters):,} parameters learn from {len(texts.ids):,} records, in "
               f"{settings['dtype']}, on {dist.get_world_size()} x {device.type}", file=sys.stderr)
 
     log = Log(folder, ("image_loss", "text_loss") if dd.ddit else ("reconstruction", "kl"), start, recipe.steps)
@@ -777,7 +777,8 @@ def check_settings(folder, before, args, recipe, images, texts):
     changed = [messages.get(name, f"{name} {before.get(name)} is now {value}") for name, value in settings.items()
                if before.get(name, value) != value and name not in may_change]
     if changed:
-        fail(f"{folder} holds a run with other settings ({', '.join(changed)}); give its own, or another --out")
+        fail(f"{folder} holds a run with other settings ({', '.join(changed)}); give its own, or another --out, or "
+             "remove the folder to begin anew")
     return settings
 
 

@@ -113,7 +113,7 @@ def on_pictures(tmp_path_factory, pictures):
     """Stage 1, two steps, on the user's own images."""
     out = tmp_path_factory.mktemp("on-pictures")
     err = run("--stage", 1, "--init", SHIPPED, "--data", pictures / "b.jsonl", "--steps", 2, "--out", out, *SMALL)[1]
-    assert "parameters learn from 38 images" in err
+    assert "parameters learn from 38 records" in err
     return out
 
 
