@@ -11,7 +11,7 @@ import pytest
 
 LINE = "one line that says what and where, status 2"
 KINDS = {  # kind: what is promised, patterns of test names
-    "checkpoints: cut off, foreign, with headers, shapes or numbers that cannot be": (
+    "checkpoints: cut off, foreign, with impossible headers, shapes or numbers": (
         f"{LINE}; no code in them is run",
         "files_that_are_refused a_header_that tensors_of_odd_shapes a_folder_that_cannot_be a_folder_without_a_part "
         "parts_that_do_not_fit another_model_s_tokenizer weights_that_are_no_numbers what_is_no_file runs?_no_code "
@@ -26,17 +26,17 @@ KINDS = {  # kind: what is promised, patterns of test names
         f"read as well as can be, or {LINE}; training takes the next one",
         "bad_images odd_images only_plain_image images_of_every_kind images_that_vanish next_image_takes no_image_at "
         r"image_that_is_none mistakes.*(cannot\sbe\sread\sas\san\simage|no\ssuch\simage)"),
-    "arguments: missing, out of range, at odds": (LINE, "mistakes_give_one_line sizes_are_refused where_an_export"),
+    "arguments: missing, out of range, clashing": (LINE, "mistakes_give_one_line sizes_are_refused where_an_export"),
     "texts: typed sentinels, other encodings, unknown words, too long": (
-        "read as plain characters; what is left out is said", "no_sentinel odd_questions not_utf8 their_letters"),
+        "read as plain characters; what is left out is reported", "no_sentinel odd_questions not_utf8 their_letters"),
     "output: a full disk, a closed pipe, too little memory, Ctrl-C": (
-        f"{LINE} (Ctrl-C 130, a closed pipe 141); what was there stays",
+        f"{LINE} (Ctrl-C 130, a closed pipe 141); old files stay",
         "a_full_disk_leaves disk_that_is_full output_that_cannot ends_of_a_program interrupted_export"),
     "runs that are stopped: SIGTERM, SIGHUP, kill -9, a process that dies": (
         "the same command goes on, to the same result; `kill -9` costs at most the steps since the last checkpoint",
         "killed_run kills_at_random polite_kill signal_to_all process_that_dies killed_and_started"),
     "runs that find damaged checkpoints, a full disk, other settings or data, a loss that is no number": (
-        f"the checkpoint before is taken, or {LINE}; no finished work is overwritten",
+        f"the last good checkpoint is used, or {LINE}; no finished work is overwritten",
         "checkpoint_that_cannot_be_read spoilt_page moved_aside full_disk_costs loss_that_is_no_number holds_one_run "
         "changed_data not_overwritten the_start_that_it_began_with when_all_is_done")}
 
