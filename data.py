@@ -6,7 +6,7 @@ A source of data has a `size`, the side of its images in pixels, a `fingerprint`
     caption(i, rng)     one of its captions; None if it has none
     question(i, rng)    one of its questions, with the answer; None if it has none
 
-`World` draws scenes without end, with nothing to download; `Records`, in the workshop, reads the user's files.
+`World` draws scenes without end, with nothing to download; `Records`, further below, reads the user's files.
 """
 import colorsys
 import fcntl
@@ -56,7 +56,7 @@ def pick(rng, options):
 
 
 class World:
-    """Scenes of one to three things, 64x64. Scene i is a function of (seed, i) alone.
+    """Scenes of one to three things, 64x64. Scene i is a function of (seed, pairs, i) alone.
 
     pairs: "train" never shows a HELD colour-shape pair, "held" shows at least one in every scene. kinds: of questions
     (see KINDS), all equally often; one that is listed twice, twice as often."""
@@ -256,7 +256,7 @@ FORM = '{"image": path, "caption": text}'  # for messages
 
 def load_image(path, width, height=None, span=("", 0, -1), behind="white"):
     """An image file of one of FORMATS -> RGB image of width x height (square if only one is given): turned upright by
-    its EXIF note, `behind` what is transparent, resized (bicubic) to cover, centre cropped. span: see `Record`. Raises
+    its EXIF tag, pasted on the colour `behind`, resized (bicubic) to cover, centre cropped. span: see `Record`. Raises
     ValueError if it is no image, or one of more than 179 million pixels."""
     (shard, start, count), raw = span, None
     try:
@@ -295,12 +295,12 @@ class Record(NamedTuple):
     """One image and its texts."""
     image: str                  # a path; in a .tar, the shard's path and the member's name
     captions: tuple             # of str; may be empty where there are questions
-    questions: tuple            # of (question, answer); of many people's answers all, the most frequent first
+    questions: tuple            # of (question, answer, ...): all answers given, the most frequent first
     span: tuple = ("", 0, -1)   # where its bytes are: shard ("": a file of its own), the first, how many (-1: all)
 
     @classmethod
     def read(cls, row, base, where, *span):
-        """A JSON object in one of the forms that people have -> Record, or None if the image or all text is missing. A
+        """A JSON object in one of the usual forms -> Record, or None if the image or all text is missing. A
         "re_caption" counts alone; the "text" of a row with "question_id" is a question, its "label" the answer (POPE);
         of a conversation every question counts, each alone, with the answer after it. base: the folder that paths start
         from; where: for messages."""
@@ -364,7 +364,7 @@ def read_folder(path):
 
 def read_shard(path):
     """The records of a WebDataset shard, a .tar of images, each with its .txt or .json, in one pass over the headers.
-    Members of one sample share their name up to the first dot (a dot that it begins with does not count)."""
+    Members of one sample share their name up to the first dot (a leading dot does not count)."""
     try:
         with open(regular_file(path), "rb") as f:
             if f.peek(2)[:2] == b"\x1f\x8b":
@@ -416,7 +416,7 @@ def expand(pattern):
 
 
 class Mapped:
-    """A .npy's array, or any other file's bytes, memory-mapped on first use. What is pickled is the path."""
+    """A .npy's array, or any other file's bytes, memory-mapped on first use. Only the path is pickled."""
     def __init__(self, path):
         self.path = path
 
@@ -475,8 +475,8 @@ class Records:
         return len(np.unique(self.index.array[:-1, 1]))  # several records may be about one image
 
     def split(self, count):
-        """Keep some images apart, at most `count` and at most one in twenty, but one at least, chosen by the hash of
-        their names, so that all records of an image go one way -> ids of those kept apart, ids of the others."""
+        """Hold out some images, at most `count` and at most one in twenty, but at least one, chosen by the hash of
+        their names, so that all records of an image stay together -> ids held out, ids of the others."""
         hashes = self.index.array[:-1, 1]
         images = np.unique(hashes)
         last = images[max(1, min(count, len(images) // 20)) - 1]
@@ -534,7 +534,7 @@ def readable(source, i, bad):
 
 
 def check_bad(bad, position):
-    """Raises ValueError if of the last thousand images more than a hundred were bad: then something else is wrong.
+    """Raises ValueError if more than a hundred of the last thousand images were bad: then something else is wrong.
     bad: [(position, message)] so far."""
     recent = [message for at, message in bad if at > position - 1000]
     if len(recent) > 100:
@@ -625,7 +625,7 @@ class Batches(torch.utils.data.Dataset):
     the whole batch. All rows are one endless stream, in which each epoch has every record once. A row is a function of
     the seed and of its number in the stream. So what is learned at a step depends neither on the number of processes
     nor on where a run was interrupted. images, texts: Subsets for the two losses, or twice the same. recipe has batch,
-    length, drop and questions, of which train.Recipe says what they are."""
+    length, drop and questions, as explained in train.Recipe."""
     def __init__(self, images, texts, tokenizer, recipe, seed, rows, passes=1):
         self.images, self.texts, self.tokenizer = images, texts, tokenizer
         self.recipe, self.seed, self.rows, self.passes = recipe, seed, rows, passes
@@ -699,8 +699,8 @@ def one_line(error):
 
 
 def parse(raw, where, kind, form="an object"):
-    """Bytes or str -> the JSON (`kind` list or dict) that they are, or of bytes the text (`kind` str). `where` is for
-    messages, and so is `form`, what a value of that kind looks like here. Raises ValueError with one line."""
+    """Bytes or str -> what they hold: JSON (`kind` list or dict), or of bytes the text (`kind` str). For messages:
+    `where`, and `form`, what a value of that kind looks like here. Raises ValueError with one line."""
     try:
         value = str(raw, "utf-8-sig") if kind is str else json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -745,7 +745,7 @@ def replacing(path):
 
 
 def claim(path, wait=False):
-    """-> a lock, held until it is closed, so that no two runs write the same (kill -9 on torchrun leaves its workers
+    """-> a lock, held until closed, so that no two runs write the same files (kill -9 on torchrun leaves its workers
     running). Where another run holds it: waits, or raises OSError."""
     lock = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w")
     try:

@@ -28,16 +28,16 @@ MIN_TIME = 1e-3  # the smallest time of a text in training; there the weight of 
 def alpha(t):
     """The schedule: the share of tokens still readable at time t (a tensor). All else follows from it: what is masked,
     the weight of the loss, and at which steps sampling reveals tokens. This one is the paper's, a straight line; a
-    thousandth stays readable at t = 1. (Other papers write alpha as exp(-sigma), call this one log-linear, and want a
-    finite sigma.)"""
+    thousandth stays readable at t = 1. (Papers with alpha = exp(-sigma) call it log-linear; the thousandth keeps sigma
+    finite.)"""
     return 1 - 0.999 * t
 
 
 def reveal_rate(t):
     """The weight of Eq. 7, -alpha'(t) / (1 - alpha(t)): t (B,) -> (B,).
 
-    Run time backwards, from t to t - dt. The share of readable tokens grows by -alpha'(t) dt, all of it out of the
-    share 1 - alpha(t) that is masked. So this is the rate at which a masked token is revealed. For the straight line it
+    Run time backwards, from t to t - dt. The share of readable tokens grows by -alpha'(t) dt, all taken from the
+    masked share 1 - alpha(t). So this is the rate at which a masked token is revealed. For the straight line it
     is 0.999 / (0.999 t) = 1/t. Autograd finds the slope of any schedule; in float64, as 1 - alpha can be small."""
     with torch.enable_grad():
         t = t.detach().double().requires_grad_()
@@ -56,7 +56,7 @@ def stratified_times(n, eps=MIN_TIME, generator=None):
 
 
 def mask_tokens(tokens, t, maskable, mask_id, generator=None):
-    """The forward process of text: each maskable token turns into the mask token with probability 1 - alpha(t), alone.
+    """The forward process of text: each maskable token becomes the mask independently, with probability 1 - alpha(t).
 
     tokens (B,L) long, t (B,), maskable (B,L) bool -> noisy (B,L); masked (B,L) bool, which tokens are now the mask."""
     masked = (torch.rand(tokens.shape, generator=generator) < 1 - alpha(t.double())[:, None]) & maskable  # Eq. 6
@@ -64,8 +64,8 @@ def mask_tokens(tokens, t, maskable, mask_id, generator=None):
 
 
 def flat_positions(mask):
-    """(B,L) bool -> (N,) long: the positions that are true, counted row by row. (Made on the CPU, they spare a GPU the
-    counting, for which the program would wait.)"""
+    """(B,L) bool -> (N,) long: the positions that are true, counted row by row. (Best called on the CPU: on a GPU the
+    program would wait for the count.)"""
     return mask.flatten().nonzero()[:, 0]
 
 
@@ -73,15 +73,15 @@ def masked_diffusion_loss(logits, tokens, masked, t):
     """Eq. 7: the cross-entropy of the masked tokens, each weighted by the rate at which it is revealed at that time.
 
     Run time backwards, and the text is written. In a short time dt a masked token is revealed with probability rate·dt,
-    and to reveal it costs its cross-entropy, in nats. So rate · cross-entropy · dt is the expected cost, and its
-    integral over t that of the whole text, averaged over orders of its tokens: an upper bound on its negative log-
-    likelihood. What is masked depends on alpha alone; the network does not see t, which beside the masked text tells
-    nothing of the words; and rate · dt is -d(alpha) / (1 - alpha). So the cost is the integral of cross-entropy(alpha)
-    / (1 - alpha) over alpha, whatever the schedule: that only decides how often training shows few masks or many.
+    and to reveal it costs its cross-entropy, in nats. So the expected cost is rate · cross-entropy · dt. Its integral
+    over t is the cost of the whole text, averaged over orders of its tokens: an upper bound on its negative log-
+    likelihood. What is masked depends on alpha alone; the network does not see t, which would add nothing to the masked
+    text; and rate · dt is -d(alpha) / (1 - alpha). So the cost is the integral of cross-entropy(alpha) / (1 - alpha)
+    over alpha, whatever the schedule. That only decides how often training shows few masks or many.
 
     The sum is divided by batch · length, so the loss is in nats per token of the padded text, and every row counts
-    alike. Length counts the question, which is never masked and costs nothing, and the EOS padding, which is masked and
-    costs like any token. (To divide by the row's masked tokens, about t · length, would weight by 1/t twice.)
+    alike. Length includes the question, which is never masked and costs nothing, and the EOS padding, which is masked
+    and costs like any token. (To divide by a row's masked tokens, about t · length, would weight by 1/t twice.)
 
     SUBS, two facts that the network need not learn: the mask token is never right, so its logit, the last of the V, is
     left out; and a token that is not masked is known, so it costs nothing.
@@ -111,8 +111,8 @@ def noise_latents(latents, noise, t):
 
 
 def flow_matching_loss(velocity, latents, noise):
-    """The mean squared error against the line's direction, noise - latents; all (B,C,H,W). No image at all costs 0.
-    (The authors' script weighs by t^2, as if the predicted image, x_t - t velocity, were compared.)"""
+    """The mean squared error against the line's direction, noise - latents; all (B,C,H,W). An empty batch costs 0.
+    (The authors' script weights by t^2, as if comparing the predicted image, x_t - t velocity.)"""
     error = velocity.float() - (noise - latents)
     return error.square().sum() / max(1, error.numel())  # Eq. 3
 
@@ -131,7 +131,7 @@ class TextHalf(NamedTuple):
     tokens: torch.Tensor    # (B,L) clean
     noisy: torch.Tensor     # (B,L) the same, some of them masked
     masked: torch.Tensor    # (N,) where, as `flat_positions`
-    t: torch.Tensor         # (B,) how many are masked, and their weight; the network gets 0
+    t: torch.Tensor         # (B,) sets how many are masked, and their weight; the network gets 0
 
 
 def joint_loss(ddit, t5, images, texts, text_weight=0.2, image_weight=1.0):

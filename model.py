@@ -79,7 +79,7 @@ class Attention(nn.Module):
 
 
 class StreamBlock(nn.Module):
-    """A DiT block of one stream, open in the middle: what goes into the joint attention, and what follows it."""
+    """A DiT block of one stream, split at the joint attention: what goes into it, and what follows it."""
     def __init__(self, cfg):
         super().__init__()
         self.norm1 = nn.LayerNorm(cfg.width, elementwise_affine=False, eps=1e-6)
@@ -90,7 +90,7 @@ class StreamBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 6 * cfg.width))
 
     def before(self, x, vec):
-        """-> (q, k, v), and the modulation of the rest."""
+        """-> (q, k, v), and the modulation for `after`."""
         shift, scale, *rest = self.adaLN_modulation(vec).chunk(6, dim=1)
         return self.attn(modulate(self.norm1(x), shift, scale)), rest
 
@@ -101,7 +101,7 @@ class StreamBlock(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """MM-DiT: two streams, weights apart, attention over both together."""
+    """MM-DiT: two streams, separate weights, one joint attention."""
     def __init__(self, cfg):
         super().__init__()
         self.context_block, self.x_block = StreamBlock(cfg), StreamBlock(cfg)
@@ -135,7 +135,7 @@ class TextHead(nn.Module):
         self.linear = nn.Linear(cfg.width, cfg.vocab)
 
     def forward(self, text):
-        """Logits in float32: bf16 has 128 values from 8 to 16, so in one row of a hundred the largest comes twice."""
+        """Logits in float32: bf16 has 128 values from 8 to 16, so one row in a hundred has a tie for the largest."""
         x = self.norm_final(text).float()
         return F.linear(x, self.linear.weight.float(), self.linear.bias.float())
 
@@ -167,7 +167,7 @@ class DDiT(nn.Module):
         """latents (B,C,H,W), H and W multiples of the patch; t (B,) in [0,1]; text (B,L,text_dim), T5's states.
 
         -> velocity (B,C,H,W) and logits (B,L,V). With `predict`, (B,L) bool or (N,) positions counted row by row,
-        logits only there, (N,V); with `image_rows`, velocity only of that many first rows (0: none)."""
+        logits only there, (N,V); with `image_rows` n, velocity only of the first n rows (0: none)."""
         p, h, w = self.config.patch, latents.shape[2] // self.config.patch, latents.shape[3] // self.config.patch
         vec = self.t_embedder(t)
         x = rearrange(self.x_embedder["proj"](latents.to(vec.dtype)), "b d h w -> b (h w) d")
@@ -206,7 +206,7 @@ class Config:
 
 PRESETS = {
     "sd3-medium": Config(),
-    # Table 9 says 1.1 billion parameters, all learned from nothing; depth and width are a guess that meets it.
+    # Table 9 says 1.1 billion parameters, all trained from scratch; depth and width are a guess to match.
     "end-to-end": Config(DDiTConfig(depth=19, width=1216, heads=19)),
     "tiny": Config(  # vocab and vocab_size follow the tokenizer that stage 0 makes
         DDiTConfig(depth=6, width=128, heads=2, text_dim=128, pos_size=8, qk_norm=True),
@@ -219,8 +219,8 @@ MODULES = {"ddit": DDiT, "t5": T5Encoder, "vae": VAE}
 
 
 class DualDiffusion(nn.Module):
-    """The whole system. `ddit`, `t5`, `vae` are modules, `tokenizer` a t5.Tokenizer, `config` a Config; a part that a
-    file does not hold (what stage 0 writes has no ddit) is None."""
+    """The whole system. `ddit`, `t5`, `vae` are modules, `tokenizer` a t5.Tokenizer, `config` a Config; a part that is
+    missing from the file (stage 0 writes no ddit) is None."""
     def __init__(self, config, tokenizer, ddit=None, t5=None, vae=None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -298,7 +298,7 @@ TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8
 TensorInfo = namedtuple("TensorInfo", "file name shape dtype")  # a tensor in a file; dtype: a key of TYPES
 open_safetensors = functools.partial(safe_open, framework="pt")
 
-# Other models that people have in .safetensors files, by pieces of names: where all occur in a file, it is that.
+# Other models in .safetensors files, by pieces of tensor names: a file with all of them holds that model.
 UNET = "a U-Net (Stable Diffusion 1, 2 or XL), another architecture"
 SD35 = "SD3.5, which has norms on queries and keys: D-DiT starts from SD3-medium (sd3_medium.safetensors)"
 OTHER_MODELS = {
@@ -307,13 +307,13 @@ OTHER_MODELS = {
     "input_blocks.": UNET, "down_blocks.0.attentions": UNET,
     ".attn2.": "SD3.5-medium, whose blocks attend twice: D-DiT starts from SD3-medium (sd3_medium.safetensors)",
     "y_embedder. .attn.ln_q.": SD35, "time_text_embed.text_embedder. .attn.norm_q.": SD35,
-    "scale_weight": "T5 in scaled fp8, of which plain tensors tell half: take t5xxl_fp8_e4m3fn or t5xxl_fp16",
+    "scale_weight": "T5 in scaled fp8, which this program cannot read: take t5xxl_fp8_e4m3fn or t5xxl_fp16",
 }
 
 
 def read_bytes(path):
     with open(regular_file(path), "rb") as f:
-        return f.read(1 << 26)  # a tokenizer or JSON file that has more is none
+        return f.read(1 << 26)  # no tokenizer or JSON file is larger
 
 
 def read_json(path):
@@ -382,7 +382,7 @@ SPIECE = "spiece_model"  # in our files: the tokenizer, as a uint8 tensor
 
 # diffusers: a folder per part (the authors' release: text_encoder; SD3's own: text_encoder_3, beside two of CLIP's),
 # and other names. Each line replaces a piece of our name, one after the other. {x}: three tensors, q, k and v. The
-# names with image_ are the authors', SD3's are without. T5's table has two names, and a file has either or both.
+# authors' names have image_, SD3's do not. T5's table has two names, and a file has either or both.
 FOLDERS = {"ddit": ["transformer"], "t5": ["text_encoder_3", "text_encoder"], "vae": ["vae"]}
 DIFFUSERS = {"t5": "shared encoder.embed_tokens", "ddit": """
     pos_embed                         pos_embed.pos_embed
@@ -467,8 +467,8 @@ class Tensors:
 
     def read(self, name, shape, device="cpu", dtype=torch.float32, open_file=open_safetensors):
         """-> the tensor. It must be there, in that shape, of a type that we can read, and finite: NaN or infinity would
-        give empty answers. dtype None is the file's, but bf16 for fp8, in which nothing computes. A tensor that needs
-        no conversion is the file itself, mapped."""
+        give empty answers. dtype None is the file's, but fp8 becomes bf16: nothing computes in fp8. A tensor that
+        needs no conversion stays memory-mapped."""
         shape, pieces, tensors = self.shape(name, *shape), self.pieces(name), []
         if (code := pieces[0].dtype) not in TYPES:
             raise ValueError(f"{self.path}: the tensor {name} is of type {code}; this program reads {', '.join(TYPES)}")
@@ -490,8 +490,8 @@ class Tensors:
 # The authors' release is tuned on instructions: it captions on request, and answers briefly on request.
 AUTHORS = {"size": 512, "length": 128, "caption_prompt": "Describe the image concisely.",
            "answer_suffix": "Answer the question using a single word or phrase."}
-# A part's configuration is what its tensors' shapes say, and for the rest what the file's header or a config.json says,
-# which has other names for some of it:
+# A part's configuration comes from its tensors' shapes; the rest comes from the file's header or a config.json, which
+# has other names for some fields:
 DIFFUSERS_FIELDS = {"ddit": {"num_attention_heads": "heads", "num_layers": "depth"},
                     "t5": {"relative_attention_max_distance": "max_distance", "num_layers": "num_layers"},
                     "vae": {"norm_num_groups": "groups", "shift_factor": "shift", "scaling_factor": "scale"}}
@@ -649,20 +649,20 @@ def read_part(part, tensors, config, device, dtype):
         state[name] = (tensors.read(name, tensor.shape, device, dtype, open_file) if name not in new else
                        new[name].to(device, state["x_embedder.proj.weight"].dtype))
         mapped += state[name].nbytes
-        if mapped > 1 << 26:  # the pages read of an open file count as our memory: let go now and then
+        if mapped > 1 << 26:  # pages read from an open file count as our memory: close it now and then
             mapped = open_file.cache_clear() or 0
     module.load_state_dict(state, assign=True)
     return module
 
 
 def from_sd3(tensors, config):
-    """What D-DiT has and SD3 does not, such that for the same inputs the velocity stays SD3's own with CLIP's pooled
-    vector at zero -> {name: tensor}; empty where the file is no SD3. (The inputs are not the same: SD3 puts CLIP's 77
-    tokens before T5's, and pads T5's with 0, we with EOS.)
+    """What D-DiT has and SD3 lacks -> {name: tensor}; empty if the file is not SD3. For the same inputs the velocity
+    stays SD3's own with CLIP's pooled vector at zero. (But the inputs differ: SD3 puts CLIP's 77 tokens before T5's,
+    and pads T5's with 0, we with EOS.)
 
     The pooled vector enters only as y_embedder(0), a constant, which goes into the last bias of t_embedder. SD3's last
-    block ends its text stream with the attention. What we have after it is new and does not touch the velocity; behind
-    gates of zero it leaves the text as it is, for the text head, which is new too."""
+    block ends its text stream with the attention. What follows here is new and does not touch the velocity; with its
+    gates at zero it passes the text unchanged to the text head, which is new too."""
     new = {}
     if "y_embedder.mlp.0.bias" in tensors:
         b0, b2, bias = (tensors.read(f"{name}.bias", [config.width]) for name in (
@@ -702,7 +702,7 @@ def missing_parts(dd):
 
 
 def refuse_full(folder):
-    """An export starts from nothing: mixed with other files it would be neither."""
+    """Refuse to export into a folder that holds other files."""
     if not folder or os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise FileExistsError(f"--export {folder or '(nothing)'}: give the name of a new folder, or of an empty one")
 
@@ -732,8 +732,8 @@ def write_folder(dd, folder):
 
 
 def diffusers_files(dd):
-    """-> pairs of a file's name and its content, tensors or bytes. `null_image_embd`, what the authors feed in place of
-    an image where there is none, we neither use nor keep; it is written as zeros."""
+    """-> pairs of a file's name and its content, tensors or bytes. The authors feed `null_image_embd` where there is no
+    image; we neither use nor keep it, and write zeros."""
     for part in MODULES:
         state = {"null_image_embd": dd.ddit.pos_embed.new_zeros(1, 8, dd.config.ddit.width)} if part == "ddit" else {}
         for name, tensor in getattr(dd, part).state_dict().items():

@@ -46,7 +46,7 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, steer):
     """Noise (B,C,h,w) -> pixels (B,3,8h,8w), all prompts at once: Euler's steps along the ODE, from t = 1 to 0.
 
     Guidance predicts two velocities, one for the prompt and one for the negative text (most often empty), and takes
-    negative + cfg * (prompt - negative). So cfg 1 is the prompt's alone."""
+    negative + cfg * (prompt - negative). So cfg 1 means no guidance."""
     x, guided = x.to(dd.device), cfg != 1
     texts = [*prompts, *[negative] * len(prompts)] if guided else prompts
     states = dd.t5(torch.tensor([dd.tokenizer.encode(text, length) for text in texts], device=dd.device))
@@ -82,7 +82,7 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
 
 def revealed_share(steps):
     """(steps+1,) float64, from 0 to 1: the share of the masked tokens that sampling has revealed, at each time of an
-    even grid from t = 1 down to 0. It is alpha(t), scaled to begin at 0, for sampling begins with masks alone. (By
+    even grid from t = 1 down to 0. It is alpha(t), scaled to begin at 0, as sampling begins fully masked. (By
     Eq. 5 a token stays masked through a step from t to s with chance (1 - alpha(s)) / (1 - alpha(t)); the product of
     these over all steps so far is 1 - this share.)"""
     readable = losses.alpha(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
@@ -95,16 +95,16 @@ def text_logits(dd, latents, tokens, where):
     return finite(dd.ddit(latents, times, states, predict=where, image_rows=0)[1]).cpu()
 
 
-# The orders of unmasking. For every forward pass each yields which tokens it reveals, (B,L) bool, and the tokens (N,).
+# The orders of unmasking. Each yields, for every forward pass, where it reveals tokens, (B,L) bool, and which, (N,).
 # `predict_tokens` is the forward pass, (B,L) bool -> tokens there, their probabilities, the entropies, each (N,). After
-# each `yield`, `unmask` takes what was revealed out of `masked`.
+# each `yield`, `unmask` removes these tokens from `masked`.
 
 
 def in_random_order(predict_tokens, masked, steps, generator):
-    """Ancestral sampling on a grid of `steps` steps, exactly, but with fewer passes.
+    """Exact ancestral sampling on a grid of `steps` steps, but with fewer passes.
 
-    Which masked tokens a step reveals is chance alone, for each token independently (Eq. 5). The network only decides
-    what they are, and it does not see the time. So the steps of all tokens can be drawn first. The network then runs
+    Chance alone decides which masked tokens a step reveals, independently for each (Eq. 5). The network only decides
+    what they are, and it does not see the time. So each token's step can be drawn first. The network then runs
     only at steps that reveal something, and only for rows in which they do: elsewhere its output would not be used."""
     u = torch.rand(masked.shape, dtype=torch.float64, generator=generator)
     step_of = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # k, where share[k] <= u < share[k+1]
@@ -134,12 +134,12 @@ GAMMA = 0.1  # nats; README has a table of what larger and smaller ones give
 def by_entropy(predict_tokens, masked, steps, generator):
     """The surest first, in each pass as many as are nearly independent; `steps` plays no part. What one pass reveals is
     drawn as if independent. The error, the divergence from the true joint distribution, is the sum of the entropies
-    less the joint entropy. The joint entropy is at least the largest single one. So a pass reveals the tokens of least
-    entropy, as many as keep the sum less the largest within GAMMA. (At temperature 0 that is a rule of thumb.)"""
+    minus the joint entropy, which is at least the largest single one. So a pass reveals the tokens of least entropy,
+    as many as keep the sum minus the largest within GAMMA. (At temperature 0 that is a rule of thumb.)"""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
-        within = nats.cumsum(1) - nats <= GAMMA  # of each the sum of all that are surer
+        within = nats.cumsum(1) - nats <= GAMMA  # for each, the sum over all surer ones
         reveal = masked & within.gather(1, order.argsort(1))
         yield reveal, ids[reveal[masked]]
 
@@ -176,7 +176,7 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
 
 def caption(dd, images, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
     """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; "auto": as many as it takes;
-    steps: forward passes at most. order: by default "entropy", which needs no steps; with steps "random", the paper's.
+    steps: forward passes at most. order: default "entropy" (needs no steps); if steps are given "random", the paper's.
     A model that was tuned on answers alone is asked for a caption by a question, `caption_prompt`."""
     return unmask_texts(dd, images, [text_ids(dd, "", length)] * len(images), length, steps, order,
                         temperature, generator, watch, random_steps=dd.config.settings.caption_steps)
@@ -250,8 +250,8 @@ def unmask_in_blocks(dd, latents, tokens, maskable, *how, blocks=32):
 
     A text that fills its whole length with words is not at its end. So a window moves over it, by a quarter of the
     length: the prompt and the latest words stay, new masks follow, and so on until EOS, or for `blocks` blocks. The
-    network never sees more tokens than in training. But there no text begins in the middle, and of a longer one it saw
-    the beginning alone, never the end: README says what comes of it."""
+    network never sees more tokens than in training. But no training text began in the middle, and of longer ones it
+    saw only the beginning: README says what comes of it."""
     ids, passes = unmask(dd, latents, tokens, maskable, *how)
     texts, prompts = ids[:, :-1].tolist(), (~maskable[:, :-1]).sum(1).tolist()  # tokens that are given
     room, eos_id = tokens.shape[1] - 1, dd.tokenizer.eos_id
@@ -276,7 +276,7 @@ def score(dd, images, texts, length=None, draws=64, seed=0):
     """How unlikely is each text, given its image? -> (N,) nats, an estimate of Eq. 7, which bounds -log p(text|image).
 
     images (N,3,H,W) in [-1,1]; texts: N captions, or pairs (question, answer), of which only the answer counts. Each is
-    masked `draws` times, at stratified times, and all alike (common random numbers), so differences vary little."""
+    masked `draws` times, at stratified times, with the same random numbers for all, so differences vary little."""
     nats = []
     for image, text in zip(images, texts):
         generator, latents = torch.Generator().manual_seed(seed), dd.encode_image(image[None])
@@ -300,8 +300,8 @@ def rank(dd, images, questions, options, length=None):
 
 
 def keep_likeliest(dd, pixels, prompts, count, length=None):
-    """Images (N,3,H,W), `count` in a row for each prompt -> (N/count,3,H,W): of each row the one from which the model
-    itself is the likeliest to read its prompt."""
+    """Images (N,3,H,W), `count` in a row for each prompt -> (N/count,3,H,W): per prompt the image from which the model
+    itself most likely reads it."""
     texts = [prompt for prompt in prompts for _ in range(count)]
     nats = score(dd, pixels, texts, length, draws=16).view(-1, count)
     return pixels.unflatten(0, nats.shape)[torch.arange(len(nats)), nats.argmin(1)]
@@ -310,8 +310,8 @@ def keep_likeliest(dd, pixels, prompts, count, length=None):
 @torch.no_grad()
 def edit(dd, pixels, inside, prompts, steer, **how):
     """Draw a part of an image anew, once per prompt -> (B,3,H,W). pixels (1,3,H,W) in [-1,1]; inside (1,1,H,W) bool is
-    the part, the rest becomes the autoencoder's reconstruction: its latents follow the line from the noise to where
-    they are known to end, so they are always as noisy as the others. The other arguments are text_to_image's."""
+    the part. The rest becomes the autoencoder's reconstruction: its latents follow the line from the noise to their
+    known end, so they are always as noisy as the others. The other arguments are text_to_image's."""
     latents = dd.encode_image(pixels)
     cells = adaptive_max_pool2d(inside.float(), latents.shape[2:]).bool().to(dd.device)
     drawn = text_to_image(dd, prompts, **how, steer=lambda x, t, velocity: steer(
@@ -549,7 +549,7 @@ def parse_args():
     add("--export", metavar="DIR", help="write the checkpoint in diffusers layout, as the authors' release has it")
     add("--device", type=existing_device, default=default_device(), help="default: the GPU, if there is one")
     add("--dtype", choices=list(DTYPES), help="to compute in; default: bf16 on a GPU, fp32 on a CPU")
-    add("--offload", action="store_true", help="keep T5 on the CPU, where GPU memory is short")
+    add("--offload", action="store_true", help="keep T5 on the CPU, if GPU memory is short")
     add = parser.add_argument_group("how to do it").add_argument
     add("--seed", type=seed, default=0, help="of the random numbers; default: 0")
     add("--steps", type=number(int, 1, 10_000), help="of sampling; default: 28 to draw; to read in random "

@@ -28,7 +28,7 @@ class Tokenizer:
 
     The sentinels live outside the SentencePiece model, so nothing a user types can become one."""
     def __init__(self, model: bytes):
-        """`model`: the bytes of a `spiece.model` file. Raises ValueError if they are not one."""
+        """`model`: the bytes of a `spiece.model` file. Raises ValueError for anything else."""
         self.model, self.pieces = model, open_pieces(model)
         self.eos_id = self.pieces.eos_id()
         self.vocab_size = len(self.pieces) + SENTINELS
@@ -62,7 +62,7 @@ class Tokenizer:
     def caption_ids(self, text, length):
         """-> ids, maskable: all but the last token. That one is EOS in every text, so leaving it gives nothing away. If
         it too were masked, sampling would start from nothing but mask tokens, and T5, which knows only relative
-        positions, would see the same at each of them. Now they know how far the end is. (The authors mask it too.)"""
+        positions, could not tell them apart. The EOS shows each how far away the end is. (The authors mask it too.)"""
         return self.encode(text, length), [True] * (length - 1) + [False]
 
     def question_ids(self, question, answer, length):
@@ -73,7 +73,7 @@ class Tokenizer:
 
     def prompt_ids(self, question, length):
         """"Q: {question} A:" as ids, without EOS, in the words of the authors' code. A question that is too long loses
-        its end, not the "A:" that asks for an answer: a third of the text, at most eight tokens, is for the answer."""
+        its end, not the "A:". A third of the length, but at most eight tokens, is kept for the answer."""
         room = length - min(8, length // 3)
         asks = self.encode("A:")[:-1]
         return self.encode(f"Q: {question}")[:-1][:room - len(asks)] + asks
@@ -98,7 +98,7 @@ class T5Config:
     vocab_size: int = 32128
     buckets: int = 32
     max_distance: int = 128
-    places: int = 0  # above 0, with no layers: not T5 but embeddings of tokens and of so many places (D-DiT, Table 9)
+    places: int = 0  # above 0, no layers: not T5 but embeddings of tokens and this many positions (D-DiT, Table 9)
 
 
 class RMSNorm(nn.Module):
@@ -179,7 +179,7 @@ class T5Encoder(nn.Module):
         init_weights(self)
 
     def forward(self, tokens):
-        """Tokens (B,L), long -> states (B,L,d_model), where the tokens are, though T5 itself may be on another device.
+        """Tokens (B,L), long -> states (B,L,d_model), on the tokens' device even if T5 itself is on another.
         No attention mask: padding is text too (it is EOS)."""
         x, bias = self.shared(tokens.to(self.shared.weight.device)), None
         if self.config.places:
@@ -197,10 +197,10 @@ class T5Encoder(nn.Module):
 
 
 def init_weights(encoder):
-    """As T5's authors did: every matrix has a deviation of one over the root of its fan-in, q's smaller by the root of
-    d_kv, which is the attention scale that T5 leaves out. Only the position bias differs. It is all that tells the
-    order of the tokens, and an optimizer takes thousands of small steps to sharpen it; so it starts sharp, as in
-    ALiBi (Press et al., arXiv 2108.12409): even heads look back, odd heads ahead, some near and some far."""
+    """As T5's authors did: every matrix has standard deviation 1/sqrt(fan-in), and q's is divided by sqrt(d_kv) too,
+    the attention scale that T5 leaves out. Only the position bias differs. It alone tells the order of the tokens,
+    and an optimizer takes thousands of small steps to sharpen it; so it starts sharp, as in ALiBi (Press et al.,
+    arXiv 2108.12409): even heads look back, odd heads ahead, some near and some far."""
     c = encoder.config
     if encoder.shared.weight.is_meta:  # a file will give the values
         return
@@ -233,8 +233,8 @@ def open_pieces(model):
 
 
 def train_tokenizer(lines, vocab_size):
-    """Text lines -> a Tokenizer of at most `vocab_size` pieces, numbered as T5's are. By byte-pair merges, unlike T5's
-    own: on a small vocabulary they keep every frequent word whole."""
+    """Text lines -> a Tokenizer of at most `vocab_size` pieces, numbered as T5's are. It uses byte-pair merges, unlike
+    T5's: in a small vocabulary they keep every frequent word whole."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
@@ -244,7 +244,7 @@ def train_tokenizer(lines, vocab_size):
 
 
 def unseen_words(tokenizer, text):
-    """The words that this vocabulary cannot write, or, if it is a small one, only nearly letter by letter. (In T5's own
+    """The words that this vocabulary cannot write or, if it is small, writes almost letter by letter. (In T5's own
     32,000 pieces many ordinary words are spelt out.)"""
     def spelt(word):
         ids = tokenizer.pieces.encode(word)

@@ -2,7 +2,7 @@
 
     python train.py --stage 0      the tokenizer and the VAE; only where no pretrained parts exist
     python train.py --stage 1      dual diffusion on captions (`torchrun train.py --stage 1` is the same)
-    python train.py --stage 2      the same, with better captions; of T5 the mask token's embedding learns
+    python train.py --stage 2      the same, with better captions; of T5 only the mask's embedding learns
     python train.py --stage 2hr    high resolution, with other images for the text loss than for the image loss
     python train.py --stage 3      question answering, mixed with captions; the image loss stays
     python train.py --preview data.png --data DATA      a sheet of what a stage would learn from
@@ -62,7 +62,7 @@ from sample import SHIPPED, fail
 
 @dataclass
 class Recipe:
-    """The numbers of one stage. A flag of the same name overrides each, and the comments below are its --help. Table 6
+    """The numbers of one stage. A flag of the same name overrides each; its comment below is the flag's help. Table 6
     has steps, batch, rate, warmup, weight_decay, size, length and text_weight. Clipping, the running average, the empty
     captions and the text length of stage 3 are the authors' scripts'; Muon and the linear schedule are ours."""
     steps: int = 60_000         # optimizer steps
@@ -74,7 +74,7 @@ class Recipe:
     beta2: float = 0.999        # AdamW's decay of the squared gradients, per step
     weight_decay: float = 1e-2  # of matrices, times the rate, per step
     clip: float = 2.0           # largest norm of the gradient
-    ema: float = 0.0            # decay per step of a running average of the weights, the stage's result; 0: none
+    ema: float = 0.0            # decay per step of the weights' running average, saved as the result; 0: none
     size: int = 256             # side of the images, in pixels
     length: int = 64            # of a text, in tokens
     text_weight: float = 0.2    # of the text loss in Eq. 9
@@ -83,13 +83,13 @@ class Recipe:
     time_std: float = 1.0       # of the image times' logit
     drop: float = 0.1           # share of captions left empty in the image half, for guidance; missing ones always are
     questions: float = 0.0      # share of the text half's texts that are questions with answers
-    learn_t5: str = "no"        # what of T5 learns: nothing, the mask token's row ("mask"), or all
+    learn_t5: str = "no"        # what learns in T5: nothing, the mask token's row ("mask"), or all
     pool: int = 25_000          # images of the built-in world to learn from
-    latents: int = 25_000       # images of --data, at most, to encode once and store; more are encoded as they come
+    latents: int = 25_000       # store the encoded images of --data up to this many; with more, encode all as they come
     vocab: int = 412            # pieces, at most, of the tokenizer that stage 0 makes
 
 
-# Plain shapes stay readable under much noise: what goes where is settled at t > 0.9, rarely drawn with mean 0.
+# Plain shapes stay readable under much noise: the layout is settled at t > 0.9, which mean 0 rarely draws.
 _tiny = Recipe(steps=600, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, size=64, length=24, text_weight=1.0,
                time_mean=1.5, time_std=1.2, learn_t5="all")
 _paper = Recipe(ema=0.9995)
@@ -107,19 +107,18 @@ RECIPES["end-to-end"] = RECIPES["sd3-medium"]
 
 
 def training_losses(dd, batch, recipe):
-    """What a training step learns from -> total, image loss, text loss (scalars). batch: a data.Batch, its images as
-    moments: mean and log-variance of the VAE's Gaussian, stacked. All that is random about a step is drawn for its
-    whole batch, from the step's seed, and every process keeps its own rows. So any number of processes takes the same
-    step."""
+    """The losses of a training step -> total, image loss, text loss (scalars). batch: a data.Batch, its images as
+    moments: mean and log-variance of the VAE's Gaussian, stacked. Every process draws the random numbers of the whole
+    batch, from the step's seed, and keeps its own rows. So any number of processes takes the same step."""
     rows, generator = batch.rows, torch.Generator().manual_seed(batch.seed)
     image_t = losses.logit_normal_times(recipe.batch, recipe.time_mean, recipe.time_std, generator)[rows]
     text_t = losses.stratified_times(recipe.batch, generator=generator)[rows]
     vae_noise, noise = batch_noise(2, recipe.batch, batch.images.shape[2:], generator, dd.device)[:, rows]
-    torch.rand(rows.start, recipe.length, generator=generator)  # passes over the numbers that mask the rows before
+    torch.rand(rows.start, recipe.length, generator=generator)  # skips the numbers that mask earlier rows
     noisy, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id, generator)
     masked = losses.flat_positions(masked)
 
-    # The network's inputs go to its device while the program goes on.
+    # Copy the inputs to the network's device in the background.
     captions, tokens, noisy, masked, image_t, text_t = (
         x.to(dd.device, non_blocking=True) for x in (batch.captions, batch.tokens, noisy, masked, image_t, text_t))
     latents = text_latents = dd.vae.normalize(dd.vae.sample(*batch.images.unbind(1), vae_noise))
@@ -135,7 +134,7 @@ def train(learner, log, loader, validation, sheet, args, recipe):
     """The loop, to the last step. loader gives the data.Batches of each step; validation() the losses on images that
     are held out; sheet(step) draws samples."""
     for step, passes in log.steps(loader):
-        for k, batch in enumerate(passes, 1):  # several, where the memory is too small for one
+        for k, batch in enumerate(passes, 1):  # several, if one does not fit in memory
             loss, *parts = learner.objective(batch)
             learner.backward(loss / len(passes), last=k == len(passes))
             log.add(parts, batch)
@@ -186,11 +185,11 @@ def subsets(paths, args, recipe):
     (unseen, ids), bad = source.split(250), []
     unseen = [i for i in unseen if data.readable(source, i, bad) is not None]
     if bad and dist.get_rank() == 0:
-        warn(f"{len(bad)} of the images that are held out cannot be read and are left out, the first: {bad[0]}")
+        warn(f"{len(bad)} of the held-out images cannot be read and are left out, the first: {bad[0]}")
     if (count := source.count_images()) < 20:
         fail(f"{names}: holds {count} images; training wants 20 or more")
     if not unseen:
-        fail(f"{names}: of the images that are held out none can be read")
+        fail(f"{names}: none of the held-out images can be read")
     if args.stage in ("1", "2", "2hr") and not source.captioned:
         fail(f"{names}: no image has a caption, which stage {args.stage} learns from")
     if recipe.questions and not source.questioned:
@@ -208,7 +207,7 @@ def starting_file(args, settings):
         if os.path.exists(before):
             return before
     if args.stage != "1":
-        fail(f"{before}: no such checkpoint; run the stage before with the same --out, or give --init")
+        fail(f"{before}: no such checkpoint; run the stage before it with the same --out, or give --init")
     if args.preset != "tiny" and not (args.text_encoder == "none" and args.vae):
         fail(f"--preset {args.preset} needs pretrained parts: give --init (or --vae, with --text-encoder none)")
     return args.vae or SHIPPED
@@ -257,8 +256,8 @@ def tokenizer_texts(subset, seed, count=5000):
 
 
 class MaskRow(nn.Module):
-    """T5 of which only one row of the table learns, the mask token's (stage 2). The frozen T5 lies in a tuple: as it is
-    no submodule, it is neither sharded nor saved."""
+    """T5 with one embedding that learns, the mask token's (stage 2). The frozen T5 is held in a tuple, so it is not a
+    submodule and is neither sharded nor saved."""
     def __init__(self, encoder, mask_id):
         super().__init__()
         self.frozen, self.mask_id = (encoder,), mask_id
@@ -306,7 +305,7 @@ def make_optimizers(modules, recipe):
     """modules: {"ddit", "t5" or "vae": module} -> optimizers, [(parameter, view)].
 
     Muon, where the recipe has it, learns the matrices of linear and convolution layers inside the blocks. AdamW learns
-    all else; of that, matrices decay, but not biases, norms and embedding tables. Muon wants plain matrices, so it
+    all else, with decay for matrices, not for biases, norms and embedding tables. Muon wants plain matrices, so it
     learns a view of each parameter, on the same memory, a convolution's as (out, in * k * k)."""
     decayed, plain, views, muon_groups = [], [], [], []
     for name, module in modules.items():
@@ -353,7 +352,7 @@ class Learner:
 
     def moments(self, images):
         """Images of a batch -> the moments (B,2,C,h,w) of their latents, on the device: stored ones, or pixels encoded
-        now. Such an image is met once, so here, unlike in what is stored, the rounding of bf16 does not stay."""
+        now. These are used once and not stored, so bf16 may round them."""
         images = images.to(self.dd.device, non_blocking=True)
         if images.ndim == 4:
             with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, self.autocast):
@@ -396,8 +395,8 @@ class Learner:
         return {name: get_model_state_dict(module, options=whole) for name, module in self.modules.items()}
 
     def state(self, step):
-        """All that a run must remember, tensors alone. They are the run's own, so loading writes into them. A sharded
-        one knows which part of the whole it is, so any number of processes can read what any other wrote."""
+        """All that a run must remember, as tensors only. They are the run's own, so loading writes into them. A shard
+        knows its place in the whole, so any number of processes can read what any other number wrote."""
         return {"step": torch.tensor(step), "modules": {name: m.state_dict() for name, m in self.modules.items()},
                 "optimizers": {str(k): o.state_dict()["state"] for k, o in enumerate(self.optimizers)},
                 "averages": dict(enumerate(self.averages))}
@@ -425,8 +424,8 @@ class Learner:
                 remove(old)
 
     def load(self):
-        """Take up the newest checkpoint that can be read -> its step; 0 where there is none. Those that cannot be read
-        are moved aside, so that they do not count among those to keep."""
+        """Load the newest readable checkpoint -> its step; 0 if there is none. Unreadable ones are moved aside, so
+        that they do not count among those to keep."""
         logging.disable(logging.WARNING)  # torch.distributed.checkpoint would print tracebacks of what one line says
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # see `save`: we mean it
         paths = checkpoints(self.folder)
@@ -466,7 +465,7 @@ def remove(path):
 
 class TensorsOnly(dcp.FileSystemReader):
     """Reads a checkpoint, lets it run no code, and notices damage. Every tensor is a zip file, which torch reads safely
-    but without looking at its checksum. Where they lie is in `.metadata`, a pickle, and a pickle may name any function;
+    but without checking its checksum. `.metadata` says where they are. It is a pickle, which may name any function;
     here it may name only what a checkpoint of tensors needs."""
     ALLOWED = {"torch": {"Size"}, "torch.serialization": {"_get_layout"}, "pathlib": {"PosixPath"},
                "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
@@ -514,7 +513,7 @@ class Log:
                         disable=self.rank > 0)
 
     def steps(self, loader):
-        """-> (step, passes) with the bar. Meanwhile Ctrl-C, a polite kill and a closed terminal end the run after the
+        """-> (step, passes) with the bar. Meanwhile Ctrl-C, SIGTERM and a closed terminal end the run after the
         step, with a checkpoint."""
         handlers = {kind: signal.signal(kind, lambda number, frame: self.signals.append(number))
                     for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -571,7 +570,7 @@ class Log:
 
 
 def mean_over_processes(numbers):
-    """A few numbers, each the mean of what all processes have there -> list."""
+    """A few numbers -> list of their means over all processes."""
     x = torch.stack([*numbers]).cpu()
     dist.all_reduce(x)
     return (x / dist.get_world_size()).tolist()
@@ -581,7 +580,7 @@ def show(dd, subset, path=None):
     """A sheet: eight images drawn from captions, and eight with the model's caption and answer. In stage 0, images
     beside their reconstructions. All processes must draw, since they gather sharded weights; one with a path writes."""
     source, rng, generator = subset.source, np.random.default_rng([0, 3]), torch.Generator().manual_seed(0)
-    ids = rng.permutation(subset.ids)  # of data sorted by class, not one class alone
+    ids = rng.permutation(subset.ids)  # or sorted data would show one class alone
     images = [source.image(i) for i in ids[-8:]]
     pixels = torch.from_numpy(data.to_pixels(images))
     if dd.ddit is None:
@@ -663,8 +662,8 @@ def look_at_texts(folder, texts, unseen, tokenizer, length):
         long += [tokenizer.decode(prompt + tokenizer.encode(text)) for prompt, text in whole
                  if len(prompt) > length - min(8, length // 3) or len(prompt + tokenizer.encode(text)) > length]
     if long:
-        warn(f"of {count} texts {len(long)} are longer than --length {length} and lose their end, or that of their "
-             f"question; the first: {long[0][:200]}")
+        warn(f"{len(long)} of {count} texts are longer than --length {length} and lose their end, or their "
+             f"question's; the first: {long[0][:200]}")
 
 
 def learn(args, recipe):
@@ -705,8 +704,8 @@ def learn(args, recipe):
     weights, path = learner.weights(), os.path.join(folder, "model.safetensors")
     show(dd, held_out[1], rank == 0 and f"{folder}/samples.png")
     if bad := {message for _, message in log.bad}:
-        warn(f"{len(bad)} images could not be read, others were taken; they are named in {folder}/bad-{rank}.txt")
-    if rank == 0:  # where nothing new was learned, the file stays, and so stays what has begun from it
+        warn(f"{len(bad)} images could not be read and were replaced; {folder}/bad-{rank}.txt names them")
+    if rank == 0:  # if nothing new was learned, keep the file: later stages check that it is unchanged
         if new := start < recipe.steps or not os.path.exists(path):
             write_model(args, recipe, weights, texts, settings, path)
         paths = args.text_data or args.data
@@ -716,7 +715,7 @@ def learn(args, recipe):
 
 
 def own_session(worker):
-    """In a process that makes batches: Ctrl-C and signals to the whole program pass it by, for the step needs it."""
+    """Shield a process that makes batches from Ctrl-C and signals to the whole program, as the step needs it."""
     os.setsid()
 
 
@@ -729,9 +728,9 @@ def workers(images, device):
 
 
 def write_model(args, recipe, weights, texts, settings, path):
-    """The file for sample.py: what has learned, and beside it the frozen parts, as precise as the start has them."""
+    """The file for sample.py: what was trained, and the frozen parts anew from the starting file; all in float16."""
     if data.checksum(args.start) != settings["start checksum"]:
-        fail(f"{args.start} has changed since this stage began, so what did not learn is lost: put it back, and the "
+        fail(f"{args.start} has changed since this stage began, so its frozen parts are lost: put it back, and the "
              f"same command ends the stage")
     dd, modules = starting_point(args, recipe, texts, torch.device("cpu"), None)
     for name, module in modules.items():
@@ -748,7 +747,7 @@ def write_model(args, recipe, weights, texts, settings, path):
 
 
 def read_settings(folder):
-    """run.json, the settings of the run in this folder; {} if no run has left anything here that must not be lost."""
+    """run.json, the settings of the run in this folder; {} if no run has left anything worth keeping here."""
     path = os.path.join(folder, "run.json")
     if not checkpoints(f"{folder}/checkpoints") and not os.path.exists(f"{folder}/model.safetensors"):
         return {}
@@ -817,8 +816,8 @@ def add_arguments(parser):
         "alike?); one listed twice is asked twice as often")
     add("--init", metavar="FILE", help="checkpoint to start from; default: what the stage before left")
     sample.add_parts(parser)
-    add("--text-encoder", choices=["t5", "none"], default="t5", help="none: learned embeddings of tokens and places "
-        "instead of T5, and a transformer from nothing (Table 9)")
+    add("--text-encoder", choices=["t5", "none"], default="t5", help="none: learned token and position embeddings "
+        "instead of T5, and a transformer from scratch (Table 9)")
     add("--out", default="runs", metavar="DIR", help="where stageN/ folders are made; default: runs")
     add("--seed", type=sample.seed, default=0, help="of all that is random; default: 0")
     add = parser.add_argument_group("how it runs; nothing here changes what is learned, but for rounding").add_argument
@@ -851,7 +850,7 @@ def parse_args():
     if args.text_encoder == "none" and args.stage == "1" and args.init:
         fail("--text-encoder none starts from nothing: give --vae and --spiece in place of --init")
     if bool(args.image_data) != bool(args.text_data) and not args.data:
-        fail("--image-data and --text-data go together, or with --data for the other")
+        fail("give --image-data and --text-data, or one of them and --data")
     stages = RECIPES[args.preset]
     if (args.stage or "1") not in stages:
         fail(f"--preset {args.preset} has no stage {args.stage}")

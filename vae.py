@@ -17,7 +17,7 @@ from torch import nn
 @dataclass
 class VAEConfig:
     """The defaults are SD3's. `shift` and `scale` bring raw latents to mean 0 and deviation 1."""
-    channels: int = 128     # of the first level inside the networks; those of the latents are latent_channels
+    channels: int = 128     # of the first level inside the networks; the latents have latent_channels
     multipliers: tuple = (1, 2, 4, 4)  # channels at each level; between two levels the side halves
     latent_channels: int = 16
     groups: int = 32
@@ -63,7 +63,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # a row below and a column right only, as it was trained
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # pad only below and on the right, as in training
 
 
 class Upsample(nn.Module):

@@ -126,7 +126,7 @@ MISTAKES = {
         (["--stage", "1", "--ema", "1"], "--ema 1.0 is out of its range"),
         (["--stage", "1", "--seed", "-1"], "--seed"),
         (["--stage", "1", "--schedule", "cosine"], "invalid choice"),
-        (["--stage", "2hr", "--image-data", "many"], "--image-data and --text-data go together"),
+        (["--stage", "2hr", "--image-data", "many"], "give --image-data and --text-data, or one of them"),
         (["--stage", "1", "--text-encoder", "none", "--init", "x"], "starts from nothing"),
         (["--stage", "1", "--size", "128"], "the built-in world has 64 pixels a side"),
         (["--stage", "1", "--parallel", "fsdp"], "give --muon 0, or --parallel ddp"),

@@ -709,7 +709,7 @@ def test_texts_that_are_cut_are_counted_and_held_out_images_are_named(tmp_path, 
     train.look_at_texts(tmp_path, ids, unseen, tokenizer, 24)
     cut = sum(i % 5 in (1, 2, 3) for i in ids.ids)
     err = capsys.readouterr().err
-    assert f"of {len(ids.ids)} texts {cut} are longer than --length 24 and lose their end" in err
+    assert f"{cut} of {len(ids.ids)} texts are longer than --length 24 and lose their end" in err
     assert err.count("\n") == 1
     assert (tmp_path / "held-out.txt").read_text().split() == [source.record(i).image for i in unseen.ids]
     train.look_at_texts(tmp_path, ids, unseen, tokenizer, 96)
