@@ -298,7 +298,7 @@ TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8
 TensorInfo = namedtuple("TensorInfo", "file name shape dtype")  # a tensor in a file; dtype: a key of TYPES
 open_safetensors = functools.partial(safe_open, framework="pt")
 
-# Other models in .safetensors files, by pieces of tensor names: a file with all of them holds that model.
+# Other models in .safetensors files, by pieces of tensor names: a file with all pieces of a key holds that.
 UNET = "a U-Net (Stable Diffusion 1, 2 or XL), another architecture"
 SD35 = "SD3.5, which has norms on queries and keys: D-DiT starts from SD3-medium (sd3_medium.safetensors)"
 OTHER_MODELS = {

@@ -153,8 +153,8 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
 
     latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; steps: of the time grid;
     order: one of ORDERS; "random", at temperature 1, is exact ancestral sampling of captions and answers. temperature
-    divides the logits; 0 takes the likeliest token. A text is read up to its first EOS: once that and all before it are
-    revealed, the row's other masks become EOS without a forward pass."""
+    divides the logits; 0 takes the likeliest (greedy). A text is read up to its first EOS: once that and all before it
+    are revealed, the row's other masks become EOS without a forward pass."""
     mask_id, eos_id, passes = dd.tokenizer.mask_id, dd.tokenizer.eos_id, 0
     words_follow = (~maskable & (tokens != eos_id)).flip(1).cumsum(1).flip(1) > 0
 
@@ -531,7 +531,7 @@ def text_length(text):
 
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("what to do (each can be given several times)").add_argument
+    add = parser.add_argument_group("what to do (the first four can be given several times)").add_argument
     add("--vqa", nargs="+", action="append", metavar="IMAGE ... QUESTION", default=[])
     add("--caption", nargs="+", action="extend", metavar="IMAGE", default=[])
     add("--t2i", nargs="+", action="extend", metavar="TEXT", default=[])
@@ -553,7 +553,7 @@ def parse_args():
     add = parser.add_argument_group("how to do it").add_argument
     add("--seed", type=seed, default=0, help="of the random numbers; default: 0")
     add("--steps", type=number(int, 1, 10_000), help="of sampling; default: 28 to draw; to read in random "
-        "order the checkpoint's")
+        "order the checkpoint's, for --infill one per token")
     add("--order", choices=list(ORDERS), help="of unmasking text; default: entropy, which chooses its own number of "
         "steps; with --steps: random, the paper's")
     add("--temperature", type=float, default=0.0, help="of drawing tokens: divides the logits; default: 0, always the "

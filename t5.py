@@ -98,7 +98,7 @@ class T5Config:
     vocab_size: int = 32128
     buckets: int = 32
     max_distance: int = 128
-    places: int = 0  # above 0, no layers: not T5 but embeddings of tokens and this many positions (D-DiT, Table 9)
+    places: int = 0  # above 0 (no layers): not T5 but embeddings of tokens and this many positions (D-DiT, Table 9)
 
 
 class RMSNorm(nn.Module):
@@ -197,7 +197,7 @@ class T5Encoder(nn.Module):
 
 
 def init_weights(encoder):
-    """As T5's authors did: every matrix has standard deviation 1/sqrt(fan-in), and q's is divided by sqrt(d_kv) too,
+    """As T5's authors did: every matrix but the table has standard deviation 1/sqrt(fan-in), q's divided by sqrt(d_kv),
     the attention scale that T5 leaves out. Only the position bias differs. It alone tells the order of the tokens,
     and an optimizer takes thousands of small steps to sharpen it; so it starts sharp, as in ALiBi (Press et al.,
     arXiv 2108.12409): even heads look back, odd heads ahead, some near and some far."""

@@ -70,7 +70,7 @@ class Recipe:
     rate: float = 5e-5          # AdamW's learning rate after the warm-up
     muon: float = 0.0           # Muon's learning rate, for the matrices inside the blocks; 0: AdamW learns them too
     warmup: int = 5000          # steps in which the rates rise from 0
-    schedule: str = "constant"  # of the rates after the warm-up; "linear" falls to 0 at the last step
+    schedule: str = "constant"  # of the rates, beside the warm-up; "linear" falls to nearly 0 at the last step
     beta2: float = 0.999        # AdamW's decay of the squared gradients, per step
     weight_decay: float = 1e-2  # of matrices, times the rate, per step
     clip: float = 2.0           # largest norm of the gradient
@@ -85,7 +85,7 @@ class Recipe:
     questions: float = 0.0      # share of the text half's texts that are questions with answers
     learn_t5: str = "no"        # what learns in T5: nothing, the mask token's row ("mask"), or all
     pool: int = 25_000          # images of the built-in world to learn from
-    latents: int = 25_000       # store the encoded images of --data up to this many; with more, encode all as they come
+    latents: int = 25_000       # records of --data, at most, to store encoded; if there are more, all are encoded each time
     vocab: int = 412            # pieces, at most, of the tokenizer that stage 0 makes
 
 
@@ -763,7 +763,7 @@ def read_settings(folder):
 
 def check_settings(folder, before, args, recipe, images, texts):
     """-> the settings for run.json. A folder holds one run: others than `before` would overwrite what it has left, and
-    are refused. But a run at a constant rate may be made longer, and files may be moved."""
+    are refused. But a run at a constant rate may be made longer, and data may be moved."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # bf16, where it is fast; stage 0's narrow layers never gain
     fast = args.device.type == "cuda" or args.device.type == "cpu" and args.stage != "0" and (
         cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
@@ -820,7 +820,8 @@ def add_arguments(parser):
         "instead of T5, and a transformer from scratch (Table 9)")
     add("--out", default="runs", metavar="DIR", help="where stageN/ folders are made; default: runs")
     add("--seed", type=sample.seed, default=0, help="of all that is random; default: 0")
-    add = parser.add_argument_group("how it runs; nothing here changes what is learned, but for rounding").add_argument
+    add = parser.add_argument_group("how it runs; nothing here changes what is learned, but for "
+                                    "rounding and, from a CPU to a GPU, the noise").add_argument
     add("--device", type=sample.existing_device, default=sample.default_device())
     add("--dtype", choices=list(DTYPES), help="to compute in; default: bf16 where the hardware has it")
     add("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp: the processes of a node share out gradients "
