@@ -85,7 +85,7 @@ class Recipe:
     questions: float = 0.0      # share of the text half's texts that are questions with answers
     learn_t5: str = "no"        # what learns in T5: nothing, the mask token's row ("mask"), or all
     pool: int = 25_000          # images of the built-in world to learn from
-    latents: int = 25_000       # records of --data, at most, to store encoded; if there are more, all are encoded each time
+    latents: int = 25_000       # records of --data, at most, to store encoded; if more, all are encoded each time
     vocab: int = 412            # pieces, at most, of the tokenizer that stage 0 makes
 
 
