@@ -440,7 +440,7 @@ class Records:
         paths = [path for pattern in ([paths] if isinstance(paths, str) else paths) for path in expand(pattern)]
         for path in paths:
             if not os.path.exists(path):
-                raise FileNotFoundError(f"{path}: no such file or folder to train on")
+                raise FileNotFoundError(f"{path}: no such file or folder")
             stamp += [(file, os.path.exists(file) and os.stat(file).st_mtime_ns) for file in files_of(path)]
         self.temporary = None if folder else tempfile.TemporaryDirectory()
         folder = folder or self.temporary.name
@@ -586,7 +586,7 @@ def with_latents(subset, vae, folder, limit):
 @torch.no_grad()
 def encode_images(source, ids, vae, shape, path):
     bad, device = [], next(vae.parameters()).device
-    tqdm.write(f"encoding {len(ids):,} images once, into {path}", file=sys.stderr)
+    tqdm.write(f"encoding the images of {len(ids):,} records once, into {path}", file=sys.stderr)
     if (total := 2 * np.prod(shape)) > shutil.disk_usage(os.path.dirname(path) or ".").free:
         raise OSError(f"{path} would take {total / 1e9:.1f} GB, and the disk has less: free some, or give a smaller "
                       "--latents")
@@ -716,7 +716,7 @@ def regular_file(path):
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file")
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: not a regular file")
+        raise ValueError(f"{path}: {'a folder, ' * os.path.isdir(path)}not a regular file")
     return path
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import losses
 import model
-from data import load_image, one_line, replacing, slices, to_images, to_pixels, warn
+from data import EXTENSIONS, checksum, load_image, one_line, replacing, slices, to_images, to_pixels, warn
 from model import DTYPES, DualDiffusion
 from t5 import unseen_words
 
@@ -344,8 +344,17 @@ def fail(message, status=2):
 
 
 class Parser(argparse.ArgumentParser):
+    where = ""  # for messages: the PNG that the arguments are from
+
     def error(self, message):
-        fail(f"{message} (--help shows how)")
+        fail(f"{self.where}{message} (--help shows how)")
+
+    def parse_args(self, args=None):
+        args = super().parse_args(args)
+        for name in ("ckpt", "init", "t5", "vae", "spiece", "out", "edit", "again", "preview"):
+            if getattr(args, name, None) == "" != self.get_default(name):  # as from a shell's "$UNSET"
+                fail(f"--{name} is empty: give a name, or leave it out")
+        return args
 
 
 def default_device():
@@ -464,17 +473,20 @@ def record(args, prompts, **settings):
     negative, chunks = [f"Negative prompt: {args.negative}"] * bool(args.negative), PngImagePlugin.PngInfo()
     lines = [*prompts, *negative, ", ".join(f"{name}: {value}" for name, value in settings.items())]
     chunks.add_text("parameters", "\n".join(lines))
-    chunks.add_text("arguments", json.dumps({k: v for k, v in vars(args).items() if k in RECORDED and v is not None}))
+    arguments = {name: value for name, value in vars(args).items() if name in RECORDED and value is not None}
+    chunks.add_text("arguments", json.dumps(arguments | {"checksum": checksum(args.ckpt or SHIPPED)}))
     return chunks
 
 
 def recorded_arguments(path):
-    """A PNG with a record -> its arguments, as they could be typed. Raises ValueError, OSError with one line."""
+    """A PNG with a record -> its arguments, as they could be typed, and its checkpoint's checksum or None. Raises
+    ValueError, OSError with one line."""
     try:
         with Image.open(path) as image:
             values = json.loads(image.text["arguments"])
             return [f"--{name.replace('_', '-')}={value}" for name in RECORDED if name in values
-                    for value in (values[name] if isinstance(values[name], list) else [values[name]])]
+                    for value in (values[name] if isinstance(values[name], list) else [values[name]])
+                    ], values.get("checksum")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None
     except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError):
@@ -573,26 +585,43 @@ def parse_args():
     add("--out", default="out.png", help="the image, or the page of all images; default: out.png")
     args = parser.parse_args()
     if args.again is not None:
-        if args.t2i:
-            fail(f"--again {args.again}: the PNG has its own prompts; leave --t2i out")
-        args = parser.parse_args([*recorded_arguments(args.again), *sys.argv[1:]])  # the later one of two counts
-        if not args.t2i:
-            fail(f"{args.again}: does not show a drawing, which alone can be drawn again")
-    return checked(args)
+        args = with_record(parser, args)
+    return checked(args, parser)
 
 
-def checked(args):
+NEEDS = {**dict.fromkeys(("out", "num", "best_of", "cfg", "negative"), ["t2i"]),  # which flag is about which work
+         **dict.fromkeys(("order", "temperature"), ["caption", "vqa", "infill"]), "options": ["vqa"], "suffix": ["vqa"]}
+
+
+def with_record(parser, typed):
+    """The arguments of --again: those that the PNG carries, and those that were typed, which count more."""
+    if typed.t2i or typed.mask:
+        fail(f"--again {typed.again}: the PNG has its own prompts; leave --t2i and --mask out")
+    recorded, drawn_by = recorded_arguments(typed.again)
+    parser.where = f"{typed.again}: "
+    args = parser.parse_args([*recorded, *sys.argv[1:]])
+    if not args.t2i:
+        fail(f"{args.again}: does not show a drawing, which alone can be drawn again")
+    if typed.ckpt is None and drawn_by not in (None, checksum(args.ckpt or SHIPPED)):
+        warn(f"{args.ckpt or SHIPPED} is not the checkpoint that drew {args.again}")
+    return args
+
+
+def checked(args, parser):
     """The arguments themselves, if they make sense as a whole."""
     if args.mask:
         args.mask, args.t2i = args.mask[0], args.t2i + args.mask[1:]
+    for name, needs in NEEDS.items():
+        if getattr(args, name) != parser.get_default(name) and not any(getattr(args, need) for need in needs):
+            fail(f"--{name.replace('_', '-')} has no part in this: it wants --{' or --'.join(needs)}")
     if bool(args.edit) != bool(args.mask) or args.edit and not args.t2i:
         fail("to edit, give an image, a mask and a text: --edit img.png --mask mask.png \"...\"")
     for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):
         if any(len(job) < 2 or not job[-1].strip() for job in getattr(args, name)):
             fail(f"--{name} wants an image and then {what}: --{name} img.png \"...\"")
-    drawn_on = [args.edit, args.mask] if args.edit else []
+    drawn_on, again = [args.edit, args.mask] if args.edit else [], [args.again] if args.again else []
     outputs = ["out"] * bool(args.t2i) + ["trace"] * bool(args.trace)
-    for paths in (args.caption, drawn_on, *(paths for *paths, _ in args.vqa + args.infill)):
+    for paths in (args.caption, drawn_on, again, *(paths for *paths, _ in args.vqa + args.infill)):
         if missing := [path for path in paths if not os.path.exists(path)]:
             quotes = " (a question goes in quotes)" if len(paths) > 1 and paths is not drawn_on else ""
             fail(f"{missing[0]}: no such image{quotes}")
@@ -603,8 +632,8 @@ def checked(args):
         fail("--infill's text has no blank: each underscore stands for one token to fill in")
     if not (args.vqa or args.caption or args.infill or args.t2i or args.describe or args.export is not None):
         fail("nothing to do: give --vqa, --caption, --t2i or --infill (--help shows how)")
-    if args.options and not args.vqa:
-        fail("--options wants --vqa: the question that they answer")
+    if args.steps and args.order == "entropy" and not args.t2i:
+        fail("--steps has no part in --order entropy, which takes as many as a text needs")
     if args.length == "auto" and (args.infill or args.t2i or args.options):
         fail("--length auto is for texts that can go on: those of --caption and --vqa, without --options")
     if args.export is not None and args.ckpt is None:
@@ -617,8 +646,8 @@ def checked(args):
         fail("--trace FILE shows one text, or what --t2i draws, not several, and not in --out's file")
     for name in outputs:
         path = getattr(args, name)
-        can_save = Image.registered_extensions().get(os.path.splitext(path)[1].lower()) in Image.SAVE
-        if not can_save or os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+        is_picture, folder = os.path.splitext(path)[1].lower() in EXTENSIONS, os.path.dirname(path) or "."
+        if not is_picture or os.path.isdir(path) or not os.access(folder, os.W_OK):
             fail(f"--{name} {path}: give a picture's name, like out.png, in a folder that you can write to")
     return args
 

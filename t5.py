@@ -248,5 +248,6 @@ def unseen_words(tokenizer, text):
     32,000 pieces many ordinary words are spelt out.)"""
     def spelt(word):
         ids = tokenizer.pieces.encode(word)
-        return tokenizer.pieces.unk_id() in ids or len(tokenizer.pieces) < 10_000 and len(ids) > max(1, len(word) / 2)
-    return [word for word in re.findall(r"\w+", text.replace("_", " ")) if spelt(word)]
+        small = len(tokenizer.pieces) < 10_000 and word.isalnum()
+        return tokenizer.pieces.unk_id() in ids or small and len(ids) > max(1, len(word) / 2)
+    return list(dict.fromkeys(filter(spelt, re.findall(r"\w+|[^\w\s]", text.replace("_", " ")))))

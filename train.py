@@ -24,6 +24,7 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -439,10 +440,10 @@ class Learner:
             try:
                 dcp.load(state, storage_reader=TensorsOnly(path), no_dist=dist.get_world_size() == 1)
             except (Exception, CheckpointException) as error:
-                reason = one_line(error)
+                reason = one_line(error).rpartition("read failed: ")[2]
                 if re.search("KeyboardInterrupt|MemoryError", reason):  # which torch wraps; not the file's fault
                     raise KeyboardInterrupt if "Keyboard" in reason else MemoryError from None
-                warn(f"{path}: cannot be read ({reason}); the one before it is tried")
+                warn(f"{path}: cannot be read ({reason}); an older one is tried")
                 continue
             for unreadable in paths[k + 1:] if dist.get_rank() == 0 else ():
                 remove(f"{unreadable}.unreadable")
@@ -478,7 +479,7 @@ class TensorsOnly(dcp.FileSystemReader):
             is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
             if is_dtype or name in TensorsOnly.ALLOWED.get(module, ()):
                 return super().find_class(module, name)
-            raise pickle.UnpicklingError(f"its .metadata names {module}.{name}, which no checkpoint of ours does")
+            raise pickle.UnpicklingError(f".metadata names {module}.{name}, as none of ours does")
 
     def read_metadata(self):
         with open(os.path.join(self.path, ".metadata"), "rb") as f:
@@ -547,8 +548,8 @@ class Log:
         """A line of metrics, means over the steps since the last one. Raises ValueError if a loss is not finite."""
         *parts, norm = mean_over_processes([*torch.stack(self.window).mean(0), norm])
         if not np.isfinite([*parts, norm]).all():
-            raise ValueError(f"the loss or its gradient is not a number at step {done}; the last checkpoint is from "
-                             f"before it. Lower --rate or --muon")
+            raise ValueError(f"the loss or its gradient is not a number at step {done}, so nothing of it was saved. "
+                             f"Lower --rate or --muon")
         steps, device = len(self.window) / passes, learner.dd.device
         memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else  # the peak, in bytes
                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
@@ -602,8 +603,10 @@ def show(dd, subset, path=None):
 def preview(args, recipe):
     """A sheet of what a stage would learn from: images as the model will see them, texts before they are cut."""
     source = data.Records(args.data, recipe.size) if args.data else data.World(args.seed, kinds=args.kinds)
-    rng, cells, bad = np.random.default_rng(args.seed), [], []
+    rng, cells, bad, path = np.random.default_rng(args.seed), [], [], os.path.realpath(args.preview)
     count = len(source) if args.data else 10_000
+    if os.path.exists(path) and args.data and path in (os.path.realpath(source.record(i).image) for i in range(count)):
+        fail(f"--preview {args.preview}: is an image of --data; give another name")
     for i in rng.permutation(count).tolist():
         if len(cells) < 16 and (image := data.readable(source, i, bad)) is not None:
             question, caption = source.question(i, rng), source.caption(i, rng) or ""
@@ -638,7 +641,7 @@ def prepare(args, recipe, folder):
     settings = check_settings(folder, before, args, recipe, images, texts)
     if args.data and args.start == SHIPPED and not args.init and dist.get_rank() == 0:
         warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
-             f"python train.py --stage 0 --data {' '.join(args.data)} --out {args.out}")
+             f"python train.py --stage 0 --data {shlex.join([*args.data, '--out', args.out])}")
     dd, modules = starting_point(args, recipe, texts, args.device, DTYPES[settings["dtype"]])
     if (args.data or args.text_data) and dist.get_rank() == 0:
         look_at_texts(folder, texts, unseen, dd.tokenizer, recipe.length)
@@ -709,9 +712,9 @@ def learn(args, recipe):
         if new := start < recipe.steps or not os.path.exists(path):
             write_model(args, recipe, weights, texts, settings, path)
         paths = args.text_data or args.data
-        benchmark = f"data --unseen --data {' '.join(paths)}" if paths else "world"
+        command = ["data", "--unseen", "--data", *paths] if paths else ["world"]
         print(f"{'wrote' if new else 'finished before:'} {path}\n"
-              f"to judge it: python tests/evaluate.py {benchmark} --ckpt {path}")
+              f"to judge it: python tests/evaluate.py {shlex.join([*command, '--ckpt', path])}")
 
 
 def own_session(worker):
@@ -785,7 +788,7 @@ def check_settings(folder, before, args, recipe, images, texts):
 
 RANGES = {"clip": (1e-9, 1e30), "time_std": (1e-9, 1e30), "time_mean": (-100, 100), "beta2": (0, 1 - 1e-9),
           "ema": (0, 1 - 1e-9), "drop": (0, 1), "questions": (0, 1), "batch": (1, 1e6), "accumulate": (1, 1e6),
-          "length": (2, 16384), "vocab": (100, 32000), "size": (16, 1e6),
+          "length": (8, 16384), "vocab": (100, 32000), "size": (16, 1e6),
           **dict.fromkeys(("steps", "pool", "latents", "save_every", "show_every", "keep"), (1, 1e9)),
           **dict.fromkeys(("rate", "muon", "warmup", "weight_decay", "text_weight", "image_weight"), (0, 1e30))}
 
@@ -848,6 +851,8 @@ def parse_args():
     args = parser.parse_args()
     if args.stage is None and not args.preview:
         fail("give --stage 0, 1, 2, 2hr or 3")
+    if args.preview and not args.preview.lower().endswith(".png"):
+        fail(f"--preview {args.preview}: give the name of a PNG")
     if args.text_encoder == "none" and args.stage == "1" and args.init:
         fail("--text-encoder none starts from nothing: give --vae and --spiece in place of --init")
     if bool(args.image_data) != bool(args.text_data) and not args.data:
@@ -861,6 +866,14 @@ def parse_args():
         value = (vars(args) | vars(recipe))[name]
         if not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value} is out of its range, {low:g} to {high:g}")
+    if args.stage == "0" and (args.init or args.t5 or args.vae or args.spiece):
+        fail("stage 0 makes tokenizer and VAE from nothing: leave --init, --t5, --vae and --spiece out")
+    if (args.data or args.image_data) and (args.pool or args.kinds != parser.get_default("kinds")):
+        fail("--pool and --kinds are about the built-in world: leave them out with --data")
+    if args.vocab and args.stage != "0":
+        fail("--vocab is about stage 0")
+    if not recipe.image_weight and not recipe.text_weight:
+        fail("with --image-weight 0 and --text-weight 0 nothing is learned")
     if not (args.data or args.image_data) and recipe.size != data.SIDE:
         fail(f"the built-in world has {data.SIDE} pixels a side, not {recipe.size}: bring --data")
     if recipe.size % 16:

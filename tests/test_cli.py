@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import data
 import sample
+import train
 from model import DualDiffusion
 from t5 import Tokenizer, train_tokenizer
 
@@ -110,6 +111,12 @@ MISTAKES = {
         (["--describe", "--ckpt", "cut.safetensors"], "cut.safetensors: not a readable"),
         (["--describe", "--ckpt", "other.safetensors"], "other.safetensors: holds no part"),
         (["--export", "out"], "--export wants --ckpt FILE"),
+        (["--caption", "ok.png", "--ckpt", ""], "--ckpt is empty"),
+        (["--caption", "ok.png", "--num", "9"], "--num has no part in this: it wants --t2i"),
+        (["--t2i", "x", "--temperature", "1"], "--temperature has no part in this: it wants --caption or --vqa or"),
+        (["--caption", "ok.png", "--order", "entropy", "--steps", "5"], "--steps has no part in --order entropy"),
+        (["--again", "ok.png", "--mask", "black.png", "x"], "the PNG has its own prompts"),
+        (["--t2i", "x", "--trace", "x.ico"], "--trace x.ico: give a picture's name"),
         (["--export", "void/../many", "--ckpt", "cut.safetensors"], "--export void/../many: give the name of a new"),
     ],
     "train.py": [
@@ -136,6 +143,14 @@ MISTAKES = {
         (["--stage", "1", "--data", "many", "--size", "40"], "--size 40: sides are multiples of 16"),
         (["--stage", "1", "--time-mean", "nan"], "--time-mean nan is out of its range"),
         (["--stage", "1", "--device", "hpu"], "there is no device hpu here"),
+        (["--stage", "1", "--init", ""], "--init is empty"),
+        (["--stage", "0", "--vae", "stage0.safetensors"], "stage 0 makes tokenizer and VAE from nothing"),
+        (["--stage", "1", "--data", "many", "--kinds", "compare"], "--pool and --kinds are about the built-in world"),
+        (["--stage", "1", "--vocab", "500"], "--vocab is about stage 0"),
+        (["--stage", "1", "--image-weight", "0", "--text-weight", "0"], "nothing is learned"),
+        (["--stage", "1", "--length", "4"], "--length 4 is out of its range"),
+        (["--preview", "broken.jsonl", "--data", "many"], "--preview broken.jsonl: give the name of a PNG"),
+        (["--preview", "many/../many/3.png", "--data", "many"], "3.png: is an image of --data"),
     ],
 }
 
@@ -170,6 +185,30 @@ def call(monkeypatch, *args):
     """sample.py in this process."""
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args)])
     sample.run_program(sample.main)
+
+
+def test_a_preview_shows_what_a_stage_would_learn_from(files, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preview", f"{tmp_path}/p.png", "--data", f"{files}/many"])
+    for _ in range(2):  # an earlier preview may be replaced
+        train.main()
+        assert "16 of 25 samples" in capsys.readouterr().out
+    assert Image.open(tmp_path / "p.png").width == 4 * 200
+
+
+def test_another_checkpoint_does_not_draw_the_same(monkeypatch, capsys, tmp_path):
+    dd, path = DualDiffusion.load(os.path.join(ROOT, "assets", "tiny.safetensors")), str(tmp_path / "model.safetensors")
+    dd.save(path, dtype=torch.float16)
+    call(monkeypatch, "--ckpt", path, "--t2i", "a red circle", "--steps", 2, "--out", tmp_path / "a.png")
+    call(monkeypatch, "--again", tmp_path / "a.png", "--out", tmp_path / "b.png")
+    assert capsys.readouterr().err == ""
+    dd.save(path)
+    call(monkeypatch, "--again", tmp_path / "a.png", "--out", tmp_path / "b.png")
+    assert capsys.readouterr().err == f"warning: {path} is not the checkpoint that drew {tmp_path}/a.png\n"
+
+
+def test_signs_that_were_never_seen_are_named(monkeypatch, capsys):
+    call(monkeypatch, "--vqa", SCENE, "is there a \U0001f98a?")
+    assert "never seen in training, so expect little: \U0001f98a\n" in capsys.readouterr().err
 
 
 def test_capital_letters_are_heard(monkeypatch, capsys):
@@ -226,7 +265,8 @@ def test_a_drawing_tells_how_it_was_drawn_and_is_drawn_again(monkeypatch, capsys
     call(monkeypatch, "--again", again, "--seed", 6, "--out", other)  # what is typed counts more
     assert Image.open(other).tobytes() != image.tobytes() and "Seed: 6," in Image.open(other).text["parameters"]
     for path, message, *more in ((SCENE, "holds no record"), (tmp_path / "none.png", "no such image"),
-                                 (first, "has its own prompts", "--t2i", "a blue square")):
+                                 (first, "has its own prompts", "--t2i", "a blue square"),
+                                 (first, "is an image to be read", "--out", first)):
         with pytest.raises(SystemExit) as end:
             call(monkeypatch, "--again", path, *more)
         err = capsys.readouterr().err
@@ -297,7 +337,7 @@ def test_options_are_ranked(monkeypatch, capsys):
     assert first == second and first.startswith("red (") and first.count("%") == 3
     with pytest.raises(SystemExit):
         call(monkeypatch, "--caption", SCENE, "--options", "red")
-    assert "--options wants --vqa" in capsys.readouterr().err
+    assert "--options has no part in this: it wants --vqa" in capsys.readouterr().err
 
 
 def test_a_suffix_follows_every_question(monkeypatch, capsys):
