@@ -75,9 +75,9 @@ def masked_diffusion_loss(logits, tokens, masked, t):
     Run time backwards, and the text is written. In a short time dt a masked token is revealed with probability rate·dt,
     and to reveal it costs its cross-entropy, in nats. So the expected cost is rate · cross-entropy · dt. Its integral
     over t is the cost of the whole text, averaged over orders of its tokens: an upper bound on its negative log-
-    likelihood. What is masked depends on alpha alone; the network does not see t, which would add nothing to the masked
-    text; and rate · dt is -d(alpha) / (1 - alpha). So the cost is the integral of cross-entropy(alpha) / (1 - alpha)
-    over alpha, whatever the schedule. That only decides how often training shows few masks or many.
+    likelihood. What is masked depends on alpha alone, and the network does not see t. As time runs back alpha grows by
+    d(alpha) = -alpha'(t) dt, so rate · dt = d(alpha) / (1 - alpha). So the cost is the integral of cross-entropy(alpha)
+    / (1 - alpha) over alpha. The schedule only decides how often training shows few masks or many.
 
     The sum is divided by batch · length, so the loss is in nats per token of the padded text, and every row counts
     alike. Length includes the question, which is never masked and costs nothing, and the EOS padding, which is masked

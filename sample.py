@@ -133,9 +133,9 @@ GAMMA = 0.1  # nats; README has a table of what larger and smaller ones give
 
 def by_entropy(predict_tokens, masked, steps, generator):
     """The surest first, in each pass as many as are nearly independent; `steps` plays no part. What one pass reveals is
-    drawn as if independent. The error, the divergence from the true joint distribution, is the sum of the entropies
-    minus the joint entropy, which is at least the largest single one. So a pass reveals the tokens of least entropy,
-    as many as keep the sum minus the largest within GAMMA. (At temperature 0 that is a rule of thumb.)"""
+    drawn as if independent. The error, the divergence from the network's joint distribution, is the sum of the
+    entropies minus the joint entropy, which is at least the largest single one. So a pass reveals the tokens of least
+    entropy, as many as keep the sum minus the largest within GAMMA. (At temperature 0, the default: a rule of thumb.)"""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
@@ -412,7 +412,8 @@ def run_program(main, stopped="stopped", lower="--size, or give --offload"):
         fail(stopped, 130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if "DataLoader worker" in str(error):
-            fail(f"a process that makes batches failed ({one_line(error)}); the same command goes on from before it")
+            fail(f"a process that makes batches failed ({one_line(error)}); the same command goes on from "
+                 "the last checkpoint")
         if isinstance(error, (ValueError, OSError)):
             fail(error)
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate|ALLOC_FAILED", str(error)):

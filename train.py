@@ -851,6 +851,8 @@ def parse_args():
     args = parser.parse_args()
     if args.stage is None and not args.preview:
         fail("give --stage 0, 1, 2, 2hr or 3")
+    if os.path.isfile(args.out):
+        fail(f"--out {args.out}: is a file; give a folder")
     if args.preview and not args.preview.lower().endswith(".png"):
         fail(f"--preview {args.preview}: give the name of a PNG")
     if args.text_encoder == "none" and args.stage == "1" and args.init:

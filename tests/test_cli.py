@@ -144,6 +144,7 @@ MISTAKES = {
         (["--stage", "1", "--time-mean", "nan"], "--time-mean nan is out of its range"),
         (["--stage", "1", "--device", "hpu"], "there is no device hpu here"),
         (["--stage", "1", "--init", ""], "--init is empty"),
+        (["--stage", "1", "--out", "ok.png"], "--out ok.png: is a file; give a folder"),
         (["--stage", "0", "--vae", "stage0.safetensors"], "stage 0 makes tokenizer and VAE from nothing"),
         (["--stage", "1", "--data", "many", "--kinds", "compare"], "--pool and --kinds are about the built-in world"),
         (["--stage", "1", "--vocab", "500"], "--vocab is about stage 0"),
