@@ -135,7 +135,7 @@ def by_entropy(predict_tokens, masked, steps, generator):
     """The surest first, in each pass as many as are nearly independent; `steps` plays no part. What one pass reveals is
     drawn as if independent. The error, the divergence from the network's joint distribution, is the sum of the
     entropies minus the joint entropy, which is at least the largest single one. So a pass reveals the tokens of least
-    entropy, as many as keep the sum minus the largest within GAMMA. (At temperature 0, the default: a rule of thumb.)"""
+    entropy, as many as keep the sum minus the largest within GAMMA. (At temperature 0, the default, a rough rule.)"""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
