@@ -686,7 +686,8 @@ def learn(args, recipe):
         with replacing(os.path.join(folder, "run.json")) as beside, open(beside, "w") as f:
             json.dump(settings, f, indent=1)
         print(f"{sum(p.numel() for p in learner.parameters):,} parameters learn from {len(texts.ids):,} records, in "
-              f"{settings['dtype']}, on {dist.get_world_size()} x {device.type}", file=sys.stderr)
+              f"{settings['dtype']}, on {dist.get_world_size()} x {device.type}"
+              + f"; going on from step {start}" * (start > 0), file=sys.stderr)
 
     log = Log(folder, ("image_loss", "text_loss") if dd.ddit else ("reconstruction", "kl"), start, recipe.steps)
     batches = data.Batches(images, texts, dd.tokenizer, recipe, args.seed, rows, args.accumulate)
