@@ -624,6 +624,7 @@ def test_sheets_show_unseen_images_of_every_kind():
     assert len({i // 20 for i in asked}) > 4
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_spoilt_page_is_found(uninterrupted, tmp_path):
     """Overwritten by noise or by zeros, as power cuts leave them, anywhere in a checkpoint's tensors; one bit, too."""
     rng, (part,) = np.random.default_rng(0), glob.glob(f"{checkpoints(uninterrupted)[-1]}/*.distcp")
