@@ -603,9 +603,9 @@ def show(dd, subset, path=None):
 def preview(args, recipe):
     """A sheet of what a stage would learn from: images as the model will see them, texts before they are cut."""
     source = data.Records(args.data, recipe.size) if args.data else data.World(args.seed, kinds=args.kinds)
-    rng, cells, bad, path = np.random.default_rng(args.seed), [], [], os.path.realpath(args.preview)
-    count = len(source) if args.data else 10_000
-    if os.path.exists(path) and args.data and path in (os.path.realpath(source.record(i).image) for i in range(count)):
+    rng, cells, bad, count = np.random.default_rng(args.seed), [], [], len(source) if args.data else 10_000
+    path = os.path.realpath(args.preview)
+    if args.data and os.path.exists(path) and path in (os.path.realpath(source.record(i).image) for i in range(count)):
         fail(f"--preview {args.preview}: is an image of --data; give another name")
     for i in rng.permutation(count).tolist():
         if len(cells) < 16 and (image := data.readable(source, i, bad)) is not None:

@@ -165,7 +165,7 @@ def blocks(dd, args):
                  for words, things in tellings]
         scores[f"{name}, true"] = [true[-1] for true in holds]
         scores[f"{name}, first words"] = [any(true) for true in holds]
-    return {name: values for name, values in scores.items() if values}
+    return scores
 
 
 def best_of(dd, args):
@@ -211,7 +211,7 @@ def own_data(dd, args):
     scores = {"answers": judge_answers(dd, source, questions, generator)}
     captions = write_captions(dd, source, captioned, generator)
     scores["captions"] = [same_text(text, source.caption(i, rng)) for i, text in zip(captioned, captions)]
-    return {name: values for name, values in scores.items() if values}
+    return scores
 
 
 JUDGED = {"world": world, "blanks": blanks, "blocks": blocks, "best-of": best_of, "data": own_data}
