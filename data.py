@@ -25,6 +25,7 @@ import warnings
 import zlib
 from array import array
 from contextlib import contextmanager
+from glob import escape, glob
 from typing import NamedTuple
 
 import numpy as np
@@ -62,11 +63,7 @@ class World:
     (see KINDS), all equally often; one that is listed twice, twice as often."""
     def __init__(self, seed=0, pairs="train", kinds=None):
         self.seed, self.pairs, self.kinds, self.size = seed, pairs, list(kinds or KINDS), SIDE
-        self.fingerprint = f"{zlib.crc32(repr((seed, pairs, *self.kinds)).encode()):08x}"
-
-    def version(self, ids):
-        """What those images depend on."""
-        return self.seed, self.pairs, len(ids)
+        self.fingerprint = f"world {seed} {pairs} {' '.join(self.kinds)}"
 
     @functools.lru_cache(maxsize=100_000)  # training comes back to the same scenes
     def scene(self, i):
@@ -152,6 +149,17 @@ def refer(thing, things, rng, hide=None):
         fields = [f for f in ("size", "color", "shape") if f != hide and rng.random() < .55]
         if fields and sum(all(getattr(o, f) == getattr(thing, f) for f in fields) for o in things) == 1:
             return " ".join([getattr(thing, f) for f in fields] + ["shape"] * ("shape" not in fields))
+
+
+def draw_texts(source, i, rng, recipe):
+    """The texts of one row of a batch -> what its image is drawn from, and what is read from it.
+
+    To be drawn from: a caption, but in a share `drop` of the rows nothing, for guidance needs to know what an image is
+    like without a prompt (Eq. 10). To be read: the same caption, or in a share `questions` a (question, answer)."""
+    caption = source.caption(i, rng)
+    question = source.question(i, rng) if rng.random() < recipe.questions or caption is None else None
+    prompt = "" if caption is None or rng.random() < recipe.drop else caption
+    return prompt, question or caption
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
@@ -251,32 +259,30 @@ KINDS = {"color": ask_color, "shape": ask_shape, "size": ask_size, "count": ask_
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # what Pillow decodes by itself
 EXTENSIONS = tuple(end for end, name in Image.registered_extensions().items() if name in FORMATS)
-FORM = '{"image": path, "caption": text}'  # for messages
 
 
-def load_image(path, width, height=None, span=("", 0, -1), behind="white"):
+def load_image(path, width, height=None, span=("", 0, -1)):
     """An image file of one of FORMATS -> RGB image of width x height (square if only one is given): turned upright by
-    its EXIF tag, pasted on the colour `behind`, resized (bicubic) to cover, centre cropped. span: see `Record`. Raises
+    its EXIF tag, pasted on white, resized (bicubic) to cover, centre cropped. span: see `Record`. Raises
     ValueError if it is no image, or one of more than 179 million pixels."""
-    (shard, start, count), raw = span, None
+    shard, start, count = span
     try:
-        with open(regular_file(shard or path), "rb") as f:
+        with open(shard or path, "rb") as f:
             f.seek(start)
-            raw = f.read(count)
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(raw), formats=FORMATS) as image:
+            content = io.BytesIO(f.read(count))
+        with warnings.catch_warnings(action="ignore"), Image.open(content, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # grey in 16 bits, or in fractions of 1
                 grey = np.asarray(image).astype(float) * (255 if image.mode == "F" else 1 / 257)
                 image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return ImageOps.fit(image.convert("RGB"), (width, height or width), Image.Resampling.BICUBIC)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None
     except Exception as error:  # Pillow's many decoders raise whatever they like
-        unknown = isinstance(error, UnidentifiedImageError) and f"none of {', '.join(FORMATS)}"
-        why = "the file is empty" if raw == b"" else unknown or one_line(error)
+        why = f"none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise ValueError(f"{path}: cannot be read as an image ({why})") from None
 
 
@@ -301,12 +307,9 @@ class Record(NamedTuple):
     @classmethod
     def read(cls, row, base, where, *span):
         """A JSON object in one of the usual forms -> Record, or None if the image or all text is missing. A
-        "re_caption" counts alone; the "text" of a row with "question_id" is a question, its "label" the answer (POPE);
-        of a conversation every question counts, each alone, with the answer after it. base: the folder that paths start
-        from; where: for messages."""
+        "re_caption" counts alone; of a conversation every question counts, each alone, with the answer after it. base:
+        the folder that paths start from; where: for messages."""
         try:
-            if "question_id" in row and "text" in row and "question" not in row:
-                row = row | {"question": row["text"], "answer": row.get("label"), "text": None}
             image = row.get("image") or row.get("image_path") or row.get("file_name") or ""
             captions = [row[key] for key in ("re_caption", "caption", "text") if row.get(key)]
             answers = row.get("answers", row.get("answer"))
@@ -327,25 +330,18 @@ class Record(NamedTuple):
 
 
 def read_list(path):
-    """The records of a .json list, or of a .jsonl of one object per line. At most one image in ten may be missing."""
-    total, missing = 0, []
-    with open(regular_file(path), "rb") as f:
+    """The records of a .json list, or of a .jsonl of one object per line."""
+    with open(path, "rb") as f:
         if path.endswith(".json"):
-            items = parse(f.read(), path, list, f"a list of {FORM}")
-            rows = ((f"{path}, item {k}", item) for k, item in enumerate(items, 1))
+            rows = ((f"{path}, item {k}", item) for k, item in enumerate(parse(f.read(), path, list), 1))
         else:
-            lines = ((f"{path}, line {k}", line.strip()) for k, line in enumerate(f, 1) if line.strip())
-            rows = ((where, parse(line, where, dict, FORM)) for where, line in lines)
-        for total, (where, row) in enumerate(rows, 1):
+            lines = ((f"{path}, line {k}", line) for k, line in enumerate(f, 1) if line.strip())
+            rows = ((where, parse(line, where, dict)) for where, line in lines)
+        for where, row in rows:
             record = Record.read(row, os.path.dirname(path), where)
             if record and not os.path.isfile(record.image):
-                missing.append(f"{where}: no such image: {record.image}")
-            else:
-                yield record
-    if len(missing) * 10 > total:
-        raise ValueError(f"{missing[0]} ({len(missing)} of {total} are missing)")
-    if missing:
-        warn(f"left out {len(missing)} of {total}: {'; '.join(missing[:3])}")
+                raise ValueError(f"{where}: no such image: {record.image}")
+            yield record
 
 
 def read_folder(path):
@@ -357,8 +353,8 @@ def read_folder(path):
     for image in (file for file in files_of(path) if file.lower().endswith(EXTENSIONS)):
         caption = os.path.basename(os.path.dirname(os.path.abspath(image))).replace("_", " ")
         if os.path.exists(text := os.path.splitext(image)[0] + ".txt"):
-            with open(regular_file(text), "rb") as f:
-                caption = parse(f.read(), text, str).strip()
+            with open(text, encoding="utf-8-sig", errors="replace") as f:
+                caption = f.read().strip()
         yield Record.read({"image": image, "caption": caption}, "", image)
 
 
@@ -366,21 +362,17 @@ def read_shard(path):
     """The records of a WebDataset shard, a .tar of images, each with its .txt or .json, in one pass over the headers.
     Members of one sample share their name up to the first dot (a leading dot does not count)."""
     try:
-        with open(regular_file(path), "rb") as f:
-            if f.peek(2)[:2] == b"\x1f\x8b":
-                raise tarfile.ReadError("compressed; gunzip it first")
+        with open(path, "rb") as f:
             tar = tarfile.open(path, "r:", f)
             stem = re.compile(r"(.*/)?\.*[^.]*")
             for _, sample in itertools.groupby(tar, lambda member: stem.match(os.path.normpath(member.name))[0]):
                 row, image, span = {}, None, ()
                 for member in sample:
-                    if member.size < 0:  # would be read over and over
-                        raise tarfile.ReadError(f"{member.name} has a negative size")
                     name = member.name.lower()
                     if name.endswith(".txt"):
-                        row["caption"] = parse(tar.extractfile(member).read(), member.name, str).strip()
+                        row["caption"] = tar.extractfile(member).read().decode("utf-8-sig", "replace").strip()
                     elif name.endswith(".json"):
-                        row |= parse(tar.extractfile(member).read(), member.name, dict, FORM)
+                        row |= parse(tar.extractfile(member).read(), member.name, dict)
                     elif name.endswith(EXTENSIONS) and member.isfile():
                         if image:
                             raise ValueError(f"{member.name}: a second image, in the sample of {image}")
@@ -396,88 +388,51 @@ def read_shard(path):
 
 
 def files_of(path):
-    """All files in a folder, in order, or the one that `path` is. A folder in it that cannot be opened is an error."""
-    def stop(error):
-        raise error
-
-    folders = os.walk(path, onerror=stop) if os.path.isdir(path) else [("", [], [path])]
-    return [os.path.join(folder, name) for folder, _, names in sorted(folders) for name in sorted(names)]
+    """All files in a folder, in order, or the one that `path` is."""
+    return sorted(filter(os.path.isfile, glob(f"{escape(path)}/**", recursive=True))) if os.path.isdir(path) else [path]
 
 
-def expand(pattern):
-    """"d/{000..002}.tar" -> ["d/000.tar", "d/001.tar", "d/002.tar"], as a shell would."""
-    paths = [pattern]
-    while span := re.search(r"\{(\d+)\.\.(\d+)\}", paths[0]):
-        numbers = range(int(span[1]), int(span[2]) + 1)
-        if not 1 <= len(paths) * len(numbers) <= 1_000_000:
-            raise ValueError(f"{pattern}: stands for no file, or for more than a million")
-        paths = [path.replace(span[0], f"{n:0{len(span[1])}d}", 1) for path in paths for n in numbers]
-    return paths
-
-
-class Mapped:
-    """A .npy's array, or any other file's bytes, memory-mapped on first use. Only the path is pickled."""
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Mapped, (self.path,)
-
-    @functools.cached_property
-    def array(self):
-        array = np.load(self.path, mmap_mode="r") if self.path.endswith(".npy") else np.memmap(self.path, mode="r")
-        return np.asarray(array)  # plain arrays are indexed faster than memmaps
+@functools.cache
+def mapped(path):
+    """A .npy's array, or any other file's bytes, memory-mapped, once in each process. (Plain arrays are indexed faster
+    than memmaps.)"""
+    return np.asarray(np.load(path, mmap_mode="r") if path.endswith(".npy") else np.memmap(path, mode="r"))
 
 
 class Records:
     """The user's data, from one or several of: a .json list or .jsonl of objects (`Record.read` knows the forms), a
-    folder of images, WebDataset shards ({000..999} for many). All is read once into an index on disk, which `folder`
+    folder of images, WebDataset shards. All is read once into an index on disk, which `folder`
     keeps for the next time; so each record is one seek away and none lies in memory. An image is opened when needed.
     captioned, questioned: how many have a caption, a question; fingerprint: of all names and texts, wherever they
     lie. Raises ValueError or OSError that names a bad line or file."""
     def __init__(self, paths, size, folder=None):
-        self.size, stamp = size, []
-        paths = [path for pattern in ([paths] if isinstance(paths, str) else paths) for path in expand(pattern)]
-        for path in paths:
-            if not os.path.exists(path):
-                raise FileNotFoundError(f"{path}: no such file or folder")
-            stamp += [(file, os.path.exists(file) and os.stat(file).st_mtime_ns) for file in files_of(path)]
+        self.size, paths = size, [paths] if isinstance(paths, str) else paths
+        stamp = [(file, os.stat(file).st_mtime_ns) for path in paths for file in files_of(path)]
         self.temporary = None if folder else tempfile.TemporaryDirectory()
         folder = folder or self.temporary.name
-        index = os.path.join(folder, f"records-{hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]}.jsonl")
-        try:
-            self.open(index)
-        except Exception:  # not there yet, or left short by a power cut
+        self.lines = os.path.join(folder, f"records-{hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]}.jsonl")
+        if not os.path.exists(self.lines):
             os.makedirs(folder, exist_ok=True)
-            write_index(index, paths)
-            self.open(index)
+            write_index(self.lines, paths)
+        self.fingerprint, self.captioned, self.questioned = json.loads(mapped(self.lines)[self.index[-1, 0]:].tobytes())
 
-    def open(self, path):
-        """The index: one record per line, and totals in the last; its .npy: where each line starts, hashes of names."""
-        self.lines, self.index = Mapped(path), Mapped(f"{path}.npy")
-        totals = self.lines.array[self.index.array[-1, 0]:].tobytes()
-        self.fingerprint, self.captioned, self.questioned = json.loads(totals)
+    @property
+    def index(self):
+        """Where each line starts, and the hash of its image's name."""
+        return mapped(f"{self.lines}.npy")
 
     def __len__(self):
-        return len(self.index.array) - 1
+        return len(self.index) - 1
 
     def record(self, i):
-        start, end = self.index.array[i:i + 2, 0]
-        image, captions, questions, span = json.loads(self.lines.array[start:end].tobytes())
+        start, end = self.index[i:i + 2, 0]
+        image, captions, questions, span = json.loads(mapped(self.lines)[start:end].tobytes())
         return Record(image, tuple(captions), tuple(map(tuple, questions)), tuple(span))
-
-    def version(self, ids):
-        """What those images depend on: their names, when they were last changed, and the size they are brought to."""
-        files = [(record.image, record.span[0] or record.image) for record in map(self.record, ids)]
-        return self.size, [(image, os.path.exists(file) and os.stat(file).st_mtime_ns) for image, file in files]
-
-    def count_images(self):
-        return len(np.unique(self.index.array[:-1, 1]))  # several records may be about one image
 
     def split(self, count):
         """Hold out some images, at most `count` and at most one in twenty, but at least one, chosen by the hash of
         their names, so that all records of an image stay together -> ids held out, ids of the others."""
-        hashes = self.index.array[:-1, 1]
+        hashes = self.index[:-1, 1]
         images = np.unique(hashes)
         last = images[max(1, min(count, len(images) // 20)) - 1]
         return np.flatnonzero(hashes <= last), np.flatnonzero(hashes > last)
@@ -496,12 +451,12 @@ class Records:
 
 
 def write_index(path, sources):
-    """Read the user's files, and write what `Records.open` opens."""
+    """Read the user's files, and write a record per line, totals in the last; in a .npy beside, where each starts."""
     index, digest, incomplete, captioned, questioned = array("q"), hashlib.sha256(), 0, 0, 0
     with replacing(path) as beside, open(beside, "wb") as f:
         for source in tqdm(sources, desc="reading", unit="file", disable=len(sources) == 1):
             folder, before = os.path.isdir(source), f.tell()
-            read = read_folder if folder else read_shard if source.endswith((".tar", ".gz")) else read_list
+            read = read_folder if folder else read_shard if source.endswith(".tar") else read_list
             for record in read(source):
                 if record is None:
                     incomplete += 1
@@ -516,8 +471,7 @@ def write_index(path, sources):
                 raise ValueError(f'{source}: holds no images with "caption", or "question" and "answer"')
         index.extend((f.tell(), 0))
         f.write(json.dumps([digest.hexdigest()[:12], captioned, questioned]).encode())
-    with replacing(f"{path}.npy") as beside, open(beside, "wb") as f:
-        np.save(f, np.reshape(index, (-1, 2)))
+        np.save(f"{path}.npy", np.reshape(index, (-1, 2)))
     if incomplete:
         warn(f"records without an image or a text, left out: {incomplete}")
 
@@ -525,67 +479,55 @@ def write_index(path, sources):
 # ---------------------------------------------------------------- what training takes: images or latents, in batches
 
 
-def readable(source, i, bad):
-    """Image i (H,W,3); None if it cannot be read, and then `bad` gets the message."""
+def readable(source, i):
+    """Image i (H,W,3); None, and a warning, if it cannot be read."""
     try:
         return source.image(i)
     except (ValueError, OSError) as error:
-        bad.append(str(error))
-
-
-def check_bad(bad, position):
-    """Raises ValueError if more than a hundred of the last thousand images were bad: then something else is wrong.
-    bad: [(position, message)] so far."""
-    recent = [message for at, message in bad if at > position - 1000]
-    if len(recent) > 100:
-        raise ValueError(f"more than 100 bad images among the last thousand: mend the data; the last: {recent[-1]}")
+        warn_once(f"{error}; left out")
 
 
 class Subset(NamedTuple):
     """Some records of a source."""
     source: object                 # World or Records
     ids: np.ndarray                # which records
-    latents: Mapped | None = None  # array[i]: moments of image i
+    latents: str = ""             # a .npy; its [i]: moments of image i
 
-    def record(self, k, bad):
+    def record(self, k):
         """-> which record the k-th is, and its image: moments (2,C,h,w), or pixels (3,H,W) in [-1,1]. An image that
-        cannot be read is replaced by the next; `bad` gets the message."""
-        for i in (int(self.ids[n % len(self.ids)]) for n in range(k, k + 1000)):
-            if self.latents is not None:
-                return i, torch.tensor(self.latents.array[i])
-            if (image := readable(self.source, i, bad)) is not None:
+        cannot be read is replaced by the next."""
+        for i in (int(self.ids[n % len(self.ids)]) for n in range(k, k + 100)):
+            if self.latents:
+                return i, torch.tensor(mapped(self.latents)[i])
+            if (image := readable(self.source, i)) is not None:
                 return i, torch.from_numpy(to_pixels([image])[0])
-        raise ValueError(f"a thousand bad images in a row, the last: {bad[-1]}")
+        raise ValueError("a hundred images in a row cannot be read: mend the data")
 
 
 def with_latents(subset, vae, folder, limit):
     """The subset with its images encoded, if they are at most `limit`. Done once: later stages and runs find the
-    moments in a file whose name is a hash of all that they depend on. Bad images are left out of the subset, NaN in the
-    file, and named in a list beside it. Raises ValueError if no image can be read."""
+    moments in a file whose name is a hash of all that they depend on. Bad images are left out of the subset, and NaN in
+    the file. Raises ValueError if no image can be read."""
     source, ids, _ = subset
     if len(ids) > limit:
         return subset
     side = source.size // vae.config.factor
     shape = (vae.config.latent_channels, side, side)
-    key = hashlib.sha256(repr((source.version(ids), shape)).encode())
+    key = hashlib.sha256(repr((source.fingerprint, source.size, len(ids), shape)).encode())
     for tensor in vae.state_dict().values():
         key.update(tensor.float().cpu().numpy().tobytes())
     path = os.path.join(folder, f"latents-{key.hexdigest()[:12]}.npy")
-    latents = Mapped(path)
-    with claim(os.path.join(folder, ".latents.lock"), wait=True):  # two stages may start at once
-        try:
-            latents.array
-        except Exception:  # not there yet, or cut off by a power cut
-            encode_images(source, ids, vae, (int(max(ids)) + 1, 2, *shape), path)
-    ids = ids[~np.isnan(latents.array[ids, 0, 0, 0, 0])]
+    if not os.path.exists(path):
+        encode_images(source, ids, vae, (int(max(ids)) + 1, 2, *shape), path)
+    ids = ids[~np.isnan(mapped(path)[ids, 0, 0, 0, 0])]
     if not len(ids):
-        raise ValueError(f"{path}.bad.txt: none of the images can be read")
-    return Subset(source, ids, latents)
+        raise ValueError("none of the images can be read")
+    return Subset(source, ids, path)
 
 
 @torch.no_grad()
 def encode_images(source, ids, vae, shape, path):
-    bad, device = [], next(vae.parameters()).device
+    device = next(vae.parameters()).device
     tqdm.write(f"encoding the images of {len(ids):,} records once, into {path}", file=sys.stderr)
     if (total := 2 * np.prod(shape)) > shutil.disk_usage(os.path.dirname(path) or ".").free:
         raise OSError(f"{path} would take {total / 1e9:.1f} GB, and the disk has less: free some, or give a smaller "
@@ -593,19 +535,12 @@ def encode_images(source, ids, vae, shape, path):
     with replacing(path) as beside:
         latents = np.lib.format.open_memmap(beside, "w+", np.float16, shape)
         for part in slices(len(ids), source.size, source.size, "encoding"):
-            messages = []
-            images = {i: image for i in ids[part].tolist() if (image := readable(source, i, messages)) is not None}
-            bad += [(part.stop, message) for message in messages]
-            check_bad(bad, part.stop)
+            images = {i: image for i in ids[part].tolist() if (image := readable(source, i)) is not None}
             latents[ids[part]] = np.nan
             if images:
                 moments = vae.encode(torch.from_numpy(to_pixels(images.values())).to(device))
                 latents[list(images)] = torch.stack(moments, 1).float().cpu().numpy()
         latents.flush()
-        if bad:
-            with open(f"{path}.bad.txt", "w", errors="backslashreplace") as f:
-                f.writelines(f"{message}\n" for _, message in bad)
-            warn(f"{len(bad)} of {len(ids)} images cannot be read and are left out: {path}.bad.txt names them")
 
 
 class Batch(NamedTuple):
@@ -617,7 +552,6 @@ class Batch(NamedTuple):
     maskable: torch.Tensor            # (B,L) bool, which of them may be masked
     rows: slice                       # which rows of the step's whole batch these are
     seed: int                         # of the step
-    bad: list                         # messages about images that could not be read
 
 
 class Batches(torch.utils.data.Dataset):
@@ -634,32 +568,29 @@ class Batches(torch.utils.data.Dataset):
         batches, first = [], step * self.recipe.batch
         size = (self.rows.stop - self.rows.start) // self.passes
         for start in range(self.rows.start, self.rows.stop, size):
-            bad, rows = [], slice(start, start + size)
-            images, text_images, *texts = zip(*(self.row(first + k, bad) for k in range(start, start + size)))
+            rows = slice(start, start + size)
+            images, text_images, *texts = zip(*(self.row(first + k) for k in range(start, start + size)))
             text_images = None if self.texts is self.images else torch.stack(text_images)
             batches.append(Batch(torch.stack(images), text_images, *map(torch.tensor, texts), rows,
-                                 self.seed * 1_000_003 + step, bad))
+                                 self.seed * 1_000_003 + step))
         return batches
 
-    def row(self, n, bad):
+    def row(self, n):
         """Row n of the stream -> image, image of the text loss, caption's ids, text's ids, and which are maskable."""
         recipe, tokenizer, rng = self.recipe, self.tokenizer, np.random.default_rng([self.seed, 1, n])
-        i, image = self.record(self.images, n, bad)
-        caption = text = self.images.source.caption(i, rng)
-        j, text_image = i, image
-        if self.texts is not self.images:
-            j, text_image = self.record(self.texts, n, bad)
-            text = self.texts.source.caption(j, rng)
-        ask = rng.random() < recipe.questions or text is None
-        question = self.texts.source.question(j, rng) if ask else None
-        caption = "" if caption is None or rng.random() < recipe.drop else caption
-        ids, maskable = (tokenizer.question_ids(*question, recipe.length) if question else
-                         tokenizer.caption_ids(text, recipe.length))
+        i, image = self.record(self.images, n)
+        caption, text = draw_texts(self.images.source, i, rng, recipe)
+        text_image = image
+        if self.texts is not self.images:  # stage 2hr
+            j, text_image = self.record(self.texts, n)
+            text = draw_texts(self.texts.source, j, rng, recipe)[1]
+        ids, maskable = (tokenizer.caption_ids(text, recipe.length) if isinstance(text, str) else
+                         tokenizer.question_ids(*text, recipe.length))
         return image, text_image, tokenizer.encode(caption, recipe.length), ids, maskable
 
-    def record(self, subset, n, bad):
+    def record(self, subset, n):
         epoch, k = divmod(n, len(subset.ids))
-        return subset.record(self.order(len(subset.ids), epoch)[k], bad)
+        return subset.record(self.order(len(subset.ids), epoch)[k])
 
     @functools.lru_cache(maxsize=4)  # the last two epochs of two subsets, 8 bytes per record
     def order(self, total, epoch):
@@ -682,15 +613,7 @@ def warn(message):
     tqdm.write(f"warning: {message}", file=sys.stderr)  # tqdm's, or it would run into a bar
 
 
-def checksum(path):
-    """Tells a file from another of the same name: its size, and a checksum of 256 pieces of it; None of a folder."""
-    if os.path.isfile(path):
-        size, code = os.path.getsize(path), 0
-        with open(path, "rb") as f:
-            for k in range(256):
-                f.seek(size * k // 256)
-                code = zlib.crc32(f.read(4096), code)
-        return f"{size}-{code:08x}"
+warn_once = functools.cache(warn)
 
 
 def one_line(error):
@@ -698,58 +621,40 @@ def one_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[-1][:120]
 
 
-def parse(raw, where, kind, form="an object"):
-    """Bytes or str -> what they hold: JSON (`kind` list or dict), or of bytes the text (`kind` str). For messages:
-    `where`, and `form`, what a value of that kind looks like here. Raises ValueError with one line."""
+def parse(raw, where, kind):
+    """JSON, bytes -> what they hold, a list or dict (`kind`). Raises ValueError with one line, which begins `where`."""
     try:
-        value = str(raw, "utf-8-sig") if kind is str else json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        why = one_line(error).replace("line 1 ", "")  # of a .jsonl, `where` has the line
-        raise ValueError(f"{where}: not valid {'UTF-8' if kind is str else 'JSON'} ({why})") from None
+        value = json.loads(raw)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({one_line(error)})") from None
     if not isinstance(value, kind):
-        raise ValueError(f"{where}: want {form}")
+        raise ValueError(f'{where}: want {{"image": path, "caption": text}}{", in a list" * (kind is list)}')
     return value
-
-
-def regular_file(path):
-    """The path, if a file is there; a pipe might wait for ever, a device never end (ValueError)."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: {'a folder, ' * os.path.isdir(path)}not a regular file")
-    return path
 
 
 @contextmanager
 def replacing(path):
-    """-> where to write a file: beside `path`, which it replaces once it is whole and on the disk. So nobody ever meets
-    half a file, and a full disk or a Ctrl-C leaves what was there. Raises OSError with one line; a mistake in what is
-    to be written (ValueError) or in another file passes as it is."""
-    beside = f"{path}.partial"
+    """-> where to write a file: beside `path`, which it replaces once it is whole. So a full disk or a Ctrl-C leaves
+    what was there. Raises OSError with one line; a mistake in what is to be written (ValueError) passes as it is."""
     try:
-        if os.path.lexists(beside):  # left by a kill; or a link, through which nothing must be written
-            os.remove(beside)
-        yield beside
+        yield f"{path}.partial"
         os.umask(umask := os.umask(0))  # it can only be read by setting it
-        os.chmod(beside, 0o666 & ~umask)  # some libraries give files narrower rights than files have here
-        with open(beside, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except BaseException as error:
-        if os.path.isfile(beside):
-            os.remove(beside)
-        other = getattr(error, "filename", None) not in (None, beside)
-        if other or isinstance(error, ValueError) or not isinstance(error, Exception):
+        os.chmod(f"{path}.partial", 0o666 & ~umask)  # safetensors gives files narrower rights than files have here
+        os.replace(f"{path}.partial", path)
+    except Exception as error:
+        if os.path.isfile(f"{path}.partial"):
+            os.remove(f"{path}.partial")
+        if isinstance(error, ValueError):
             raise
         raise OSError(f"{path}: could not be written ({one_line(error)})") from None
 
 
-def claim(path, wait=False):
+def claim(path):
     """-> a lock, held until closed, so that no two runs write the same files (kill -9 on torchrun leaves its workers
-    running). Where another run holds it: waits, or raises OSError."""
-    lock = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w")
+    running). Raises OSError where another run holds it."""
+    lock = open(path, "a")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OSError(f"{os.path.dirname(path)}: another run is at work here; let it end, or stop its processes")
     return lock

@@ -55,18 +55,13 @@ def stratified_times(n, eps=MIN_TIME, generator=None):
     return eps + (1 - eps) * t
 
 
-def mask_tokens(tokens, t, maskable, mask_id, generator=None):
+def mask_tokens(tokens, t, maskable, mask_id, chance):
     """The forward process of text: each maskable token becomes the mask independently, with probability 1 - alpha(t).
 
-    tokens (B,L) long, t (B,), maskable (B,L) bool -> noisy (B,L); masked (B,L) bool, which tokens are now the mask."""
-    masked = (torch.rand(tokens.shape, generator=generator) < 1 - alpha(t.double())[:, None]) & maskable  # Eq. 6
+    tokens (B,L) long, t (B,), maskable (B,L) bool, chance (B,L) uniform random numbers -> noisy (B,L); masked (B,L)
+    bool, which tokens are now the mask."""
+    masked = (chance < 1 - alpha(t.double())[:, None]) & maskable  # Eq. 6
     return torch.where(masked, mask_id, tokens), masked
-
-
-def flat_positions(mask):
-    """(B,L) bool -> (N,) long: the positions that are true, counted row by row. (Best called on the CPU: on a GPU the
-    program would wait for the count.)"""
-    return mask.flatten().nonzero()[:, 0]
 
 
 def masked_diffusion_loss(logits, tokens, masked, t):
@@ -86,12 +81,9 @@ def masked_diffusion_loss(logits, tokens, masked, t):
     SUBS, two facts that the network need not learn: the mask token is never right, so its logit, the last of the V, is
     left out; and a token that is not masked is known, so it costs nothing.
 
-    logits (B,L,V), or (N,V) at the N masked positions in row order; tokens (B,L); masked (B,L) bool, or (N,) from
-    `flat_positions`; t (B,); all on one device -> scalar."""
-    positions = masked if masked.ndim == 1 else flat_positions(masked)
-    logits = logits.flatten(0, 1)[positions] if logits.ndim == 3 else logits
-    nats = F.cross_entropy(logits[:, :-1].float(), tokens.flatten()[positions], reduction="none")
-    weight = reveal_rate(t)[positions // tokens.shape[1]]
+    logits (N,V) at the N masked tokens; tokens (B,L); masked: where, an index of them; t (B,) -> scalar."""
+    nats = F.cross_entropy(logits[:, :-1].float(), tokens[masked], reduction="none")
+    weight = reveal_rate(t)[:, None].expand(tokens.shape)[masked]
     return (weight * nats).sum() / tokens.numel()  # Eq. 7
 
 
@@ -130,7 +122,7 @@ class TextHalf(NamedTuple):
     latents: torch.Tensor   # (B,C,H,W) clean
     tokens: torch.Tensor    # (B,L) clean
     noisy: torch.Tensor     # (B,L) the same, some of them masked
-    masked: torch.Tensor    # (N,) where, as `flat_positions`
+    masked: tuple           # where: rows (N,), columns (N,)
     t: torch.Tensor         # (B,) sets how many are masked, and their weight; the network gets 0
 
 
@@ -144,12 +136,13 @@ def joint_loss(ddit, t5, images, texts, text_weight=0.2, image_weight=1.0):
         rows 0 .. n-1     noisy latents    caption        t      -> velocity, image loss
         rows n .. n+m-1   clean latents    masked text    0      -> logits at the masked tokens, text loss
     """
-    n, length = images.captions.shape
+    n = len(images.captions)
     latents = torch.cat([noise_latents(images.latents, images.noise, images.t), texts.latents])
     times = torch.cat([images.t, torch.zeros_like(texts.t)])
     states = t5(torch.cat([images.captions, texts.noisy]))
-    masked = n * length + texts.masked  # in the stack, the texts stand n rows further down
-    velocity, logits = ddit(latents, times, states, predict=masked, image_rows=n)
+    rows, columns = texts.masked
+    predict = n + rows, columns  # in the stack, the texts stand n rows further down
+    velocity, logits = ddit(latents, times, states, predict=predict, image_rows=n)
     image_loss = flow_matching_loss(velocity, images.latents, images.noise)              # Eq. 8, images
     text_loss = masked_diffusion_loss(logits, texts.tokens, texts.masked, texts.t)       # Eq. 8, text
     return image_weight * image_loss + text_weight * text_loss, image_loss, text_loss    # Eq. 9

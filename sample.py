@@ -13,27 +13,22 @@ References:
   Ben-Hamu et al., Entropy-Bounded Unmasking, arXiv 2505.24857: as many at once as are nearly certain
 """
 import argparse
-import json
 import os
 import re
-import signal
 import sys
 import textwrap
-import time
 
 # Idle OpenMP threads spin. Beside other busy programs, without this limit, small tensors are 10 to 70 times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-from torch.nn.functional import adaptive_max_pool2d
 from tqdm import tqdm
 
 import losses
 import model
-from data import EXTENSIONS, checksum, load_image, one_line, replacing, slices, to_images, to_pixels, warn
+from data import EXTENSIONS, load_image, replacing, slices, to_images, to_pixels, warn
 from model import DTYPES, DualDiffusion
-from t5 import unseen_words
 
 
 def time_grid(steps, shift):
@@ -42,7 +37,7 @@ def time_grid(steps, shift):
     return shift * t / (1 + (shift - 1) * t)
 
 
-def denoise(dd, x, prompts, negative, length, steps, cfg, shift, steer):
+def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
     """Noise (B,C,h,w) -> pixels (B,3,8h,8w), all prompts at once: Euler's steps along the ODE, from t = 1 to 0.
 
     Guidance predicts two velocities, one for the prompt and one for the negative text (most often empty), and takes
@@ -54,22 +49,24 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, steer):
     for t, t_next in zip(grid, grid[1:]):
         latents = torch.cat([x, x]) if guided else x
         times = torch.full((len(latents),), t, device=dd.device)
-        velocity = dd.ddit(latents, times, states, predict=torch.zeros(0).long())[0].float()  # no logits
+        velocity = dd.ddit(latents, times, states, predict=([], []))[0].float()  # no logits
         if guided:
             with_prompt, with_negative = velocity.chunk(2)
             velocity = with_negative + cfg * (with_prompt - with_negative)  # Eq. 10
-        x = x + (t_next - t) * steer(x, t, velocity)  # Eq. 2
+        if watch:
+            watch(x, t, velocity)
+        x = x + (t_next - t) * velocity  # Eq. 2
     return finite(dd.decode_image(x))
 
 
 @torch.no_grad()
 def text_to_image(dd, prompts, negative="", height=None, width=None, length=None, steps=28, cfg=None, shift=None,
-                  noise=None, generator=None, steer=lambda x, t, velocity: velocity):
+                  noise=None, generator=None, watch=None):
     """Draw one image per prompt -> pixels (B,3,height,width) in [-1,1].
 
     negative: the text that guidance leads away from; length: tokens that a prompt is padded to; height, width: pixels,
     multiples of 16; steps: of Euler, 28 is SD3's; cfg: guidance, 1 is none; shift: of the time grid; noise
-    (B,C,H/8,W/8): what to start from; steer: sees each velocity and may change it. Sizes, length, cfg and shift are by
+    (B,C,H/8,W/8): what to start from; watch: is shown each velocity. Sizes, length, cfg and shift are by
     default the checkpoint's. Raises ValueError for a size that the model cannot take."""
     settings, vae = dd.config.settings, dd.config.vae
     height, width, length = height or settings.size, width or settings.size, length or settings.length
@@ -77,7 +74,7 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
     if noise is None:
         noise = torch.randn(len(prompts), vae.latent_channels, *latent_size(dd, height, width), generator=generator)
     parts = slices(len(prompts), noise.shape[2] * vae.factor, noise.shape[3] * vae.factor)
-    return torch.cat([denoise(dd, noise[k], prompts[k], negative, length, steps, cfg, shift, steer) for k in parts])
+    return torch.cat([denoise(dd, noise[k], prompts[k], negative, length, steps, cfg, shift, watch) for k in parts])
 
 
 def revealed_share(steps):
@@ -174,6 +171,18 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
     return torch.where(tokens == mask_id, eos_id, tokens), passes
 
 
+def draw_tokens(logits, temperature, generator):
+    """logits (N,V) -> tokens (N,), their probabilities, the entropies (nats) of their distributions. In float64, for
+    float32 noise would silently lower the temperature; and so 256 rows at a time. The mask token, the last of the V, is
+    never drawn."""
+    parts = []
+    for part in logits.split(256):
+        probs = torch.softmax(part[:, :-1].double() / (temperature or 1.0), dim=1)
+        ids = torch.multinomial(probs, 1, generator=generator) if temperature else probs.argmax(1, keepdim=True)
+        parts.append((ids[:, 0], probs.gather(1, ids)[:, 0], torch.special.entr(probs).sum(1)))
+    return [torch.cat(column) for column in zip(*parts)]
+
+
 def caption(dd, images, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
     """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; "auto": as many as it takes;
     steps: forward passes at most. order: default "entropy" (needs no steps); if steps are given "random", the paper's.
@@ -190,23 +199,12 @@ def answer(dd, images, questions, length=None, steps=None, order=None, temperatu
 
 def infill(dd, images, texts, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
     """Fill in the blanks of one text per image -> list of str. Every underscore stands for one token."""
-    texts = [dd.tokenizer.blank_ids(text, length or dd.config.settings.length) for text in texts]
+    length = dd.config.settings.length if length in (None, "auto") else length
+    texts = [dd.tokenizer.blank_ids(text, length) for text in texts]
     return unmask_texts(dd, images, texts, length, steps, order, temperature, generator, watch, whole=True)
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
-
-
-def draw_tokens(logits, temperature, generator):
-    """logits (N,V) -> tokens (N,), their probabilities, the entropies (nats) of their distributions. In float64, for
-    float32 noise would silently lower the temperature; and so 256 rows at a time. The mask token, the last of the V, is
-    never drawn."""
-    parts = []
-    for part in logits.split(256):
-        probs = torch.softmax(part[:, :-1].double() / (temperature or 1.0), dim=1)
-        ids = torch.multinomial(probs, 1, generator=generator) if temperature else probs.argmax(1, keepdim=True)
-        parts.append((ids[:, 0], probs.gather(1, ids)[:, 0], torch.special.entr(probs).sum(1)))
-    return [torch.cat(column) for column in zip(*parts)]
 
 
 def latent_size(dd, height, width):
@@ -282,7 +280,8 @@ def score(dd, images, texts, length=None, draws=64, seed=0):
         generator, latents = torch.Generator().manual_seed(seed), dd.encode_image(image[None])
         t = losses.stratified_times(draws, generator=generator)
         tokens, maskable = (torch.tensor(row).expand(draws, -1) for row in text_ids(dd, text, length))
-        noisy, masked = losses.mask_tokens(tokens, t, maskable, dd.tokenizer.mask_id, generator)
+        noisy, masked = losses.mask_tokens(tokens, t, maskable, dd.tokenizer.mask_id,
+                                            torch.rand(tokens.shape, generator=generator))
         nats.append(0)
         for part in slices(draws, *images.shape[2:]):
             logits = text_logits(dd, latents.expand(len(t[part]), -1, -1, -1), noisy[part], masked[part])
@@ -307,18 +306,6 @@ def keep_likeliest(dd, pixels, prompts, count, length=None):
     return pixels.unflatten(0, nats.shape)[torch.arange(len(nats)), nats.argmin(1)]
 
 
-@torch.no_grad()
-def edit(dd, pixels, inside, prompts, steer, **how):
-    """Draw a part of an image anew, once per prompt -> (B,3,H,W). pixels (1,3,H,W) in [-1,1]; inside (1,1,H,W) bool is
-    the part. The rest becomes the autoencoder's reconstruction: its latents follow the line from the noise to their
-    known end, so they are always as noisy as the others. The other arguments are text_to_image's."""
-    latents = dd.encode_image(pixels)
-    cells = adaptive_max_pool2d(inside.float(), latents.shape[2:]).bool().to(dd.device)
-    drawn = text_to_image(dd, prompts, **how, steer=lambda x, t, velocity: steer(
-        x, t, torch.where(cells, velocity, (x - latents) / t)))
-    return torch.where(inside.to(drawn.device), drawn, dd.decode_image(latents))
-
-
 def finite(tensor):
     """The tensor itself. Raises ValueError if it holds NaN or infinity."""
     if not tensor.isfinite().all():
@@ -333,28 +320,14 @@ torch.backends.cudnn.allow_tf32 = False  # or fp32's convolutions would have 10 
 
 
 def fail(message, status=2):
-    """End the program after a user's mistake, with one line. If all processes of a run fail alike, the first prints it:
-    the others wait for torchrun, which ends them when the first is gone."""
-    if os.environ.get("RANK", "0") != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
-    if sys.stderr:
-        tqdm.write(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)  # not into a bar
+    """End the program after a user's mistake, with one line."""
+    tqdm.write(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)  # not into a bar
     sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):
-    where = ""  # for messages: the PNG that the arguments are from
-
     def error(self, message):
-        fail(f"{self.where}{message} (--help shows how)")
-
-    def parse_args(self, args=None):
-        args = super().parse_args(args)
-        for name in ("ckpt", "init", "t5", "vae", "spiece", "out", "edit", "again", "preview"):
-            if getattr(args, name, None) == "" != self.get_default(name):  # as from a shell's "$UNSET"
-                fail(f"--{name} is empty: give a name, or leave it out")
-        return args
+        fail(f"{message} (--help shows how)")
 
 
 def default_device():
@@ -372,18 +345,6 @@ def existing_device(name):
     return torch.device(kind) if kind == "cpu" else torch.device(kind, int(index))
 
 
-def number(kind, low, high):
-    """An argparse type: an int or float (`kind`) in that range."""
-    def number(text):  # argparse's messages show this name
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
-    return number
-
-
-seed = number(int, 0, 2 ** 40)  # what random generators can be seeded with
-
-
 def add_parts(parser):
     """The arguments that take parts of a model from other files."""
     parser.add_argument("--t5", metavar="FILE", help="a file or folder to take T5 from")
@@ -393,53 +354,20 @@ def add_parts(parser):
 
 def run_program(main, stopped="stopped", lower="--size, or give --offload"):
     """Run main(). A user's mistake gives one line and exit status 2; so does too little memory, and the line says what
-    to lower. Ctrl-C prints `stopped` (130). If the reader of our output has left (| head), it ends in silence (141)."""
-    if sys.stdout is None:
-        fail("stdout is closed")
-    sys.stdout.reconfigure(errors="replace")  # a narrow locale: a question mark, not a traceback
+    to lower. Ctrl-C prints `stopped` (130)."""
     try:
-        try:
-            main()
-        finally:
-            try:
-                sys.stdout.flush()
-            except OSError as error:  # Python will try once more when it ends
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                raise OSError(error.errno, error.strerror, "stdout") from None
-    except BrokenPipeError:
-        sys.exit(141)
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has left (| head)
+        os._exit(141)
     except KeyboardInterrupt:
         fail(stopped, 130)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):
-            fail(f"a process that makes batches failed ({one_line(error)}); the same command goes on from "
-                 "the last checkpoint")
-        if isinstance(error, (ValueError, OSError)):
-            fail(error)
+    except (ValueError, OSError) as error:
+        fail(f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error)
+    except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate|ALLOC_FAILED", str(error)):
             raise
         fail(f"out of memory: lower {lower}")
-
-
-def describe(config, parts, tokenizer):
-    """What `inspect` returns, in words: of each part its parameters, types, size, file and configuration."""
-    lines = {title: "missing" for title in [*model.PART_NAMES.values(), "tokenizer"]}
-    for part, tensors in parts.items():
-        with torch.device("meta"):
-            names = model.MODULES[part](getattr(config, part)).state_dict()
-        stored = [info for name in names for info in tensors.pieces(name)]
-        counts, types = [torch.Size(info.shape).numel() for info in stored], [info.dtype for info in stored]
-        size = sum(n * model.TYPES.get(dtype, torch.int8).itemsize for n, dtype in zip(counts, types)) / 1e9
-        lines[model.PART_NAMES[part]] = (f"{sum(counts):,} parameters, {', '.join(sorted(set(types)))}, {size:.3f} GB, "
-                                   f"in {tensors.path}\n{'':12s} {getattr(config, part)}")
-    if tokenizer:
-        lines["tokenizer"] = f"{tokenizer.vocab_size} tokens, the mask token among them"
-    able = "can draw and read" if model.HEAD in parts.get("ddit", ()) else (
-        "can draw; to read, it must be trained first (no text head)")
-    if "missing" in lines.values():
-        able = "can do nothing yet: give what is missing (--t5, --vae, --spiece)"
-    lines["settings"] = config.settings
-    return "\n".join([*(f"{title:12s} {words}" for title, words in lines.items()), able])
 
 
 def grid(images, columns, gap=2):
@@ -465,48 +393,21 @@ def sheet(path, cells, columns=4, width=192):
 
 # ---------------------------------------------------------------- what a drawing tells of itself
 
-RECORDED = "t2i edit mask ckpt t5 vae spiece dtype seed steps length num best_of cfg negative size".split()
-
-
 def record(args, prompts, **settings):
-    """-> text chunks for a PNG: "parameters" in the form in which viewers of such images read them, and "arguments",
-    from which --again draws it again."""
+    """-> a PNG's text chunk "parameters", in the form in which viewers of such images read it."""
     negative, chunks = [f"Negative prompt: {args.negative}"] * bool(args.negative), PngImagePlugin.PngInfo()
-    lines = [*prompts, *negative, ", ".join(f"{name}: {value}" for name, value in settings.items())]
-    chunks.add_text("parameters", "\n".join(lines))
-    arguments = {name: value for name, value in vars(args).items() if name in RECORDED and value is not None}
-    chunks.add_text("arguments", json.dumps(arguments | {"checksum": checksum(args.ckpt or SHIPPED)}))
+    chunks.add_text("parameters", "\n".join(
+        [*prompts, *negative, ", ".join(f"{name}: {value}" for name, value in settings.items())]))
     return chunks
-
-
-def recorded_arguments(path):
-    """A PNG with a record -> its arguments, as they could be typed, and its checkpoint's checksum or None. Raises
-    ValueError, OSError with one line."""
-    try:
-        with Image.open(path) as image:
-            values = json.loads(image.text["arguments"])
-            return [f"--{name.replace('_', '-')}={value}" for name in RECORDED if name in values
-                    for value in (values[name] if isinstance(values[name], list) else [values[name]])
-                    ], values.get("checksum")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image") from None
-    except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError):
-        raise ValueError(f"{path}: holds no record of how it was drawn: only whole PNGs of this program do") from None
 
 
 def watch_text(tokenizer, passes):
     """-> what `unmask` calls after every pass: it adds the first text to `passes`, as pairs of a word and whether it is
-    new, and on a terminal shows how it fills in."""
+    new."""
     def watch(tokens, reveal):
         words = {tokenizer.mask_id: "", tokenizer.eos_id: "·"}
         words = [words[i] if i in words else tokenizer.pieces.id_to_piece(i) for i in tokens[0].tolist()]
         passes.append(list(zip(words, reveal[0].tolist())))
-        if sys.stderr.isatty():
-            line = "".join(f"\033[7m{word}\033[0m" if new else word or " _" for word, new in passes[-1])
-            room = 2 + len(words) // 8  # lines: first of all, scroll so far
-            start = "\n" * room + f"\033[{room}A\0337" if len(passes) == 1 else "\0338\033[J"
-            print(f"{start}{len(passes):3d} {line.replace('▁', ' ')}", file=sys.stderr, flush=True)
-            time.sleep(0.1)
     return watch
 
 
@@ -529,17 +430,13 @@ def text_page(passes):
 
 def width_and_height(text):
     """An argparse type: "512" or "768x512"."""
-    sides = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if not sides:
-        raise argparse.ArgumentTypeError(f"{text} is not like 512 or 768x512")
-    return int(sides[1]), int(sides[2] or sides[1])
+    sides = [int(side) for side in text.split("x")]
+    return sides[0], sides[-1]
 
 
 def text_length(text):
     """An argparse type: a number of tokens, or "auto"."""
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is neither a number nor auto")
-    return text if text == "auto" else number(int, 8, 4096)(text)
+    return text if text == "auto" else int(text)
 
 
 def parse_args():
@@ -549,119 +446,63 @@ def parse_args():
     add("--caption", nargs="+", action="extend", metavar="IMAGE", default=[])
     add("--t2i", nargs="+", action="extend", metavar="TEXT", default=[])
     add("--infill", nargs="+", action="append", metavar="IMAGE ... TEXT", default=[], help="an underscore is one token")
-    add("--edit", metavar="IMAGE", help="draw a part of it anew, as --t2i's text says")
-    add("--mask", nargs="+", metavar="IMAGE TEXT", help="for --edit: an image, white in that part, and the text")
-    add("--again", metavar="PNG", help="draw again what this PNG shows: it carries its prompts and settings; "
-        "other flags count, too")
     group = parser.add_argument_group("the model")
     add = group.add_argument
     add("--ckpt", metavar="FILE", help="a file of ours or of SD3, or a folder in diffusers layout; default: the small "
         "model that ships")
     add_parts(group)
-    add("--describe", action="store_true", help="print what the checkpoint is; its weights are not read")
-    add("--export", metavar="DIR", help="write the checkpoint in diffusers layout, as the authors' release has it")
     add("--device", type=existing_device, default=default_device(), help="default: the GPU, if there is one")
     add("--dtype", choices=list(DTYPES), help="to compute in; default: bf16 on a GPU, fp32 on a CPU")
     add("--offload", action="store_true", help="keep T5 on the CPU, if GPU memory is short")
     add = parser.add_argument_group("how to do it").add_argument
-    add("--seed", type=seed, default=0, help="of the random numbers; default: 0")
-    add("--steps", type=number(int, 1, 10_000), help="of sampling; default: 28 to draw; to read in random "
+    add("--seed", type=int, default=0, help="of the random numbers; default: 0")
+    add("--steps", type=int, help="of sampling; default: 28 to draw; to read in random "
         "order the checkpoint's, for --infill one per token")
     add("--order", choices=list(ORDERS), help="of unmasking text; default: entropy, which chooses its own number of "
         "steps; with --steps: random, the paper's")
-    add("--temperature", type=float, default=0.0, help="of drawing tokens: divides the logits; default: 0, always the "
-        "likeliest; with 1 and random order, samples are exact")
+    add("--temperature", type=float, default=0.0, help="of drawing tokens: divides the logits; "
+        "default: 0, always the likeliest; with 1 and random order, samples are exact")
     add("--length", type=text_length, help="of a text, in tokens; auto: captions and answers as long as they need; "
         "default: the checkpoint's")
     add("--options", nargs="+", default=[], metavar="ANSWER", help="rank these answers to --vqa by their probability")
     add("--suffix", metavar="TEXT", help="added to every question; default: the checkpoint's")
-    add("--num", type=number(int, 1, 10 ** 6), default=1, help="images per prompt; default: 1")
-    add("--best-of", type=number(int, 1, 1000), default=1, metavar="N", help="draw N images for each, and keep the one "
+    add("--num", type=int, default=1, help="images per prompt; default: 1")
+    add("--best-of", type=int, default=1, metavar="N", help="draw N images for each, and keep the one "
         "from which the model itself most likely reads the prompt; default: 1")
-    add("--cfg", type=number(float, -1000, 1000), help="guidance, a factor; 1: none; default: the checkpoint's")
+    add("--cfg", type=float, help="guidance, a factor; 1: none; default: the checkpoint's")
     add("--negative", default="", metavar="TEXT", help="what guidance leads away from; default: the empty text")
     add("--size", type=width_and_height, metavar="SIDES", help="pixels, 512 or 768x512; default: the checkpoint's")
     add("--trace", default="", metavar="FILE", help="an image of how it came about: of a text a row per pass, of a "
         "drawing an image per step (a .gif moves)")
     add("--out", default="out.png", help="the image, or the page of all images; default: out.png")
     args = parser.parse_args()
-    if args.again is not None:
-        args = with_record(parser, args)
-    return checked(args, parser)
-
-
-NEEDS = {**dict.fromkeys(("out", "num", "best_of", "cfg", "negative"), ["t2i"]),  # which flag is about which work
-         **dict.fromkeys(("order", "temperature"), ["caption", "vqa", "infill"]), "options": ["vqa"], "suffix": ["vqa"]}
-
-
-def with_record(parser, typed):
-    """The arguments of --again: those that the PNG carries, and those that were typed, which count more."""
-    if typed.t2i or typed.mask:
-        fail(f"--again {typed.again}: the PNG has its own prompts; leave --t2i and --mask out")
-    recorded, drawn_by = recorded_arguments(typed.again)
-    parser.where = f"{typed.again}: "
-    args = parser.parse_args([*recorded, *sys.argv[1:]])
-    if not args.t2i:
-        fail(f"{args.again}: does not show a drawing, which alone can be drawn again")
-    if typed.ckpt is None and drawn_by not in (None, checksum(args.ckpt or SHIPPED)):
-        warn(f"{args.ckpt or SHIPPED} is not the checkpoint that drew {args.again}")
-    return args
-
-
-def checked(args, parser):
-    """The arguments themselves, if they make sense as a whole."""
-    if args.mask:
-        args.mask, args.t2i = args.mask[0], args.t2i + args.mask[1:]
-    for name, needs in NEEDS.items():
-        if getattr(args, name) != parser.get_default(name) and not any(getattr(args, need) for need in needs):
-            fail(f"--{name.replace('_', '-')} has no part in this: it wants --{' or --'.join(needs)}")
-    if bool(args.edit) != bool(args.mask) or args.edit and not args.t2i:
-        fail("to edit, give an image, a mask and a text: --edit img.png --mask mask.png \"...\"")
     for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):
-        if any(len(job) < 2 or not job[-1].strip() for job in getattr(args, name)):
+        if any(len(job) < 2 for job in getattr(args, name)):
             fail(f"--{name} wants an image and then {what}: --{name} img.png \"...\"")
-    drawn_on, again = [args.edit, args.mask] if args.edit else [], [args.again] if args.again else []
-    outputs = ["out"] * bool(args.t2i) + ["trace"] * bool(args.trace)
-    for paths in (args.caption, drawn_on, again, *(paths for *paths, _ in args.vqa + args.infill)):
+    for paths in (args.caption, *(paths for *paths, _ in args.vqa + args.infill)):
         if missing := [path for path in paths if not os.path.exists(path)]:
-            quotes = " (a question goes in quotes)" if len(paths) > 1 and paths is not drawn_on else ""
-            fail(f"{missing[0]}: no such image{quotes}")
-        for name in outputs:
-            if any(os.path.realpath(path) == os.path.realpath(getattr(args, name)) for path in paths):
-                fail(f"--{name} {getattr(args, name)}: is an image to be read; give another name")
+            fail(f"{missing[0]}: no such image{' (a question goes in quotes)' * (len(paths) > 1)}")
     if any("_" not in text for *_, text in args.infill):
         fail("--infill's text has no blank: each underscore stands for one token to fill in")
-    if not (args.vqa or args.caption or args.infill or args.t2i or args.describe or args.export is not None):
+    texts = len(args.caption) + sum(len(job) - 1 for job in args.infill + ([] if args.options else args.vqa))
+    if args.trace and texts + bool(args.t2i) != 1:
+        fail("--trace FILE shows one text, or what --t2i draws, not several")
+    for path in [args.out] * bool(args.t2i) + [args.trace] * bool(args.trace):
+        if not path.lower().endswith(EXTENSIONS) or not os.path.isdir(os.path.dirname(path) or "."):
+            fail(f"{path}: give a picture's name, like out.png, in a folder that is there")
+    if not (args.vqa or args.caption or args.infill or args.t2i):
         fail("nothing to do: give --vqa, --caption, --t2i or --infill (--help shows how)")
-    if args.steps and args.order == "entropy" and not args.t2i:
-        fail("--steps has no part in --order entropy, which takes as many as a text needs")
-    if args.length == "auto" and (args.infill or args.t2i or args.options):
-        fail("--length auto is for texts that can go on: those of --caption and --vqa, without --options")
-    if args.export is not None and args.ckpt is None:
-        fail("--export wants --ckpt FILE: what to export")
-    if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
-        fail("--temperature is 0 or from 0.01 to 100")
-    texts = len(args.caption) + sum(len(job) - 1 for job in args.infill + (args.vqa if not args.options else []))
-    same_file = args.t2i and os.path.realpath(args.trace) == os.path.realpath(args.out)
-    if args.trace and (texts + bool(args.t2i) != 1 or same_file):
-        fail("--trace FILE shows one text, or what --t2i draws, not several, and not in --out's file")
-    for name in outputs:
-        path = getattr(args, name)
-        is_picture, folder = os.path.splitext(path)[1].lower() in EXTENSIONS, os.path.dirname(path) or "."
-        if not is_picture or os.path.isdir(path) or not os.access(folder, os.W_OK):
-            fail(f"--{name} {path}: give a picture's name, like out.png, in a folder that you can write to")
     return args
+
+
 
 
 def prepare_text(dd, text, room):
     """A typed text as the model knows it: in lower case, if that takes fewer tokens of a vocabulary that has capitals
-    only as single letters. Warns of words that the tokenizer never saw, and of more than `room` tokens."""
-    text = os.fsencode(text).decode(errors="replace")  # as it was typed, whatever the locale takes that for
+    only as single letters. Warns of more than `room` tokens."""
     pieces = dd.tokenizer.pieces
     if all(len(p.strip("▁")) == 1 for p in map(pieces.id_to_piece, range(len(pieces))) if p != p.lower()):
         text = min(text, text.lower(), key=lambda text: len(pieces.encode(text)))
-    if unseen := unseen_words(dd.tokenizer, text):
-        warn(f"never seen in training, so expect little: {', '.join(unseen)}")
     tokens = sum(len(dd.tokenizer.encode(part)) - 1 for part in text.split("_")) + text.count("_")
     if tokens > room:
         warn(f"{text[:40]!r}... has {tokens} tokens, the model takes {room}: its end is left out")
@@ -678,19 +519,18 @@ def save_image(path, frames, chunks):
 
 def read_images(dd, args, width, height, length, generator):
     """--vqa, --caption, --infill: print what is read, a line per image; of a trace a row per pass."""
-    settings, passes = dd.config.settings, []
+    passes = []
     how = args.length or length, args.steps, args.order, args.temperature
     watch = watch_text(dd.tokenizer, passes) if args.trace else None
 
-    def rows(jobs, room):
-        return [(path, text) for *paths, text in jobs for text in [prepare_text(dd, text, room)] for path in paths]
+    def rows(jobs):
+        return [(path, prepare_text(dd, text, length - 1)) for *paths, text in jobs for path in paths]
 
     def choose(dd, images, questions, length, *how):
         return rank(dd, images, questions, [prepare_text(dd, text, length) for text in args.options], length)
 
-    longest, suffix = (dd.tokenizer.prompt_ids(s, length) for s in ("a " * length, settings.answer_suffix))
-    for reader, inputs in ((choose if args.options else answer, rows(args.vqa, room=len(longest) - len(suffix))),
-                           (caption, [(path,) for path in args.caption]), (infill, rows(args.infill, room=length - 1))):
+    for reader, inputs in ((choose if args.options else answer, rows(args.vqa)),
+                           (caption, [(path,) for path in args.caption]), (infill, rows(args.infill))):
         for part in slices(len(inputs), height, width):
             paths, *texts = zip(*inputs[part])
             images = torch.from_numpy(to_pixels([load_image(path, width, height) for path in paths]))
@@ -702,35 +542,23 @@ def read_images(dd, args, width, height, length, generator):
 
 
 def draw_page(dd, args, width, height, length, generator):
-    """--t2i, --edit: draw, keep the best, write the page of all images, and of a trace a page per step."""
+    """--t2i: draw, keep the best, write the page of all images, and of a trace a page per step."""
     settings, trace = dd.config.settings, {}
     *texts, negative = (prepare_text(dd, text, length - 1) for text in [*args.t2i, args.negative])
     prompts = [text for text in texts for _ in range(args.num)]
     candidates = [text for text in prompts for _ in range(args.best_of)]
     steps, cfg = args.steps or 28, settings.cfg if args.cfg is None else args.cfg
 
-    def steer(x, t, velocity):
-        if args.trace:  # the image in which the line from here ends
-            trace.setdefault(t, []).extend(map(Image.fromarray, to_images(dd.decode_image(x - t * velocity))))
-        return velocity
+    def watch(x, t, velocity):  # the image in which the line from here ends
+        trace.setdefault(t, []).extend(map(Image.fromarray, to_images(dd.decode_image(x - t * velocity))))
 
-    how = dict(negative=negative, height=height, width=width, length=length, steps=steps, cfg=cfg, shift=settings.shift,
-               generator=generator, steer=steer)
-    if args.edit:
-        images = load_image(args.edit, width, height), load_image(args.mask, width, height, behind="black")
-        image, mask = torch.from_numpy(to_pixels(images)).split(1)
-        inside = mask.amax(1, keepdim=True) > 0
-        if not inside.any():
-            fail(f"--mask {args.mask}: is white nowhere, so there is nothing to draw")
-        pixels = edit(dd, image, inside, candidates, **how)
-    else:
-        pixels = text_to_image(dd, candidates, **how)
+    pixels = text_to_image(dd, candidates, negative, height, width, length, steps, cfg, generator=generator,
+                           watch=watch if args.trace else None)
     if args.best_of > 1:
         pixels = keep_likeliest(dd, pixels, prompts, args.best_of, length)
     name = os.path.splitext(os.path.basename((args.ckpt or SHIPPED).rstrip("/")))[0]
-    args.size = f"{width}x{height}"  # as it is typed
     chunks = record(args, texts, **{"Steps": steps, "Sampler": "Euler", "CFG scale": cfg, "Seed": args.seed,
-                                    "Size": args.size, "Model": name})
+                                    "Size": f"{width}x{height}", "Model": name})
     columns = args.num if len(texts) > 1 else round(args.num ** 0.5 + 0.4)
     save_image(args.out, [grid([Image.fromarray(image) for image in to_images(pixels)], columns)], chunks)
     if args.trace.lower().endswith(".gif"):
@@ -743,22 +571,10 @@ def draw_page(dd, args, width, height, length, generator):
 def main():
     args = parse_args()
     files, reads = (args.ckpt or SHIPPED, args.t5, args.vae, args.spiece), args.vqa + args.caption + args.infill
-    if args.export is not None:
-        model.refuse_full(args.export)
-    if args.describe or args.export is not None:
-        checkpoint = model.inspect(*files)
-        print(describe(*checkpoint))
-        model.check_together(*checkpoint)
-    if args.export is not None:
-        DualDiffusion.load(*files, dtype=None).export(args.export)
-        print(f"wrote {args.export}")
-    if not (reads or args.t2i):
-        return
     dtype = DTYPES[args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")]
     dd = DualDiffusion.load(*files, args.device, dtype, args.offload)
     if missing := model.missing_parts(dd):
-        fail(f"{files[0]}: holds no {' and no '.join(missing)}; `python sample.py --ckpt {files[0]} --describe` "
-             "tells what it holds")
+        fail(f"{files[0]}: holds no {' and no '.join(missing)}")
     if reads and not dd.ddit.text_head.linear.weight.any():
         warn("this model's text head was never trained: it can draw, but what it reads means nothing")
     settings, generator = dd.config.settings, torch.Generator().manual_seed(args.seed)
@@ -767,9 +583,6 @@ def main():
     length = settings.length if args.length in (None, "auto") else args.length
     width, height = args.size or (settings.size, settings.size)
     latent_size(dd, height, width)  # raises before any work is done in vain
-    if args.num * len(args.t2i) * height * width > 2 * Image.MAX_IMAGE_PIXELS:  # Pillow would not open it again
-        fail(f"{args.num * len(args.t2i)} images of {width}x{height} do not fit on a page: lower --num or --size")
-
     if reads:
         read_images(dd, args, width, height, length, generator)
     if args.t2i:

@@ -9,7 +9,6 @@ References:
 """
 import io
 import math
-import re
 import string
 from dataclasses import dataclass
 
@@ -98,7 +97,7 @@ class T5Config:
     vocab_size: int = 32128
     buckets: int = 32
     max_distance: int = 128
-    places: int = 0  # above 0 (no layers): not T5 but embeddings of tokens and this many positions (D-DiT, Table 9)
+    places: int = 0  # above 0: not T5 but `Embeddings`, of so many positions
 
 
 class RMSNorm(nn.Module):
@@ -171,8 +170,6 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), False)  # not frozen
-        if config.places:
-            self.places = nn.Parameter(torch.zeros(config.places, config.d_model))
         self.encoder = nn.ModuleDict({
             "block": nn.ModuleList(Block(config, first=i == 0) for i in range(config.num_layers)),
             "final_layer_norm": RMSNorm(config.d_model)})
@@ -182,10 +179,6 @@ class T5Encoder(nn.Module):
         """Tokens (B,L), long -> states (B,L,d_model), on the tokens' device even if T5 itself is on another.
         No attention mask: padding is text too (it is EOS)."""
         x, bias = self.shared(tokens.to(self.shared.weight.device)), None
-        if self.config.places:
-            if tokens.shape[1] > self.config.places:
-                raise ValueError(f"a text of {tokens.shape[1]} tokens: this model has places for {self.config.places}")
-            x = x + self.places[:tokens.shape[1]]
         for block in self.encoder["block"]:
             if bias is None:
                 bias = block.layer[0]["SelfAttention"].position_bias(tokens.shape[1], x.device)
@@ -206,11 +199,9 @@ def init_weights(encoder):
         return
     for name, p in encoder.named_parameters():
         std = {"q": (c.d_model * c.d_kv) ** -0.5, "o": (c.num_heads * c.d_kv) ** -0.5, "wo": c.d_ff ** -0.5,
-               "shared": 1.0}.get(name.split(".")[-2] if "." in name else name, c.d_model ** -0.5)
+               "shared": 1.0}.get(name.split(".")[-2], c.d_model ** -0.5)
         if p.ndim == 2:
             nn.init.normal_(p, std=std)
-    if not c.num_layers:
-        return
     away = torch.arange(-c.max_distance, c.max_distance + 1)
     bucket = relative_position_bucket(away, c.buckets, c.max_distance)
     table = encoder.encoder["block"][0].layer[0]["SelfAttention"].relative_attention_bias.weight
@@ -218,6 +209,20 @@ def init_weights(encoder):
         for head in range(c.num_heads):
             slope, wrong_way = 2.0 ** -(head // 2 * 8 / c.num_heads), away > 0 if head % 2 == 0 else away < 0
             table[bucket, head] = -slope * away.abs() - 4.0 * wrong_way
+
+
+class Embeddings(nn.Module):
+    """In T5's place (D-DiT, Table 9): learned embeddings of tokens and positions."""
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.places = nn.Parameter(torch.randn(config.places, config.d_model) * config.d_model ** -0.5)
+        self.encoder = nn.ModuleDict({"final_layer_norm": RMSNorm(config.d_model)})
+
+    def forward(self, tokens):
+        x = self.shared(tokens.to(self.shared.weight.device)) + self.places[:tokens.shape[1]]
+        return self.encoder["final_layer_norm"](x).to(tokens.device)
 
 
 def open_pieces(model):
@@ -241,13 +246,3 @@ def train_tokenizer(lines, vocab_size):
         hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
         required_chars=string.ascii_letters + string.digits + ".,?!:;'-", minloglevel=2, num_threads=1)
     return Tokenizer(model.getvalue())
-
-
-def unseen_words(tokenizer, text):
-    """The words that this vocabulary cannot write or, if it is small, writes almost letter by letter. (In T5's own
-    32,000 pieces many ordinary words are spelt out.)"""
-    def spelt(word):
-        ids = tokenizer.pieces.encode(word)
-        small = len(tokenizer.pieces) < 10_000 and word.isalnum()
-        return tokenizer.pieces.unk_id() in ids or small and len(ids) > max(1, len(word) / 2)
-    return list(dict.fromkeys(filter(spelt, re.findall(r"\w+|[^\w\s]", text.replace("_", " ")))))

@@ -5,7 +5,6 @@
     python train.py --stage 2      the same, with better captions; of T5 only the mask's embedding learns
     python train.py --stage 2hr    high resolution, with other images for the text loss than for the image loss
     python train.py --stage 3      question answering, mixed with captions; the image loss stays
-    python train.py --preview data.png --data DATA      a sheet of what a stage would learn from
 
 With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/ a file for
 sample.py, metrics, sheets of samples, and the checkpoints that the same command resumes from. A step depends on its
@@ -16,21 +15,15 @@ References:
 """
 import argparse
 import copy
-import inspect as python_inspect
-import io
 import json
 import logging
 import os
-import pickle
-import re
 import resource
 import shlex
 import shutil
-import signal
 import sys
 import time
 import warnings
-import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -56,7 +49,7 @@ import losses
 import sample
 import t5
 import vae
-from data import one_line, replacing, warn
+from data import one_line, warn
 from model import DTYPES, PRESETS, DualDiffusion, JointBlock, inspect
 from sample import SHIPPED, fail
 
@@ -115,35 +108,33 @@ def training_losses(dd, batch, recipe):
     image_t = losses.logit_normal_times(recipe.batch, recipe.time_mean, recipe.time_std, generator)[rows]
     text_t = losses.stratified_times(recipe.batch, generator=generator)[rows]
     vae_noise, noise = batch_noise(2, recipe.batch, batch.images.shape[2:], generator, dd.device)[:, rows]
-    torch.rand(rows.start, recipe.length, generator=generator)  # skips the numbers that mask earlier rows
-    noisy, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id, generator)
-    masked = losses.flat_positions(masked)
+    chance = torch.rand(recipe.batch, recipe.length, generator=generator)[rows]
+    noisy, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id, chance)
 
-    # Copy the inputs to the network's device in the background.
-    captions, tokens, noisy, masked, image_t, text_t = (
-        x.to(dd.device, non_blocking=True) for x in (batch.captions, batch.tokens, noisy, masked, image_t, text_t))
+    # Copy the inputs to the network's device in the background. (To count masks there would be to wait for it.)
+    captions, tokens, noisy, image_t, text_t, *masked = (x.to(dd.device, non_blocking=True) for x in (
+        batch.captions, batch.tokens, noisy, image_t, text_t, *masked.nonzero(as_tuple=True)))
     latents = text_latents = dd.vae.normalize(dd.vae.sample(*batch.images.unbind(1), vae_noise))
     if batch.text_images is not None:  # stage 2hr: the text half is about other images
         text_latents = dd.vae.normalize(dd.vae.sample(*batch.text_images.unbind(1), vae_noise))
     drawn = len(latents) if recipe.image_weight else 0  # Table 10: no image half
     return losses.joint_loss(
         dd.ddit, dd.t5, losses.ImageHalf(latents[:drawn], captions[:drawn], noise[:drawn], image_t[:drawn]),
-        losses.TextHalf(text_latents, tokens, noisy, masked, text_t), recipe.text_weight, recipe.image_weight)
+        losses.TextHalf(text_latents, tokens, noisy, tuple(masked), text_t), recipe.text_weight, recipe.image_weight)
 
 
 def train(learner, log, loader, validation, sheet, args, recipe):
     """The loop, to the last step. loader gives the data.Batches of each step; validation() the losses on images that
     are held out; sheet(step) draws samples."""
-    for step, passes in log.steps(loader):
+    for step, passes in zip(log.bar, loader):
         for k, batch in enumerate(passes, 1):  # several, if one does not fit in memory
             loss, *parts = learner.objective(batch)
             learner.backward(loss / len(passes), last=k == len(passes))
-            log.add(parts, batch)
+            log.window.append(torch.stack(parts).detach())
         norm = learner.step(step)
 
         done = step + 1
-        ending = log.ending()
-        save_now = done % args.save_every == 0 or done == recipe.steps or ending
+        save_now = done % args.save_every == 0 or done == recipe.steps
         show_now = done % args.show_every == 0 and done < recipe.steps
         if done % 20 == 0 or save_now or show_now:  # only here does the loop wait for the device
             log.write(done, norm, learner, len(passes), validation() if show_now or done == recipe.steps else ())
@@ -151,8 +142,6 @@ def train(learner, log, loader, validation, sheet, args, recipe):
             learner.save(done)
         if show_now:
             sheet(done)
-        if ending:
-            log.stop(done)
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
@@ -183,14 +172,10 @@ def subsets(paths, args, recipe):
         unseen = data.World(UNSEEN + args.seed, kinds=args.kinds), np.arange(min(250, recipe.pool // 20 + 1))
         return data.Subset(data.World(args.seed, kinds=args.kinds), np.arange(recipe.pool)), data.Subset(*unseen)
     source, names = data.Records(paths, recipe.size, args.out), " ".join(paths)
-    (unseen, ids), bad = source.split(250), []
-    unseen = [i for i in unseen if data.readable(source, i, bad) is not None]
-    if bad and dist.get_rank() == 0:
-        warn(f"{len(bad)} of the held-out images cannot be read and are left out, the first: {bad[0]}")
-    if (count := source.count_images()) < 20:
-        fail(f"{names}: holds {count} images; training wants 20 or more")
-    if not unseen:
-        fail(f"{names}: none of the held-out images can be read")
+    unseen, ids = source.split(250)
+    unseen = [i for i in unseen if data.readable(source, i) is not None]
+    if not unseen or not len(ids):
+        fail(f"{names}: holds too few images that can be read: one in twenty, at least one, is held out")
     if args.stage in ("1", "2", "2hr") and not source.captioned:
         fail(f"{names}: no image has a caption, which stage {args.stage} learns from")
     if recipe.questions and not source.questioned:
@@ -198,11 +183,11 @@ def subsets(paths, args, recipe):
     return data.Subset(source, ids), data.Subset(source, np.array(unseen))
 
 
-def starting_file(args, settings):
-    """The checkpoint that a stage begins with. A run that goes on keeps the one that it began with. By default it is
-    what the stage before left; for stage 1 without a stage 0, the shipped file, for its tokenizer and VAE."""
-    if args.init or args.stage == "0" or os.path.exists(settings.get("start", "")):
-        return args.init or settings.get("start", "")
+def starting_file(args):
+    """The checkpoint that a stage begins with. By default it is what the stage before left; for stage 1 without a stage
+    0, the shipped file, for its tokenizer and VAE."""
+    if args.init or args.stage == "0":
+        return args.init or ""
     for stage in {"1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}[args.stage]:
         before = os.path.join(args.out, f"stage{stage}", "model.safetensors")
         if os.path.exists(before):
@@ -405,51 +390,41 @@ class Learner:
     def save(self, step):
         """Write a checkpoint atomically: every process writes its part beside, then rank 0 renames the folder."""
         path, first = os.path.join(self.folder, f"step-{step:08d}"), dist.get_rank() == 0
-        for leftover in glob(os.path.join(escape(self.folder), "step-*.partial")) if first else ():
-            remove(leftover)
         try:
             dist.barrier()
             # A lone process saves without collectives: they would make gloo's threads start OpenMP teams of their own,
             # and with more threads than cores OpenMP lets them sleep between loops. Training took 1.6 times as long.
             dcp.save(self.state(step), checkpoint_id=f"{path}.partial", no_dist=dist.get_world_size() == 1)
         except (Exception, CheckpointException) as error:
-            if "DataLoader worker" in str(error):  # the death of another process, which torch reports just then
-                raise
-            room = shutil.disk_usage(self.folder).free / 1e6
-            remove(f"{path}.partial")
-            fail(f"{path}: could not be written, with {room:.0f} MB left on the disk ({one_line(error)}); the "
-                 f"checkpoints before it stand")
+            shutil.rmtree(f"{path}.partial", ignore_errors=True)
+            fail(f"{path}: could not be written ({one_line(error)}); the checkpoints before it stand")
         if first:
             os.replace(f"{path}.partial", path)
             for old in checkpoints(self.folder)[:-self.keep]:
-                remove(old)
+                shutil.rmtree(old)
 
     def load(self):
-        """Load the newest readable checkpoint -> its step; 0 if there is none. Unreadable ones are moved aside, so
-        that they do not count among those to keep."""
+        """Load the newest readable checkpoint -> its step; 0 if there is none. Unreadable ones are moved aside."""
         logging.disable(logging.WARNING)  # torch.distributed.checkpoint would print tracebacks of what one line says
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # see `save`: we mean it
-        paths = checkpoints(self.folder)
-        if not paths:
+        for leftover in glob(f"{escape(self.folder)}/*.partial") if dist.get_rank() == 0 else ():
+            shutil.rmtree(leftover)  # of a kill
+        if not checkpoints(self.folder):
             return 0
         for p in self.parameters:
             p.grad = torch.zeros_like(p)
         self.step(-1)  # optimizers have no state before their first step; one at rate 0 changes nothing
         state = self.state(0)
-        for k, path in reversed(list(enumerate(paths))):
+        for path in reversed(checkpoints(self.folder)):
             try:
-                dcp.load(state, storage_reader=TensorsOnly(path), no_dist=dist.get_world_size() == 1)
+                dcp.load(state, checkpoint_id=path, no_dist=dist.get_world_size() == 1)
+                return int(state["step"])
             except (Exception, CheckpointException) as error:
-                reason = one_line(error).rpartition("read failed: ")[2]
-                if re.search("KeyboardInterrupt|MemoryError", reason):  # which torch wraps; not the file's fault
-                    raise KeyboardInterrupt if "Keyboard" in reason else MemoryError from None
-                warn(f"{path}: cannot be read ({reason}); an older one is tried")
-                continue
-            for unreadable in paths[k + 1:] if dist.get_rank() == 0 else ():
-                remove(f"{unreadable}.unreadable")
-                os.replace(unreadable, f"{unreadable}.unreadable")
-            return int(state["step"])
-        fail(f"{self.folder}: none of its checkpoints can be read; delete them to start this stage anew")
+                warn(f"{path}: cannot be read ({one_line(error)}); an older one is tried")
+                dist.barrier()
+                if dist.get_rank() == 0:
+                    os.replace(path, f"{path}.unreadable")
+        fail(f"{self.folder}: none of its checkpoints can be read")
 
 
 def checkpoints(folder):
@@ -457,92 +432,16 @@ def checkpoints(folder):
     return sorted(glob(os.path.join(escape(folder), "step-" + "[0-9]" * 8)))
 
 
-def remove(path):
-    """Whatever it is: a folder, a file, a link."""
-    shutil.rmtree(path, ignore_errors=True)  # leaves files and links
-    if os.path.islink(path) or os.path.isfile(path):
-        os.remove(path)
-
-
-class TensorsOnly(dcp.FileSystemReader):
-    """Reads a checkpoint, lets it run no code, and notices damage. Every tensor is a zip file, which torch reads safely
-    but without checking its checksum. `.metadata` says where they are. It is a pickle, which may name any function;
-    here it may name only what a checkpoint of tensors needs."""
-    ALLOWED = {"torch": {"Size"}, "torch.serialization": {"_get_layout"}, "pathlib": {"PosixPath"},
-               "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-               "torch.distributed.checkpoint.metadata": {
-                   "Metadata", "StorageMeta", "MetadataIndex", "TensorStorageMetadata", "TensorProperties",
-                   "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"}}
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-            if is_dtype or name in TensorsOnly.ALLOWED.get(module, ()):
-                return super().find_class(module, name)
-            raise pickle.UnpicklingError(f".metadata names {module}.{name}, as none of ours does")
-
-    def read_metadata(self):
-        with open(os.path.join(self.path, ".metadata"), "rb") as f:
-            metadata = self.Unpickler(f).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-    def _slice_file(self, file, where):
-        file.seek(where.offset)
-        tensor = io.BytesIO(file.read(where.length))
-        if zipfile.ZipFile(tensor).testzip():
-            raise ValueError(f"{where.relative_path} is damaged")
-        tensor.seek(0)
-        return tensor
-
-
 # ---------------------------------------------------------------- what a run says of itself
 
 
 class Log:
-    """The progress bar, metrics.jsonl, the lists of bad images, and signals. start: the step to go on from."""
+    """The progress bar, and metrics.jsonl. (After a kill, some steps are in it twice; the later line counts.)"""
     def __init__(self, folder, names, start, steps):
-        self.folder, self.names, self.rank = folder, names, dist.get_rank()
-        self.window, self.rows, self.bad, self.signals = [], 0, [], []
+        self.names, self.window, self.since, self.rank = names, [], time.perf_counter(), dist.get_rank()
         self.metrics = os.path.join(folder, "metrics.jsonl")
-        if self.rank == 0 and os.path.exists(self.metrics):  # forget what was logged after that step
-            with open(self.metrics, errors="replace") as f:
-                matches = [re.match(r'{"step": (\d+), [ -~]*}\n', line) for line in f]
-            with replacing(self.metrics) as beside, open(beside, "w") as f:
-                f.writelines(match[0] for match in matches if match and int(match[1]) <= start)
         self.bar = tqdm(range(start, steps), os.path.basename(folder), initial=start, total=steps, mininterval=1,
                         disable=self.rank > 0)
-
-    def steps(self, loader):
-        """-> (step, passes) with the bar. Meanwhile Ctrl-C, SIGTERM and a closed terminal end the run after the
-        step, with a checkpoint."""
-        handlers = {kind: signal.signal(kind, lambda number, frame: self.signals.append(number))
-                    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-                    if signal.getsignal(kind) != signal.SIG_IGN}  # as nohup has it
-        try:
-            self.since = time.perf_counter()
-            for step, passes in zip(self.bar, loader):
-                yield step, passes
-                if not self.window:  # after a line of metrics the clock for images per second starts again
-                    self.since = time.perf_counter()
-        finally:
-            for kind, handler in handlers.items():
-                signal.signal(kind, handler)
-
-    def add(self, parts, batch):
-        """Note one pass: its losses, and which images could not be read. Raises ValueError if those are too many."""
-        self.window.append(torch.stack(parts).detach())
-        self.rows += len(batch.tokens)
-        if batch.bad:
-            known = {message for _, message in self.bad}
-            with open(os.path.join(self.folder, f"bad-{self.rank}.txt"), "a", errors="backslashreplace") as f:
-                f.writelines(f"{message}\n" for message in dict.fromkeys(batch.bad) if message not in known)
-            self.bad += [(self.rows, message) for message in batch.bad]
-            data.check_bad(self.bad, self.rows)
-
-    def ending(self):
-        """Has any process been told to stop? All learn it at the same step. On the CPU: no waiting for a GPU."""
-        return mean_over_processes([torch.tensor(float(len(self.signals)))])[0] > 0
 
     def write(self, done, norm, learner, passes, validation):
         """A line of metrics, means over the steps since the last one. Raises ValueError if a loss is not finite."""
@@ -556,18 +455,14 @@ class Log:
         line = {"step": done, **dict(zip(self.names, parts)), "grad_norm": norm,
                 "rate": learner.optimizers[0].param_groups[0]["lr"],
                 "images_per_s": steps * learner.recipe.batch / (time.perf_counter() - self.since),
-                "memory_gb": memory / 1e9, "bad": len({message for _, message in self.bad})}
+                "memory_gb": memory / 1e9}
         line |= {f"val_{name}": loss for name, loss in zip(self.names, validation)}
         self.bar.set_postfix({name: f"{loss:.4f}" for name, loss in zip(self.names, parts)}
                              | {"rate": f"{line['rate']:.1e}", "images/s": f"{line['images_per_s']:.0f}"})
         if self.rank == 0:
             with open(self.metrics, "a") as f:
                 f.write(json.dumps(line) + "\n")
-        self.window = []
-
-    def stop(self, done):
-        status = 128 + (self.signals or [signal.SIGTERM])[0]
-        fail(f"stopped after step {done}; the same command goes on from there", status)
+        self.window, self.since = [], time.perf_counter()
 
 
 def mean_over_processes(numbers):
@@ -600,23 +495,14 @@ def show(dd, subset, path=None):
         sample.sheet(path, cells)
 
 
-def preview(args, recipe):
-    """A sheet of what a stage would learn from: images as the model will see them, texts before they are cut."""
-    source = data.Records(args.data, recipe.size) if args.data else data.World(args.seed, kinds=args.kinds)
-    rng, cells, bad, count = np.random.default_rng(args.seed), [], [], len(source) if args.data else 10_000
-    path = os.path.realpath(args.preview)
-    if args.data and os.path.exists(path) and path in (os.path.realpath(source.record(i).image) for i in range(count)):
-        fail(f"--preview {args.preview}: is an image of --data; give another name")
-    for i in rng.permutation(count).tolist():
-        if len(cells) < 16 and (image := data.readable(source, i, bad)) is not None:
-            question, caption = source.question(i, rng), source.caption(i, rng) or ""
-            cells.append((image, f"[{caption}]" + ("\nQ: {} A: [{}]".format(*question) if question else "")))
-    for message in bad:
-        warn(message)
-    if not cells:
-        fail(f"{' '.join(args.data)}: no image can be read")
-    sample.sheet(args.preview, cells)
-    print(f"{args.preview}: {len(cells)} of {count} samples; what is in [brackets] may be masked")
+def show_batch(dd, batch, path):
+    """A sheet of what a stage learns from: images as the VAE gives them back, texts cut to their length as the model
+    sees them; what is in [brackets] may be masked."""
+    images, say = batch.images if batch.text_images is None else batch.text_images, dd.tokenizer.decode
+    if images.ndim == 5:  # stored moments
+        images = dd.decode_image(dd.vae.normalize(images[:16, 0].to(dd.device).float()))
+    sample.sheet(path, [(image, f"{say(ids[~free])} [{say(ids[free])}]") for image, ids, free in zip(
+        data.to_images(images[:16]), batch.tokens, batch.maskable)])
 
 
 # ---------------------------------------------------------------- a stage from end to end, and its settings
@@ -624,8 +510,7 @@ def preview(args, recipe):
 
 def prepare(args, recipe, folder):
     """What a stage begins with -> dd, its modules that learn, Subsets (to learn from; held out), the run's settings."""
-    before = read_settings(folder)
-    args.start = starting_file(args, before)
+    args.start = starting_file(args)
     if args.stage not in ("0", "1"):
         start = inspect(args.start, args.t5, args.vae, args.spiece)[0].settings
         if args.stage == "3" and args.size is None and (args.data or args.image_data):  # after stage 2hr: 512
@@ -637,36 +522,18 @@ def prepare(args, recipe, folder):
     if args.image_data or args.text_data:
         texts, unseen = subsets(args.text_data or args.data, args, recipe)
     os.makedirs(folder, exist_ok=True)
-    args.lock = data.claim(os.path.join(folder, ".lock")) if dist.get_rank() == 0 else None  # until the end
-    settings = check_settings(folder, before, args, recipe, images, texts)
+    args.lock = data.claim(os.path.join(args.out, ".lock")) if dist.get_rank() == 0 else None  # until the end
+    settings = check_settings(folder, args, recipe, images, texts)
     if args.data and args.start == SHIPPED and not args.init and dist.get_rank() == 0:
         warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
              f"python train.py --stage 0 --data {shlex.join([*args.data, '--out', args.out])}")
     dd, modules = starting_point(args, recipe, texts, args.device, DTYPES[settings["dtype"]])
-    if (args.data or args.text_data) and dist.get_rank() == 0:
-        look_at_texts(folder, texts, unseen, dd.tokenizer, recipe.length)
     if dd.ddit:
         sample.latent_size(dd, recipe.size, recipe.size)  # refuses now what is too large
         limit = recipe.latents if args.data or args.image_data else recipe.pool
         encode = partial(data.with_latents, vae=dd.vae, folder=args.out, limit=limit)
         images, texts = (encode(images),) * 2 if texts is images else (encode(images), encode(texts))
     return dd, modules, (images, texts), (unseen_images, unseen), settings
-
-
-def look_at_texts(folder, texts, unseen, tokenizer, length):
-    """Before a stage learns from the user's data: note which images are held out; warn of texts that lose their end."""
-    with replacing(os.path.join(folder, "held-out.txt")) as beside, open(beside, "w") as f:
-        f.writelines(dict.fromkeys(f"{texts.source.record(i).image}\n" for i in unseen.ids))
-    count, long = 0, []
-    for record in map(texts.source.record, texts.ids[:1000]):
-        whole = [([], caption) for caption in record.captions]
-        whole += [(tokenizer.prompt_ids(question, 10_000), answer) for question, answer, *_ in record.questions]
-        count += len(whole)
-        long += [tokenizer.decode(prompt + tokenizer.encode(text)) for prompt, text in whole
-                 if len(prompt) > length - min(8, length // 3) or len(prompt + tokenizer.encode(text)) > length]
-    if long:
-        warn(f"{len(long)} of {count} texts are longer than --length {length} and lose their end, or their "
-             f"question's; the first: {long[0][:200]}")
 
 
 def learn(args, recipe):
@@ -683,8 +550,6 @@ def learn(args, recipe):
     if start > recipe.steps:
         fail(f"{folder} is already at step {start}, beyond --steps {recipe.steps}")
     if rank == 0:
-        with replacing(os.path.join(folder, "run.json")) as beside, open(beside, "w") as f:
-            json.dump(settings, f, indent=1)
         print(f"{sum(p.numel() for p in learner.parameters):,} parameters learn from {len(texts.ids):,} records, in "
               f"{settings['dtype']}, on {dist.get_world_size()} x {device.type}"
               + f"; going on from step {start}" * (start > 0), file=sys.stderr)
@@ -692,8 +557,10 @@ def learn(args, recipe):
     log = Log(folder, ("image_loss", "text_loss") if dd.ddit else ("reconstruction", "kl"), start, recipe.steps)
     batches = data.Batches(images, texts, dd.tokenizer, recipe, args.seed, rows, args.accumulate)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), pin_memory=device.type == "cuda",
-                        num_workers=workers(images, device) if args.workers is None else args.workers,
-                        worker_init_fn=own_session)
+                        num_workers=workers(images, device) if args.workers is None else args.workers)
+    if rank == 0:
+        with torch.no_grad():
+            show_batch(dd, batches[0][0], f"{folder}/data.png")
     unseen_batches = data.Batches(*held_out, dd.tokenizer, recipe, UNSEEN, rows, args.accumulate)
 
     def validate():
@@ -707,35 +574,18 @@ def learn(args, recipe):
           lambda done: show(dd, held_out[1], rank == 0 and f"{folder}/samples-{done:06d}.png"), args, recipe)
     weights, path = learner.weights(), os.path.join(folder, "model.safetensors")
     show(dd, held_out[1], rank == 0 and f"{folder}/samples.png")
-    if bad := {message for _, message in log.bad}:
-        warn(f"{len(bad)} images could not be read and were replaced; {folder}/bad-{rank}.txt names them")
-    if rank == 0:  # if nothing new was learned, keep the file: later stages check that it is unchanged
-        if new := start < recipe.steps or not os.path.exists(path):
-            write_model(args, recipe, weights, texts, settings, path)
-        paths = args.text_data or args.data
-        command = ["data", "--unseen", "--data", *paths] if paths else ["world"]
-        print(f"{'wrote' if new else 'finished before:'} {path}\n"
-              f"to judge it: python tests/evaluate.py {shlex.join([*command, '--ckpt', path])}")
-
-
-def own_session(worker):
-    """Shield a process that makes batches from Ctrl-C and signals to the whole program, as the step needs it."""
-    os.setsid()
+    if rank == 0:
+        write_model(args, recipe, weights, texts, path)
+        print(f"wrote {path}")
 
 
 def workers(images, device):
     """How many processes make batches: none on a CPU with latents at hand; a GPU must not wait for one core."""
-    if device.type == "cpu" and (images.latents or isinstance(images.source, data.World)):
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(4, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return 0 if device.type == "cpu" and (images.latents or isinstance(images.source, data.World)) else 4
 
 
-def write_model(args, recipe, weights, texts, settings, path):
+def write_model(args, recipe, weights, texts, path):
     """The file for sample.py: what was trained, and the frozen parts anew from the starting file; all in float16."""
-    if data.checksum(args.start) != settings["start checksum"]:
-        fail(f"{args.start} has changed since this stage began, so its frozen parts are lost: put it back, and the "
-             f"same command ends the stage")
     dd, modules = starting_point(args, recipe, texts, torch.device("cpu"), None)
     for name, module in modules.items():
         module.load_state_dict(weights[name])
@@ -743,74 +593,42 @@ def write_model(args, recipe, weights, texts, settings, path):
         row, dd.t5 = dd.t5.row, dd.t5.frozen[0]
         dd.t5.shared.weight.data[dd.tokenizer.mask_id] = row.detach()
     if args.stage == "0":  # bring latents to mean 0 and deviation 1, which the transformer expects
-        pixels = torch.stack([texts.record(k, [])[1] for k in range(min(512, len(texts.ids)))])
+        pixels = torch.stack([texts.record(k)[1] for k in range(min(512, len(texts.ids)))])
         with torch.no_grad():
             z = torch.cat([dd.vae.encode(pixels[part])[0] for part in data.slices(len(pixels), *pixels.shape[2:])])
         dd.config.vae.shift, dd.config.vae.scale = z.mean().item(), 1 / z.std().item()
     dd.save(path, dtype=torch.float16)
 
 
-def read_settings(folder):
-    """run.json, the settings of the run in this folder; {} if no run has left anything worth keeping here."""
-    path = os.path.join(folder, "run.json")
-    if not checkpoints(f"{folder}/checkpoints") and not os.path.exists(f"{folder}/model.safetensors"):
-        return {}
-    try:
-        with open(path) as f:
-            settings = json.load(f)
-        if not isinstance(settings, dict) or settings.get("dtype") not in DTYPES:
-            raise ValueError("no settings")
-        return settings
-    except (OSError, ValueError, RecursionError) as error:
-        fail(f"{path}: the settings of the run in this folder cannot be read ({one_line(error)}); give another --out")
-
-
-def check_settings(folder, before, args, recipe, images, texts):
-    """-> the settings for run.json. A folder holds one run: others than `before` would overwrite what it has left, and
-    are refused. But a run at a constant rate may be made longer, and data may be moved."""
+def check_settings(folder, args, recipe, images, texts):
+    """-> the settings, which run.json keeps. A folder holds one run: others would overwrite what it has left, and are
+    refused. But a run at a constant rate may be made longer, and data may be moved."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # bf16, where it is fast; stage 0's narrow layers never gain
     fast = args.device.type == "cuda" or args.device.type == "cpu" and args.stage != "0" and (
         cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     names = "preset", "init", "t5", "vae", "spiece", "text_encoder", "seed", "start"
     settings = {name: vars(args)[name] for name in names} | asdict(recipe) | {
-        "start checksum": data.checksum(args.start), "data": [images.source.fingerprint, texts.source.fingerprint],
-        "dtype": args.dtype or before.get("dtype") or ("bf16" if fast else "fp32")}
-    may_change = {"start", "latents", *(["steps"] if recipe.schedule == "constant" else [])}
-    messages = {"start checksum": f"{args.start} is another file now", "data": "the data are not the same"}
-    changed = [messages.get(name, f"{name} {before.get(name)} is now {value}") for name, value in settings.items()
-               if before.get(name, value) != value and name not in may_change]
-    if changed:
-        fail(f"{folder} holds a run with other settings ({', '.join(changed)}); give its own, or another --out, or "
-             "remove the folder to begin anew")
+        "data": [images.source.fingerprint, texts.source.fingerprint],
+        "dtype": args.dtype or ("bf16" if fast else "fp32")}
+    if os.path.exists(path := os.path.join(folder, "run.json")) and checkpoints(f"{folder}/checkpoints"):
+        with open(path) as f:
+            before = json.load(f)
+        may_change = {"latents", *(["steps"] if recipe.schedule == "constant" else [])}
+        changed = [f"{name} {before.get(name)} is now {settings[name]}" for name in settings.keys() - may_change
+                   if before.get(name) != settings[name]]
+        if changed:
+            fail(f"{folder} holds a run with other settings ({', '.join(changed)}); give its own, or another --out")
+    if dist.get_rank() == 0:
+        with open(path, "w") as f:
+            json.dump(settings, f, indent=1)
     return settings
 
 
 # ---------------------------------------------------------------- arguments
 
-RANGES = {"clip": (1e-9, 1e30), "time_std": (1e-9, 1e30), "time_mean": (-100, 100), "beta2": (0, 1 - 1e-9),
-          "ema": (0, 1 - 1e-9), "drop": (0, 1), "questions": (0, 1), "batch": (1, 1e6), "accumulate": (1, 1e6),
-          "length": (8, 16384), "vocab": (100, 32000), "size": (16, 1e6),
-          **dict.fromkeys(("steps", "pool", "latents", "save_every", "show_every", "keep"), (1, 1e9)),
-          **dict.fromkeys(("rate", "muon", "warmup", "weight_decay", "text_weight", "image_weight"), (0, 1e30))}
-
-
-def recipe_help(name, source):
-    """A number's comment in the source of Recipe, and its defaults, stage by stage."""
-    comment = re.search(rf"    {name}: .*?# (.*)", source)[1].replace("%", "%%")
-    defaults = []
-    for preset in list(RECIPES)[:2]:
-        stages = {}  # value: the stages that have it
-        for stage, recipe in RECIPES[preset].items():
-            stages.setdefault(getattr(recipe, name), []).append(stage)
-        where = [f"{value} (stage {', '.join(those)})" for value, those in stages.items()]
-        defaults.append(f"{preset} {', '.join(where) if len(stages) > 1 else list(stages)[0]}")
-    return f"{comment}; default: {'; '.join(defaults)}"
-
-
 def add_arguments(parser):
     add, where = parser.add_argument, "images and texts: .json, .jsonl, .tar or folders; default:"
-    add("--stage", choices=["0", "1", "2", "2hr", "3"])
-    add("--preview", metavar="FILE", help="draw a sheet of what --data gives into this PNG, and stop")
+    add("--stage", choices=["0", "1", "2", "2hr", "3"], required=True)
     add("--preset", choices=list(PRESETS), default="tiny", help="sizes of the networks, numbers of the stages")
     add("--data", nargs="+", metavar="PATH", help=f"{where} the built-in world")
     add("--image-data", nargs="+", metavar="PATH", help=f"{where} --data. The image loss learns from these")
@@ -823,7 +641,7 @@ def add_arguments(parser):
     add("--text-encoder", choices=["t5", "none"], default="t5", help="none: learned token and position embeddings "
         "instead of T5, and a transformer from scratch (Table 9)")
     add("--out", default="runs", metavar="DIR", help="where stageN/ folders are made; default: runs")
-    add("--seed", type=sample.seed, default=0, help="of all that is random; default: 0")
+    add("--seed", type=int, default=0, help="of all that is random; default: 0")
     add = parser.add_argument_group("how it runs; nothing here changes what is learned, but for "
                                     "rounding and, from a CPU to a GPU, the noise").add_argument
     add("--device", type=sample.existing_device, default=sample.default_device())
@@ -833,56 +651,32 @@ def add_arguments(parser):
     add("--accumulate", type=int, default=1, help="passes per step, to save memory; default: 1")
     add("--checkpointing", action="store_true", help="compute activations twice, to save memory")
     add("--compile", action="store_true", help="torch.compile every block")
-    add("--workers", type=sample.number(int, 0, 1024), help="processes that make batches, per process that learns; "
-        "default: 4, or as many as there are cores; on a CPU with stored latents none")
+    add("--workers", type=int, help="processes that make batches, per process that learns; "
+        "default: 4; on a CPU with stored latents none")
     add("--save-every", type=int, default=200, help="steps per checkpoint; default: 200")
     add("--show-every", type=int, default=500, help="steps per sheet of samples and validation; default: 500")
     add("--keep", type=int, default=3, help="checkpoints that stay; default: 3")
-    add = parser.add_argument_group("numbers of a stage").add_argument
+    add = parser.add_argument_group(
+        "numbers of a stage: train.py's Recipe says what they are, RECIPES what they are by default").add_argument
     choices = {"schedule": ["constant", "linear"], "learn_t5": ["no", "mask", "all"]}
-    source = python_inspect.getsource(Recipe)  # slow: it parses the whole file
-    for field in fields(Recipe):
-        add("--" + field.name.replace("_", "-"), type=field.type, choices=choices.get(field.name),
-            help=recipe_help(field.name, source))
+    for field in fields(Recipe):  # whose comments say what they are
+        add("--" + field.name.replace("_", "-"), type=field.type, choices=choices.get(field.name), metavar="N")
 
 
 def parse_args():
     parser = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args()
-    if args.stage is None and not args.preview:
-        fail("give --stage 0, 1, 2, 2hr or 3")
-    if os.path.isfile(args.out):
-        fail(f"--out {args.out}: is a file; give a folder")
-    if args.preview and not args.preview.lower().endswith(".png"):
-        fail(f"--preview {args.preview}: give the name of a PNG")
-    if args.text_encoder == "none" and args.stage == "1" and args.init:
-        fail("--text-encoder none starts from nothing: give --vae and --spiece in place of --init")
     if bool(args.image_data) != bool(args.text_data) and not args.data:
         fail("give --image-data and --text-data, or one of them and --data")
-    stages = RECIPES[args.preset]
-    if (args.stage or "1") not in stages:
+    if args.stage not in RECIPES[args.preset]:
         fail(f"--preset {args.preset} has no stage {args.stage}")
     numbers = {f.name: vars(args)[f.name] for f in fields(Recipe) if vars(args)[f.name] is not None}
-    recipe = replace(stages[args.stage or "1"], **numbers)
-    for name, (low, high) in RANGES.items():
-        value = (vars(args) | vars(recipe))[name]
-        if not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} {value} is out of its range, {low:g} to {high:g}")
-    if args.stage == "0" and (args.init or args.t5 or args.vae or args.spiece):
-        fail("stage 0 makes tokenizer and VAE from nothing: leave --init, --t5, --vae and --spiece out")
-    if (args.data or args.image_data) and (args.pool or args.kinds != parser.get_default("kinds")):
-        fail("--pool and --kinds are about the built-in world: leave them out with --data")
-    if args.vocab and args.stage != "0":
-        fail("--vocab is about stage 0")
-    if not recipe.image_weight and not recipe.text_weight:
-        fail("with --image-weight 0 and --text-weight 0 nothing is learned")
+    recipe = replace(RECIPES[args.preset][args.stage], **numbers)
     if not (args.data or args.image_data) and recipe.size != data.SIDE:
         fail(f"the built-in world has {data.SIDE} pixels a side, not {recipe.size}: bring --data")
-    if recipe.size % 16:
-        fail(f"--size {recipe.size}: sides are multiples of 16")
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if recipe.batch % (processes * args.accumulate):
+    if recipe.batch < 1 or recipe.batch % (processes * args.accumulate):
         fail(f"--batch {recipe.batch} cannot be shared equally by {processes} processes x {args.accumulate} passes")
     if args.parallel == "fsdp" and recipe.muon:
         fail("--parallel fsdp cuts up the matrices that Muon needs whole: give --muon 0, or --parallel ddp")
@@ -891,8 +685,6 @@ def parse_args():
 
 def main():
     args, recipe = parse_args()
-    if args.preview:
-        return preview(args, recipe)
     device = args.device
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -29,7 +29,7 @@ import evaluate
 
 import data
 from model import DualDiffusion
-from sample import Parser, run_program, seed
+from sample import Parser, run_program
 
 TRAIN = os.path.join(os.path.dirname(data.__file__), "train.py")
 # name: the run whose model it starts from, what it asks, train.py's arguments
@@ -102,7 +102,7 @@ def table(results):
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=seed, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", default="runs/ablations", metavar="DIR")
     args = parser.parse_args()
     results = {}

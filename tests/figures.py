@@ -104,11 +104,11 @@ def drawing_steps(dd, prompt):
     """-> for every time of sampling: t, what is there at t, and what the model then predicts, both decoded."""
     steps = []
 
-    def steer(x, t, velocity):
+    def watch(x, t, velocity):
         steps.append((t, *to_images(dd.decode_image(torch.cat([x, x - t * velocity])))))
         return velocity
 
-    pixels = sample.text_to_image(dd, [prompt], steer=steer, generator=torch.Generator().manual_seed(0))
+    pixels = sample.text_to_image(dd, [prompt], watch=watch, generator=torch.Generator().manual_seed(0))
     return [*steps, (0.0, *to_images(torch.cat([pixels, pixels])))]
 
 

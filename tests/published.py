@@ -161,10 +161,22 @@ def pictures(args):
 # ---------------------------------------------------------------- published files and result files
 
 
+def parse(raw, where, kind, form="an object"):
+    """Bytes or str -> what they hold: JSON (`kind` list or dict), or of bytes the text (`kind` str). For messages:
+    `where`, and `form`, what a value of that kind looks like here. Raises ValueError with one line."""
+    try:
+        value = str(raw, "utf-8-sig") if kind is str else json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid {'UTF-8' if kind is str else 'JSON'} ({data.one_line(error)})") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{where}: want {form}")
+    return value
+
+
 def read_lines(path):
     """The lines of a text file that are not empty -> list of str, at least one."""
-    with open(data.regular_file(path), "rb") as f:
-        lines = [line.rstrip("\r") for line in data.parse(f.read(), path, str).split("\n") if line.strip()]
+    with open(path, "rb") as f:
+        lines = [line.rstrip("\r") for line in parse(f.read(), path, str).split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{path}: is empty")
     return lines
@@ -178,13 +190,13 @@ def read_rows(path, *names):
         if path.endswith(".json") and (len(lines) == 1 or not isinstance(json.loads(lines[0]), dict)):
             raise ValueError
     except ValueError:
-        value = data.parse("\n".join(lines), path, (list, dict), "a list or an object")
+        value = parse("\n".join(lines), path, (list, dict), "a list or an object")
         if names and isinstance(value, dict):
             value = value[next((name for name in names if name in value), names[0])]
         if not value:
             raise ValueError(f"{path}: is empty") from None
         return value
-    return [data.parse(line, f"{path}, line {k}", dict) for k, line in enumerate(lines, 1)]
+    return [parse(line, f"{path}, line {k}", dict) for k, line in enumerate(lines, 1)]
 
 
 def find_images(folder, names, task=""):

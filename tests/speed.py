@@ -41,11 +41,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import make_golden
 from on_paper import activation_bytes, model_flops
 
-from data import Batches, Mapped, Records, Subset, World, to_pixels
+from data import Batches, Records, Subset, World, to_pixels
 from losses import (
     ImageHalf,
     TextHalf,
-    flat_positions,
     flow_matching_loss,
     joint_loss,
     logit_normal_times,
@@ -214,7 +213,7 @@ def batch_row(device):
     with tempfile.TemporaryDirectory() as folder:
         np.save(os.path.join(folder, "latents.npy"), np.zeros((25_000, 2, 16, 8, 8), np.float16))
         recipe = RECIPES["tiny"]["3"]
-        subset = Subset(World(), np.arange(25_000), Mapped(os.path.join(folder, "latents.npy")))
+        subset = Subset(World(), np.arange(25_000), os.path.join(folder, "latents.npy"))
         batches = Batches(subset, subset, DualDiffusion.load(SHIPPED).tokenizer, recipe, 0, slice(0, recipe.batch))
         steps = iter(range(100))
         took, = in_turn(lambda: batches[next(steps)], device=device, rounds=100)
@@ -288,9 +287,9 @@ def random_halves(config, recipe, batch, device):
     latents = torch.randn(batch, config.vae.latent_channels, side, side, device=device)
     captions, tokens = torch.randint(vocab - 1, (2, batch, recipe.length))
     t = stratified_times(batch)
-    noisy, masked = mask_tokens(tokens, t, torch.ones_like(tokens, dtype=torch.bool), vocab - 1)
+    noisy, masked = mask_tokens(tokens, t, torch.ones_like(tokens, dtype=torch.bool), vocab - 1, torch.rand(tokens.shape))
     images = ImageHalf(latents, captions, torch.randn(latents.shape), logit_normal_times(batch))
-    texts = TextHalf(latents, tokens, noisy, flat_positions(masked), t)
+    texts = TextHalf(latents, tokens, noisy, masked.nonzero(as_tuple=True), t)
     return ImageHalf(*(x.to(device) for x in images)), TextHalf(*(x.to(device) for x in texts))
 
 

@@ -265,7 +265,7 @@ def test_ten_answers_of_the_users_data(published, monkeypatch, capsys):
     ("vqa --annotations a.json --results q.json", 'q.json: wants results like {"question_id": ..., "answer": ...}'),
     ("vqa --annotations q.json --results q.json", "not in the form in which vqa is published (no 'annotations')"),
     ("vqa --annotations viz.json --questions q.json --results q.json", "(no 'image')"),
-    ("vqa --annotations none.json --results q.json", "none.json: no such file"),
+    ("vqa --annotations none.json --results q.json", "none.json: No such file"),
     ("vqa --annotations prompts.txt --results q.json", "prompts.txt, line 1: not valid JSON"),
     ("vqa --annotations a.json --results few.json", "few.json: has no answer to 10 (11 of 12 are missing)"),
     ("vqa --annotations a.json --results other.json", "other.json: question_id 7 is not among what was asked"),
@@ -283,7 +283,7 @@ def test_ten_answers_of_the_users_data(published, monkeypatch, capsys):
     ("coco --annotations a.json --images img", "a.json: not in the form in which coco is published"),
     ("geneval --prompts g.jsonl", "geneval wants --out"), ("geneval --prompts prompts.txt --out o", "not valid JSON"),
     ("pictures --prompts empty.txt --out o", "empty.txt: is empty"), ("world --out o", "leave out --out"),
-    ("pictures --prompts none.txt --out o", "none.txt: no such file")])
+    ("pictures --prompts none.txt --out o", "none.txt: No such file")])
 def test_mistakes_give_one_line_and_status_2(published, monkeypatch, capsys, args, message):
     write("few.json", [{"question_id": 0, "answer": "a"}])
     write("other.json", [{"question_id": 7, "answer": "a"}])

@@ -2,7 +2,6 @@
 layouts, against what diffusers and transformers make of them (golden values, see make_golden.py); the way back; and
 every file that is not one. Full size: tests/full_size.py."""
 import json
-import math
 import os
 import resource
 import shutil
@@ -17,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from test_networks import GOLDEN, SHAPES, assert_close
 
 import model
-from model import DualDiffusion, Settings, check_together, inspect, read_part
-from sample import SHIPPED, describe, text_to_image
+from model import DualDiffusion, Settings, inspect, read_part
+from sample import SHIPPED, text_to_image
 from t5 import train_tokenizer
 
 with safe_open(make_golden.PATH, framework="pt") as f:
@@ -136,15 +135,10 @@ def test_a_type_for_every_part():
     dd = DualDiffusion.load(SHIPPED, dtype={"t5": torch.bfloat16, "vae": torch.float16})
     assert [{w.dtype for w in part.parameters()} for part in (dd.ddit, dd.t5, dd.vae)] == [
         {torch.float32}, {torch.bfloat16}, {torch.float16}]
-    with pytest.raises(ValueError, match="dtype names transformer; the parts are ddit, t5, vae"):
-        DualDiffusion.load(SHIPPED, dtype={"transformer": torch.bfloat16})
 
 
-def test_a_new_text_head_reads_nothing_and_is_said_so(tmp_path):
+def test_a_new_text_head_reads_nothing(tmp_path):
     path = single_file(tmp_path / "sd3.safetensors", "single", "vae", "t5")
-    # without a tokenizer it can do nothing at all
-    assert "to read, it must be trained first" not in describe(*inspect(path))
-    assert "to read, it must be trained first" in describe(*inspect(path, tokenizer=spiece(tmp_path)))
     dd = load(path)
     dd_dict = dd.ddit.state_dict()
     assert not dd_dict["text_head.linear.weight"].any()
@@ -158,41 +152,21 @@ def spiece(folder):
     return str(path)
 
 
-def test_export_and_back(tmp_path):
-    """The shipped model to diffusers' layout and back: every number the same, names diffusers'."""
-    before = DualDiffusion.load(SHIPPED, dtype=None)
-    before.export(str(tmp_path))
-    after = DualDiffusion.load(str(tmp_path), dtype=None)
-    assert after.config.ddit == before.config.ddit and after.config.t5 == before.config.t5
-    assert after.tokenizer.model == before.tokenizer.model and after.config.settings == before.config.settings
-    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
-    assert file.stat().st_mode & 0o444 == 0o444 & ~UMASK
-    ours, again = before.state_dict(), after.state_dict()
-    assert ours.keys() == again.keys()
-    assert all(torch.equal(ours[name], again[name]) and ours[name].dtype == again[name].dtype for name in ours)
-    authors = FOLDERS["authors"]["transformer"]
-    last = {name.replace("blocks.2.", "blocks.5.") for name in authors if "blocks.1." not in name}
-    inner = ["norm_q", "norm_k", "norm_added_q", "norm_added_k", *(f"blocks.{i}." for i in range(1, 5))]
-    assert {name for name in load_file(file) if not any(piece in name for piece in inner)} == last
-
-
 WRONG = {
     "cut.safetensors": "cut.safetensors: not a readable",
     "header.safetensors": "header.safetensors: not a readable",
-    "model.ckpt": "model.ckpt: a pickle",
-    "lora.safetensors": "lora.safetensors: this is a LoRA",
-    "flux.safetensors": "flux.safetensors: this is FLUX",
-    "sdxl.safetensors": "sdxl.safetensors: this is a U-Net",
-    "sd35.safetensors": "sd35.safetensors: this is SD3.5",
-    "sd35m.safetensors": "sd35m.safetensors: this is SD3.5-medium",
+    "model.ckpt": "model.ckpt: not a readable",
+    "lora.safetensors": "lora.safetensors: holds no part",
+    "flux.safetensors": "flux.safetensors: holds no part",
+    "sdxl.safetensors": "sdxl.safetensors: holds no part",
+    "sd35m.safetensors": "has a tensor joint_blocks.0.x_block.attn2.qkv.weight, as no transformer",
     "clip.safetensors": "clip.safetensors: holds no part",
     "lacks.safetensors": "lacks.safetensors: the tensor joint_blocks.1.x_block.mlp.fc1.bias is missing",
     "shape.safetensors": "the tensor joint_blocks.1.x_block.mlp.fc1.bias is (3,), it should be (512,)",
-    "type.safetensors": "type.safetensors: the tensor joint_blocks.1.x_block.mlp.fc1.bias is of type I8",
-    "scaled.safetensors": "scaled.safetensors: this is T5 in scaled fp8",
-    "shardless": "diffusion_pytorch_model-00002-of-00003.safetensors: this shard is missing",
+    "type.safetensors": "type.safetensors: the tensor joint_blocks.1.x_block.mlp.fc1.bias is of type torch.int8",
+    "shardless": "is missing",
     "pickled": "transformer: holds no .safetensors file",
-    "index": "diffusion_pytorch_model.safetensors.index.json: not valid JSON",
+    "config": "transformer/config.json: not valid JSON",
 }
 
 
@@ -202,16 +176,15 @@ def make_wrong(tmp_path, name):
     bias = PREFIX["single"] + "joint_blocks.1.x_block.mlp.fc1.bias"
     more = {"lora": "joint_blocks.0.x_block.lora_A.weight", "flux": "double_blocks.0.img_attn.qkv.weight",
             "sdxl": "model.diffusion_model.input_blocks.0.0.weight", "clip": "text_model.embeddings.weight",
-            "sd35": PREFIX["single"] + "joint_blocks.0.x_block.attn.ln_q.weight",
-            "sd35m": PREFIX["single"] + "joint_blocks.0.x_block.attn2.qkv.weight", "scaled": "encoder.x.scale_weight"}
+            "sd35m": PREFIX["single"] + "joint_blocks.0.x_block.attn2.qkv.weight"}
     kind = name.split(".")[0]
-    if kind in ("shardless", "pickled", "index"):
+    if kind in ("shardless", "pickled", "config"):
         folder(path, "sd3", shards=3)
         transformer = path / "transformer"
         if kind == "shardless":
             os.remove(transformer / "diffusion_pytorch_model-00002-of-00003.safetensors")
-        elif kind == "index":
-            (transformer / "diffusion_pytorch_model.safetensors.index.json").write_text("{")
+        elif kind == "config":
+            (transformer / "config.json").write_text("{")
         else:
             for shard in transformer.glob("diffusion*"):
                 os.remove(shard)
@@ -229,7 +202,7 @@ def make_wrong(tmp_path, name):
         elif kind == "type":
             file[bias] = torch.zeros(512, dtype=torch.int8)
         else:
-            file = (file if kind.startswith("sd35") else {}) | {more[kind]: torch.zeros(2)}
+            file = (file if kind == "sd35m" else {}) | {more[kind]: torch.zeros(2)}
         save_file(file, path)
     return str(path)
 
@@ -241,6 +214,14 @@ def test_files_that_are_refused(tmp_path, name):
         DualDiffusion.load(path, tokenizer=spiece(tmp_path))
     message = str(error.value)
     assert WRONG[name] in message and "\n" not in message, message
+
+
+@pytest.mark.parametrize("more", ["0.layer.0.SelfAttention.q.scale_weight",  # scaled fp8
+                                  "1.layer.0.SelfAttention.relative_attention_bias.weight"])  # UMT5
+def test_t5_that_is_not_t5(tmp_path, more):
+    save_file(states("t5")["t5"] | {f"encoder.block.{more}": torch.zeros(2)}, tmp_path / "t5.safetensors")
+    with pytest.raises(ValueError, match=f"has a tensor encoder.block.{more}, as no T5"):
+        load(str(tmp_path / "t5.safetensors"))
 
 
 def test_a_folder_without_a_part(tmp_path):
@@ -273,46 +254,6 @@ def refused(function, *args, **kwargs):
 
 
 PARTS = ("ddit", "t5", "vae", "settings")
-BAD_VALUES = [
-    ("ddit", "depth", 10 ** 9), ("ddit", "depth", 7), ("ddit", "depth", 0), ("ddit", "depth", -1),
-    ("ddit", "depth", "6"), ("ddit", "depth", 6.5), ("ddit", "depth", True), ("ddit", "depth", None),
-    ("ddit", "depth", [6]),
-    ("ddit", "width", 10 ** 6), ("ddit", "width", 0), ("ddit", "heads", 3), ("ddit", "heads", 0), ("ddit", "heads", -2),
-    ("ddit", "heads", 10 ** 30), ("ddit", "heads", "two"), ("ddit", "patch", 4), ("ddit", "channels", 4),
-    ("ddit", "text_dim", 4096), ("ddit", "vocab", 32100), ("ddit", "vocab", math.nan), ("ddit", "pos_size", 10 ** 9),
-    ("ddit", "qk_norm", False), ("ddit", "qk_norm", "yes"), ("ddit", "color", 3), ("ddit", "__init__", 1),
-    ("t5", "num_layers", 10 ** 9), ("t5", "num_layers", 0), ("t5", "d_kv", 64), ("t5", "buckets", 0),
-    ("t5", "max_distance", 0), ("t5", "max_distance", 8), ("t5", "max_distance", -1), ("t5", "max_distance", 1e3),
-    ("t5", "max_distance", math.inf), ("t5", "places", 24), ("t5", "places", -1), ("t5", "vocab_size", 10 ** 12),
-    ("vae", "multipliers", 4), ("vae", "multipliers", []), ("vae", "multipliers", [1, 2]), ("vae", "multipliers", None),
-    ("vae", "multipliers", [1, 2, 4, "4"]), ("vae", "groups", 3), ("vae", "groups", 0), ("vae", "factor", 8),
-    ("vae", "shift", math.nan), ("vae", "shift", "0"), ("vae", "scale", 0), ("vae", "scale", -1.0),
-    ("vae", "scale", math.inf), ("vae", "scale", 10 ** 400),
-    ("settings", "size", 0), ("settings", "size", 65), ("settings", "size", 16 * 10 ** 9), ("settings", "length", 1),
-    ("settings", "length", "24"), ("settings", "cfg", math.nan), ("settings", "shift", 0), ("settings", "shift", None),
-    ("settings", "caption_steps", 10 ** 12), ("settings", "answer_steps", 0), ("settings", "caption_prompt", 3),
-    ("settings", "tempo", 3)]
-
-
-@pytest.mark.parametrize("part, name, value", BAD_VALUES)
-def test_a_header_that_cannot_be(tmp_path, small, part, name, value):
-    path = str(tmp_path / "x.safetensors")
-    save_file(small, path, {"config": json.dumps(HEADER | {part: HEADER[part] | {name: value}})})
-    message = refused(inspect, path)
-    assert message.startswith(path) and name in message, message
-
-
-BAD_HEADERS = ["", "{", "null", "[]", "3", '"x"', '{"ddit": null}', '{"t5": []}', '{"vae": 3}', '{"settings": null}',
-               "[" * 100_000, '{"ddit": ' * 100_000, '{"ddit": {"depth": ' + "9" * 5000 + "}}"]
-
-
-@pytest.mark.parametrize("header", BAD_HEADERS, ids=range(len(BAD_HEADERS)))
-def test_a_header_that_is_none(tmp_path, small, header):
-    path = str(tmp_path / "x.safetensors")
-    save_file(small, path, {"config": header})
-    assert refused(inspect, path).startswith(path)
-
-
 def test_an_older_header(tmp_path, small):
     """It may lack what came later."""
     later = ("qk_norm", "places", "answer_steps")
@@ -331,57 +272,9 @@ def test_embeddings_in_the_place_of_t5(tmp_path):
     made.save(path)
     loaded = DualDiffusion.load(path)
     assert loaded.config == config and loaded.t5(torch.zeros(1, 24, dtype=torch.long)).shape == (1, 24, 128)
-    assert "nothing written" in refused(loaded.export, str(tmp_path / "out"))
     whole.t5 = whole.ddit = None  # what stage 0 leaves
     whole.save(path)
     assert model.missing_parts(DualDiffusion.load(path)) == ["transformer", "T5"]
-
-
-ODD = {"x_embedder.proj.weight": (128, 16), "context_embedder.weight": (128,), "pos_embed": (64,),
-       "text_head.linear.weight": (474,), "joint_blocks.4000000000.x": (1,),
-       "joint_blocks.5.context_block.adaLN_modulation.1.bias": (), "joint_blocks.0.x_block.attn.qkv.weight": (),
-       "encoder.conv_in.weight": (8,), "encoder.conv_in.weight ": (0, 3, 3, 3), "encoder.conv_out.weight": (),
-       "encoder.down.2.block.0.conv1.weight": (), "shared.weight": (512,),
-       "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (4, 0),
-       "encoder.block.0.layer.0.SelfAttention.q.weight": (), "x_embedder.proj.weight ": (0, 16, 2, 2)}
-
-
-@pytest.mark.parametrize("name", ODD)
-@pytest.mark.parametrize("header", [True, False])
-def test_tensors_of_odd_shapes(tmp_path, small, name, header):
-    """With a header that says otherwise, and without one."""
-    file = {n.removeprefix(prefix): prefix for prefix in PREFIX.values() for n in small if n.startswith(prefix)}
-    stored = name.strip() if name.strip() in file else "joint_blocks.0.x_block.attn.qkv.weight"
-    path = str(tmp_path / "x.safetensors")
-    save_file(small | {file[stored] + name.strip(): torch.zeros(ODD[name])}, path,
-              {"config": json.dumps(HEADER)} if header else None)
-    assert path in refused(DualDiffusion.load, path)
-
-
-@pytest.mark.parametrize("file, content", [
-    (file, content) for file in ("transformer/config.json", "d_dit.json", "scheduler/scheduler_config.json",
-                                 "transformer/diffusion_pytorch_model.safetensors.index.json")
-    for content in (b"null", b"[]", b"[" * 100_000, b'{"shift": \xff}', b"", b"3")]
-    + [("transformer/config.json", b'{"num_attention_heads": %s}' % value)
-       for value in (b"0", b"-1", b"null", b'"2"', b"3", b"1e9", b"[2]")]
-    + [("transformer/config.json", b'{"num_layers": 1000000000}'), ("vae/config.json", b'{"norm_num_groups": 3}'),
-       ("vae/config.json", b'{"scaling_factor": NaN}'), ("vae/config.json", b'{"shift_factor": null}'),
-       ("text_encoder/config.json", b'{"relative_attention_max_distance": 0}'), ("d_dit.json", b'{"size": 100}'),
-       ("d_dit.json", b'{"length": null}'), ("d_dit.json", b'{"tempo": 3}'),
-       ("scheduler/scheduler_config.json", b'{"shift": "3"}')]
-    + [("transformer/diffusion_pytorch_model.safetensors.index.json", b'{"weight_map": %s}' % value)
-       for value in (b"null", b"[]", b"3", b'{"a": null}', b'{"a": ["b"]}', b'{"a": ".."}', b'{"a": ""}',
-                     b'{"a": "../vae/diffusion_pytorch_model.safetensors"}', b'{"a": "/etc/passwd"}')])
-def test_a_folder_that_cannot_be(tmp_path, file, content):
-    path = folder(tmp_path / "sd3", "sd3", shards=2 if "index" in file else 1)
-    (tmp_path / "sd3" / file).write_bytes(content)
-    message = refused(inspect, path)
-    where = path if "d_dit" in file or "scheduler" in file else os.path.join(path, os.path.dirname(file))
-    assert message.startswith(where), message
-    if not content.startswith(b'{"') or b"\xff" in content:
-        assert os.path.join(path, file) in message
-    if b"weight_map" in content:
-        assert "weight_map" in message or "not a regular file" in message
 
 
 def test_parts_that_do_not_fit(tmp_path, small):
@@ -390,7 +283,7 @@ def test_parts_that_do_not_fit(tmp_path, small):
               for n, w in {PREFIX["t5"] + n: w for n, w in states("t5")["t5"].items()}.items()}
     save_file(narrow, tmp_path / "t5.safetensors")
     message = refused(DualDiffusion.load, SHIPPED, t5=str(tmp_path / "t5.safetensors"))
-    assert "t5.safetensors: this T5 gives 16 channels" in message and "takes 128" in message and "--t5" in message
+    assert "takes 128 channels from its T5, this one gives 16" in message and "--t5" in message
     vae = make_golden.VAE(make_golden.VAEConfig(channels=8, groups=4, latent_channels=4)).state_dict()
     save_file({PREFIX["vae"] + n: w for n, w in vae.items()}, tmp_path / "vae.safetensors")
     (tmp_path / "config.json").write_text('{"norm_num_groups": 4}')
@@ -399,7 +292,7 @@ def test_parts_that_do_not_fit(tmp_path, small):
     for name in ("config.json", "model.safetensors"):
         shutil.move(tmp_path / name, tmp_path / "v" / name)
     message = refused(DualDiffusion.load, SHIPPED, vae=str(tmp_path / "v"))
-    assert "v: this VAE gives 4 channels" in message and "takes 16" in message and "--vae" in message
+    assert "takes 16 channels from its VAE, this one gives 4" in message and "--vae" in message
     other = train_tokenizer(["a b c d e"], 100)
     (tmp_path / "spiece.model").write_bytes(other.model)
     message = refused(DualDiffusion.load, SHIPPED, tokenizer=str(tmp_path / "spiece.model"))
@@ -418,59 +311,6 @@ def test_another_model_s_tokenizer(tmp_path):
     assert "spiece.model: not T5's" in refused(inspect, SHIPPED, tokenizer=str(tmp_path / "spiece.model"))
 
 
-@pytest.mark.parametrize("part, name, value, dtype", [
-    ("single", "joint_blocks.3.x_block.mlp.fc1.weight", math.inf, torch.float16),
-    ("t5", "shared.weight", math.nan, torch.bfloat16), ("vae", "decoder.conv_out.bias", -math.inf, torch.float32)])
-def test_weights_that_are_no_numbers(tmp_path, small, part, name, value, dtype):
-    name, path = PREFIX[part] + name, str(tmp_path / "x.safetensors")
-    file = {n: w.to(dtype, copy=True) if w.is_floating_point() else w for n, w in small.items()}
-    file[name].view(-1)[-1] = value
-    save_file(file, path, {"config": json.dumps(HEADER)})
-    for wanted in (None, torch.float32):
-        message = refused(DualDiffusion.load, path, dtype=wanted)
-        assert message.startswith(path) and name in message and "NaN" in message
-
-
-def test_large_weights_are_numbers(tmp_path, small):
-    """A sum in float16 would overflow."""
-    file = {n: torch.full_like(w, 6e4) if w.dtype == torch.float16 else w for n, w in small.items()}
-    save_file(file, tmp_path / "x.safetensors", {"config": json.dumps(HEADER)})
-    DualDiffusion.load(str(tmp_path / "x.safetensors"), dtype=None)
-
-
-def not_files(folder):
-    os.mkfifo(folder / "pipe.safetensors")
-    os.makedirs(folder / "piped")
-    os.mkfifo(folder / "piped" / "model.safetensors")
-    os.makedirs(folder / "folder.safetensors" / "model.safetensors")
-    shutil.copytree(folder / "whole", folder / "tokens")
-    os.remove(folder / "tokens" / "tokenizer" / "spiece.model")
-    os.mkfifo(folder / "tokens" / "tokenizer" / "spiece.model")
-    shutil.copytree(folder / "whole", folder / "configured")
-    os.remove(folder / "configured" / "vae" / "config.json")
-    os.mkfifo(folder / "configured" / "vae" / "config.json")
-    return [("pipe.safetensors", {}), ("piped", {}), ("folder.safetensors", {}), ("tokens", {}), ("configured", {}),
-            ("/dev/zero", {}), ("whole", {"t5": "/dev/zero"}), ("whole", {"vae": "pipe.safetensors"}),
-            ("whole", {"tokenizer": "pipe.safetensors"}), ("whole", {"tokenizer": "/dev/zero"}),
-            ("whole", {"tokenizer": "whole"}), ("whole", {"tokenizer": "none"}), ("whole", {"tokenizer": "huge"})]
-
-
-def test_what_is_no_file(tmp_path, monkeypatch):
-    """Pipes, devices, folders and files far too long: one line, and no waiting."""
-    monkeypatch.chdir(tmp_path)
-    DualDiffusion.load(SHIPPED).export("whole")
-    with open("huge", "wb") as f:
-        f.truncate(1 << 40)
-    for path, others in not_files(tmp_path):
-        message = refused(inspect, path, **others)
-        assert any(str(name) in message for name in (path, *others.values())), message
-
-    def closed(path):
-        raise PermissionError(13, "Permission denied", path)
-    monkeypatch.setattr(os, "listdir", closed)
-    assert "whole" in refused(inspect, "whole")
-
-
 def test_authors_settings(tmp_path):
     """Their release is to be asked as it was tuned; SD3's folder, and what says otherwise itself, is not."""
     path = folder(tmp_path / "authors", "authors")
@@ -479,16 +319,14 @@ def test_authors_settings(tmp_path):
     assert settings.caption_prompt == "Describe the image concisely."
     assert settings.answer_suffix == "Answer the question using a single word or phrase."
     assert inspect(folder(tmp_path / "sd3", "sd3"))[0].settings == Settings(shift=2.5)
-    (tmp_path / "authors" / "d_dit.json").write_text('{"size": 64}')
-    assert inspect(path)[0].settings == Settings(size=64, shift=2.5)
 
 
 def test_an_answer_needs_no_compiler_and_opens_its_file_once(tmp_path):
     """Neither torch's compiler, which takes a second to import, nor an opening for every tensor."""
     program = """
 import sys, model, sample, torch
-times, open_file = [], model.open_safetensors
-model.open_safetensors = lambda path: times.append(path) or open_file(path)
+times, open_file = [], model.safe_open
+model.safe_open = lambda *path: times.append(path) or open_file(*path)
 dd = model.DualDiffusion.load(sample.SHIPPED)
 sample.answer(dd, torch.zeros(1, 3, 64, 64), ["what color is the circle?"], steps=1)
 print(len(times), sorted(name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor")))[:3])
@@ -503,50 +341,20 @@ print(len(times), sorted(name for name in sys.modules if name.startswith(("torch
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
-    """Both ways of writing, in a process whose files may not grow beyond 1 MB; and what is not an empty folder."""
+    """In a process whose files may not grow beyond 1 MB."""
     dd = DualDiffusion.load(SHIPPED)
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"before")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
-        message, exported = refused(dd.save, str(path)), refused(dd.export, str(tmp_path / "out"))
+        message = refused(dd.save, str(path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert message.startswith(f"{path}: could not be written") and "out" in exported
+    assert message.startswith(f"{path}: could not be written")
     assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["model.safetensors"]
     dd.save(str(path))
     assert DualDiffusion.load(str(path)).config == dd.config and path.stat().st_mode & 0o777 == 0o666 & ~UMASK
-
-
-def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
-    dd = DualDiffusion.load(SHIPPED)
-
-    def interrupt(config):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(model, "diffusers_configs", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        dd.export(str(tmp_path / "out"))
-    assert os.listdir(tmp_path) == []
-
-
-def test_where_an_export_goes(tmp_path, monkeypatch):
-    """Into a new or an empty folder, over what a kill left beside; never into one that holds something."""
-    monkeypatch.chdir(tmp_path)
-    dd = DualDiffusion.load(SHIPPED)
-    (tmp_path / "full").mkdir(), (tmp_path / "full" / "x").touch(), (tmp_path / "file").touch()
-    for name in ("full", "file", "", ".", "full/"):
-        assert "--export" in refused(dd.export, name)
-        assert sorted(os.listdir()) == ["file", "full"]
-    (tmp_path / "out.partial").mkdir(), (tmp_path / "out.partial" / "x").touch()
-    dd.export("out/")
-    assert sorted(os.listdir()) == ["file", "full", "out"] and not os.path.exists("out/x")
-
-
-def test_describing_says_what_does_not_fit(tmp_path):
-    (tmp_path / "spiece.model").write_bytes(train_tokenizer(["a b c d e"], 100).model)
-    contents = inspect(SHIPPED, tokenizer=str(tmp_path / "spiece.model"))
-    assert "transformer" in describe(*contents) and "--spiece" in refused(check_together, *contents)
 
 
 # ---------------------------------------------------------------- where diffusers and transformers are installed
@@ -560,8 +368,7 @@ LIVE = [  # depth, heads, context width, VAE width, file type, shard size, laten
 
 @pytest.mark.parametrize("depth, heads, context, vae_width, dtype, shard, latent", LIVE)
 def test_files_that_diffusers_wrote(tmp_path, depth, heads, context, vae_width, dtype, shard, latent):
-    """diffusers and transformers write a folder, we read it: the same velocity, states, latents and pictures. What we
-    export of it they read back, bit for bit."""
+    """diffusers and transformers write a folder, we read it: the same velocity, states, latents and pictures."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     torch.manual_seed(depth)
     made = {
@@ -587,19 +394,3 @@ def test_files_that_diffusers_wrote(tmp_path, depth, heads, context, vae_width, 
     pixels = torch.rand(1, 3, 8 * h, 8 * w)
     assert_close(dd.vae.encode(pixels)[0], made["vae"].encode(pixels).latent_dist.mean)
     assert_close(dd.vae.decode(x), made["vae"].decode(x).sample)
-
-    dd.tokenizer = DualDiffusion.load(SHIPPED).tokenizer
-    dd.export(str(tmp_path / "back"))
-    t5 = transformers.T5EncoderModel.from_pretrained(tmp_path / "back" / "text_encoder")
-    vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "back" / "vae")
-    assert type(diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "back" / "scheduler")).__name__
-    transformer = diffusers.SD3Transformer2DModel.from_pretrained(
-        tmp_path / "back" / "transformer", low_cpu_mem_usage=False, ignore_mismatched_sizes=True)
-    new = ("norm_out", "proj_out", "time_text_embed.text_embedder", "time_text_embed.timestep_embedder.linear_2.bias",
-           f"transformer_blocks.{depth - 1}.norm1_context")  # renamed by the authors, folded, or grown
-    for theirs, first in ((vae, made["vae"]), (t5, made["text_encoder_3"]), (transformer, made["transformer"])):
-        before = first.state_dict()
-        shared = {name: p for name, p in theirs.state_dict().items() if not name.startswith(new)}
-        assert len(shared) > 0.7 * len(before)
-        for name, p in shared.items():
-            assert torch.equal(p, before[name]), name

@@ -1,6 +1,5 @@
 """sample.py and train.py as a user types them, mistakes first. Each mistake: one line, exit status 2."""
 import importlib
-import io
 import json
 import os
 import re
@@ -46,7 +45,6 @@ def files(tmp_path_factory):
     shipped.ddit = shipped.t5 = None
     shipped.save(str(folder / "stage0.safetensors"))
     Image.new("RGB", (20, 20), "red").save(folder / "ok.png")
-    Image.new("RGBA", (20, 20), (255, 255, 255, 0)).save(folder / "black.png")  # nothing of it is painted
     (folder / "broken.jsonl").write_text('{"image": "ok.png", "caption": "c"}\n{"image": "ok.png", \n')
     (folder / "missing.jsonl").write_text(json.dumps({"image": "gone.png", "caption": "c"}) + "\n")
     (folder / "void").mkdir()
@@ -60,18 +58,13 @@ def files(tmp_path_factory):
 MISTAKES = {
     "sample.py": [
         (["--vqa", "none.png", "what?"], "none.png: no such image"),
-        (["--vqa", "empty.png", "what?"], "empty.png: cannot be read as an image (the file is empty)"),
+        (["--vqa", "empty.png", "what?"], "empty.png: cannot be read as an image (none of JPEG"),
         (["--caption", "text.png"], "text.png: cannot be read as an image"),
         (["--caption", "void"], "void: cannot be read as an image"),
         (["--vqa", "ok.png"], "--vqa wants an image and then a question"),
         (["--infill", "ok.png", "no blank"], "has no blank"),
-        (["--caption", "ok.png", "--length", "auto", "--t2i", "x"], "those of --caption and --vqa, without --options"),
-        (["--caption", "ok.png", "--length", "Auto"], "Auto is neither a number nor auto"),
-        (["--caption", "ok.png", "--trace", "./ok.png"], "--trace ./ok.png: is an image to be read"),
-        (["--t2i", "x", "--out", "one.png", "--trace", "./one.png"], "not in --out's file"),
-        (["--edit", "ok.png", "--mask", "black.png", "a red circle"], "black.png: is white nowhere"),
+        (["--caption", "ok.png", "--length", "Auto"], "invalid text_length value: 'Auto'"),
         ([], "nothing to do"),
-        (["--caption", "ok.png", "--steps", "0"], "--steps"),
         (["--caption", "ok.png", "--order", "backwards"], "invalid choice"),
         (["--caption", "ok.png", "--device", "abacus"], "there is no device abacus here"),
         (["--t2i", "x", "--out", "void/none/x.png"], "void/none/x.png"),
@@ -86,72 +79,35 @@ MISTAKES = {
         (["--caption", "ok.png", "--t5", "stage0.safetensors"], "stage0.safetensors: holds no T5"),
         (["--caption", "ok.png", "--spiece", "text.png"], "text.png: not a SentencePiece model"),
         (["--t2i", "x", "--size", "100"], "multiples of 16"),
-        (["--vqa", "ok.png", " "], "--vqa wants an image and then a question"),
-        (["--caption", "ok.png", "--temperature", "nan"], "--temperature"),
-        (["--t2i", "x", "--cfg", "nan"], "--cfg"),
         (["--t2i", "x", "--out", "x.psd"], "x.psd"),
         (["--caption", "ok.png", "--device", "meta"], "there is no device meta here"),
-        (["--caption", "ok.png", "--seed", "99999999999999999999"], "--seed"),
-        (["--t2i", "x", "--size", "wide"], "is not like 512 or 768x512"),
+        (["--t2i", "x", "--size", "wide"], "invalid width_and_height value: 'wide'"),
         (["--t2i", "a circle", "--size", "64x256"], "larger than the model's 8x8 positions"),
         (["--caption", "ok.png", "--size", "65536"], "larger than the model's 8x8 positions"),
-        (["--t2i", "x", "--size", "64x64x7"], "is not like 512 or 768x512"),
-        (["--t2i", "x", "--size", "16x16x16"], "is not like 512 or 768x512"),
         (["--t2i", "x", "--size", "0"], "multiples of 16"),
-        (["--t2i", "x", "--steps", "1000000000"], "1000000000 is not from 1 to 10000"),
         (["--t2i", "x", "--steps", "few"], "--steps"),
-        (["--caption", "ok.png", "--length", "7"], "7 is not from 8 to 4096"),
-        (["--t2i", "x", "--num", "0"], "--num"),
-        (["--t2i", "x", "--num", "1000000"], "1000000 images of 64x64 do not fit on a page"),
-        (["--t2i", "x", "--out", "folder.png"], "folder.png"),
-        (["--t2i", "x", "--out", "/dev/full"], "/dev/full"),
         (["--caption", "ok.png", "--device", "hpu"], "there is no device hpu here"),
         (["--caption", *["ok.png"] * 300, "none.png"], "none.png: no such image"),
-        (["--describe", "--ckpt", "none.safetensors"], "none.safetensors: no such checkpoint"),
-        (["--describe", "--ckpt", "cut.safetensors"], "cut.safetensors: not a readable"),
-        (["--describe", "--ckpt", "other.safetensors"], "other.safetensors: holds no part"),
-        (["--export", "out"], "--export wants --ckpt FILE"),
-        (["--caption", "ok.png", "--ckpt", ""], "--ckpt is empty"),
-        (["--caption", "ok.png", "--num", "9"], "--num has no part in this: it wants --t2i"),
-        (["--t2i", "x", "--temperature", "1"], "--temperature has no part in this: it wants --caption or --vqa or"),
-        (["--caption", "ok.png", "--order", "entropy", "--steps", "5"], "--steps has no part in --order entropy"),
-        (["--again", "ok.png", "--mask", "black.png", "x"], "the PNG has its own prompts"),
-        (["--t2i", "x", "--trace", "x.ico"], "--trace x.ico: give a picture's name"),
-        (["--export", "void/../many", "--ckpt", "cut.safetensors"], "--export void/../many: give the name of a new"),
+        (["--t2i", "x", "--trace", "x.ico"], "x.ico: give a picture's name"),
     ],
     "train.py": [
         (["--stage", "7"], "--stage: invalid choice"),
-        ([], "give --stage"),
+        ([], "--stage"),
         (["--stage", "2"], "stage1"),
-        (["--stage", "1", "--data", "none.jsonl"], "none.jsonl: no such file"),
+        (["--stage", "1", "--data", "none.jsonl"], "none.jsonl: No such file"),
         (["--stage", "1", "--data", "broken.jsonl"], "broken.jsonl, line 2: not valid JSON"),
         (["--stage", "1", "--data", "missing.jsonl"], "missing.jsonl, line 1: no such image"),
         (["--stage", "1", "--data", "void"], "void: holds no images"),
         (["--stage", "1", "--batch", "0"], "--batch"),
         (["--stage", "1", "--batch", "6", "--accumulate", "4"], "--batch 6 cannot be shared equally"),
-        (["--stage", "1", "--rate", "nan"], "--rate nan is out of its range"),
-        (["--stage", "1", "--ema", "1"], "--ema 1.0 is out of its range"),
-        (["--stage", "1", "--seed", "-1"], "--seed"),
         (["--stage", "1", "--schedule", "cosine"], "invalid choice"),
         (["--stage", "2hr", "--image-data", "many"], "give --image-data and --text-data, or one of them"),
-        (["--stage", "1", "--text-encoder", "none", "--init", "x"], "starts from nothing"),
         (["--stage", "1", "--size", "128"], "the built-in world has 64 pixels a side"),
         (["--stage", "1", "--parallel", "fsdp"], "give --muon 0, or --parallel ddp"),
         (["--stage", "1", "--init", "text.safetensors"], "text.safetensors: not a readable"),
         (["--stage", "1", "--preset", "sd3-medium"], "the built-in world has 64 pixels a side"),
         (["--stage", "1", "--preset", "sd3-medium", "--data", "many", "--out", "o"], "--init"),
-        (["--stage", "1", "--data", "many", "--size", "40"], "--size 40: sides are multiples of 16"),
-        (["--stage", "1", "--time-mean", "nan"], "--time-mean nan is out of its range"),
         (["--stage", "1", "--device", "hpu"], "there is no device hpu here"),
-        (["--stage", "1", "--init", ""], "--init is empty"),
-        (["--stage", "1", "--out", "ok.png"], "--out ok.png: is a file; give a folder"),
-        (["--stage", "0", "--vae", "stage0.safetensors"], "stage 0 makes tokenizer and VAE from nothing"),
-        (["--stage", "1", "--data", "many", "--kinds", "compare"], "--pool and --kinds are about the built-in world"),
-        (["--stage", "1", "--vocab", "500"], "--vocab is about stage 0"),
-        (["--stage", "1", "--image-weight", "0", "--text-weight", "0"], "nothing is learned"),
-        (["--stage", "1", "--length", "4"], "--length 4 is out of its range"),
-        (["--preview", "broken.jsonl", "--data", "many"], "--preview broken.jsonl: give the name of a PNG"),
-        (["--preview", "many/../many/3.png", "--data", "many"], "3.png: is an image of --data"),
     ],
 }
 
@@ -188,30 +144,6 @@ def call(monkeypatch, *args):
     sample.run_program(sample.main)
 
 
-def test_a_preview_shows_what_a_stage_would_learn_from(files, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--preview", f"{tmp_path}/p.png", "--data", f"{files}/many"])
-    for _ in range(2):  # an earlier preview may be replaced
-        train.main()
-        assert "16 of 25 samples" in capsys.readouterr().out
-    assert Image.open(tmp_path / "p.png").width == 4 * 200
-
-
-def test_another_checkpoint_does_not_draw_the_same(monkeypatch, capsys, tmp_path):
-    dd, path = DualDiffusion.load(os.path.join(ROOT, "assets", "tiny.safetensors")), str(tmp_path / "model.safetensors")
-    dd.save(path, dtype=torch.float16)
-    call(monkeypatch, "--ckpt", path, "--t2i", "a red circle", "--steps", 2, "--out", tmp_path / "a.png")
-    call(monkeypatch, "--again", tmp_path / "a.png", "--out", tmp_path / "b.png")
-    assert capsys.readouterr().err == ""
-    dd.save(path)
-    call(monkeypatch, "--again", tmp_path / "a.png", "--out", tmp_path / "b.png")
-    assert capsys.readouterr().err == f"warning: {path} is not the checkpoint that drew {tmp_path}/a.png\n"
-
-
-def test_signs_that_were_never_seen_are_named(monkeypatch, capsys):
-    call(monkeypatch, "--vqa", SCENE, "is there a \U0001f98a?")
-    assert "never seen in training, so expect little: \U0001f98a\n" in capsys.readouterr().err
-
-
 def test_capital_letters_are_heard(monkeypatch, capsys):
     call(monkeypatch, "--vqa", SCENE, "What color is the CIRCLE?", "--infill", SCENE, "_" * 20)
     out, err = capsys.readouterr()
@@ -223,7 +155,7 @@ def test_odd_questions_still_get_an_answer_and_a_warning(monkeypatch, capsys, tm
     call(monkeypatch, "--vqa", tmp_path / "odd.png", "is there a " + "very " * 40 + "small circle?",
          "--vqa", SCENE, "what colour is the zebra?")
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 2 and "its end is left out" in err and "zebra" in err
+    assert len(out.splitlines()) == 2 and "its end is left out" in err
 
 
 def test_what_comes_first_is_printed_first(files, monkeypatch, capsys):
@@ -254,24 +186,13 @@ def test_length_and_negative(monkeypatch, capsys, tmp_path):
     assert seen == [(1, 24)] * 3 + [("", 24)] and capsys.readouterr().err == ""
 
 
-def test_a_drawing_tells_how_it_was_drawn_and_is_drawn_again(monkeypatch, capsys, tmp_path):
-    first, again, other = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
+def test_a_drawing_tells_how_it_was_drawn(monkeypatch, capsys, tmp_path):
+    first = tmp_path / "a.png"
     call(monkeypatch, "--t2i", "a red circle", "--t2i=-- é \u6f22", "--num", 2, "--best-of", 2, "--seed", 5, "--steps",
          2, "--cfg", 1.5, "--negative", "a square", "--size", "64x48", "--out", first)
     image = Image.open(first)
     assert image.text["parameters"].startswith("a red circle\n-- é \u6f22\nNegative prompt: a square\nSteps: 2, "
                                                "Sampler: Euler, CFG scale: 1.5, Seed: 5, Size: 64x48, Model: tiny")
-    call(monkeypatch, "--again", first, "--out", again)
-    assert Image.open(again).tobytes() == image.tobytes() and Image.open(again).text == image.text
-    call(monkeypatch, "--again", again, "--seed", 6, "--out", other)  # what is typed counts more
-    assert Image.open(other).tobytes() != image.tobytes() and "Seed: 6," in Image.open(other).text["parameters"]
-    for path, message, *more in ((SCENE, "holds no record"), (tmp_path / "none.png", "no such image"),
-                                 (first, "has its own prompts", "--t2i", "a blue square"),
-                                 (first, "is an image to be read", "--out", first)):
-        with pytest.raises(SystemExit) as end:
-            call(monkeypatch, "--again", path, *more)
-        err = capsys.readouterr().err
-        assert end.value.code == 2 and message in err and err.splitlines()[-1].startswith("sample.py: ")
 
 
 def test_a_trace_of_a_text(monkeypatch, capsys, tmp_path):
@@ -300,45 +221,16 @@ def test_a_trace_of_a_drawing(monkeypatch, capsys, tmp_path):
     assert Image.open(strip).text == Image.open(out).text
     assert Image.open(film).n_frames == 3 and Image.open(film).size == Image.open(out).size
     for args, message in ((["--caption", SCENE, SCENE], "not several"),
-                          (["--t2i", "a", "--out", strip], "not in --out's file"),
-                          (["--caption", SCENE], "--trace b.txt: give a picture's name")):
+                          (["--caption", SCENE], "b.txt: give a picture's name")):
         with pytest.raises(SystemExit) as end:
             call(monkeypatch, *args, "--trace", "b.txt" if "b.txt" in message else strip)
         assert end.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_an_edit_keeps_the_rest(monkeypatch, capsys, tmp_path):
-    """assets/scene.png's small green square becomes yellow; outside the mask is the autoencoder's reconstruction."""
-    mask = np.zeros((64, 64), np.uint8)
-    mask[32:, 32:] = 255
-    Image.fromarray(mask).save(tmp_path / "mask.png")
-    texts = ["a large green triangle above a small red circle and a small yellow square"]
-    args = ["--edit", SCENE, "--mask", tmp_path / "mask.png", *texts]
-    call(monkeypatch, *args, "--out", tmp_path / "a.png")
-    drawn = np.asarray(Image.open(tmp_path / "a.png"))
-    dd = sample.DualDiffusion.load(sample.SHIPPED)
-    pixels = torch.from_numpy(data.to_pixels([data.load_image(SCENE, 64)]))
-    with torch.no_grad():
-        rest = data.to_images(dd.decode_image(dd.encode_image(pixels)))[0]
-    assert np.array_equal(drawn[mask == 0], rest[mask == 0])
-    red, green, blue = drawn[40:58, 38:56].reshape(-1, 3).astype(int).T
-    assert ((red > 150) & (green > 150) & (blue < 100)).sum() > 40
-    call(monkeypatch, "--again", tmp_path / "a.png", "--out", tmp_path / "b.png")
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "b.png")), drawn)
-    for bad in (args[:2], args[2:], args[:4], ["--edit", "none.png", *args[2:]]):
-        with pytest.raises(SystemExit) as end:
-            call(monkeypatch, *bad)
-        err = capsys.readouterr().err
-        assert end.value.code == 2 and err.count("\n") == 1 and ("to edit, give" in err or "no such image" in err)
 
 
 def test_options_are_ranked(monkeypatch, capsys):
     call(monkeypatch, "--vqa", SCENE, SCENE, "what color is the circle?", "--options", "Red", "blue", "green")
     first, second = capsys.readouterr().out.splitlines()
     assert first == second and first.startswith("red (") and first.count("%") == 3
-    with pytest.raises(SystemExit):
-        call(monkeypatch, "--caption", SCENE, "--options", "red")
-    assert "--options has no part in this: it wants --vqa" in capsys.readouterr().err
 
 
 def test_a_suffix_follows_every_question(monkeypatch, capsys):
@@ -369,39 +261,6 @@ def test_pictures_are_of_the_kind_that_their_name_says(monkeypatch, tmp_path, na
     assert Image.open(tmp_path / name).format == format and os.listdir(tmp_path) == [name]
 
 
-def broken_pipe():
-    ours, theirs = os.pipe()
-    os.close(ours)
-    return os.fdopen(theirs, "w")
-
-
-@pytest.mark.parametrize("output, status, message", [
-    (lambda: open("/dev/full", "w"), 2, "sample.py: [Errno 28] No space left on device: 'stdout'\n"),
-    (broken_pipe, 141, ""), (lambda: None, 2, "sample.py: stdout is closed\n")])
-@pytest.mark.parametrize("end", [None, SystemExit, ValueError])
-def test_output_that_cannot_be_written(monkeypatch, capsys, output, status, message, end):
-    def main():
-        print("answer")
-        if end:
-            raise end("0")
-    monkeypatch.setattr(sys, "argv", ["sample.py"])
-    stdout = output()
-    with monkeypatch.context() as m:
-        m.setattr(sys, "stdout", stdout)
-        with pytest.raises(SystemExit) as ended:
-            sample.run_program(main)
-    if stdout:
-        stdout.close()  # as Python does when it ends: quietly
-    assert ended.value.code == status and capsys.readouterr().err == message
-
-
-def test_answers_in_a_locale_without_their_letters(monkeypatch):
-    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
-    monkeypatch.setattr(sys, "stdout", stdout)
-    sample.run_program(lambda: print("caf\u00e9", "\udcff"))
-    assert stdout.buffer.getvalue() == b"caf? ?\n"
-
-
 ENDS = [
     (lambda: signal.raise_signal(signal.SIGINT), 130, "so far"),
     (lambda: torch.empty(2 ** 60), 2, "out of memory: lower --batch"),
@@ -409,7 +268,7 @@ ENDS = [
     (lambda: exec("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\\nMore')",
                   {"torch": torch}), 2, "out of memory: lower --batch"),
     (lambda: int("x"), 2, "invalid literal for int() with base 10: 'x'"),
-    (lambda: open("none"), 2, "[Errno 2] No such file or directory: 'none'"),
+    (lambda: open("none"), 2, "none: No such file or directory"),
 ]
 
 
@@ -426,36 +285,6 @@ def test_a_fault_of_ours_keeps_its_traceback():
         sample.run_program(lambda: torch.zeros(2, 3) @ torch.zeros(2, 3))
     with pytest.raises(ZeroDivisionError):
         sample.run_program(lambda: 1 / 0)
-
-
-def test_describing_says_what_does_not_fit(monkeypatch, capsys, tmp_path):
-    call(monkeypatch, "--describe")
-    out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()] == [
-        "transformer", "DDiTConfig(depth=6,", "T5", "T5Config(d_model=128,", "VAE", "VAEConfig(channels=8,",
-        "tokenizer", "settings", "can"] and out.endswith("can draw and read\n")
-    (tmp_path / "spiece.model").write_bytes(train_tokenizer(["a b c d e"], 100).model)
-    with pytest.raises(SystemExit) as end:
-        call(monkeypatch, "--describe", "--spiece", tmp_path / "spiece.model")
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and "--spiece" in err and err.count("\n") == 1 and "transformer" in out
-
-
-def test_where_an_export_goes(tmp_path, monkeypatch, capsys):
-    """Into a new or an empty folder, over what a kill left beside; never into one that holds something."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "full").mkdir(), (tmp_path / "full" / "x").touch(), (tmp_path / "file").touch()
-    for name in ("full", "file", "", ".", "full/"):
-        with pytest.raises(SystemExit) as end:
-            call(monkeypatch, "--ckpt", sample.SHIPPED, "--export", name)
-        out, err = capsys.readouterr()
-        assert end.value.code == 2 and out == "" and "--export" in err and sorted(os.listdir()) == ["file", "full"]
-    (tmp_path / "out.partial").mkdir(), (tmp_path / "out.partial" / "x").touch()
-    call(monkeypatch, "--ckpt", sample.SHIPPED, "--export", "out/")
-    assert sorted(os.listdir()) == ["file", "full", "out"] and not os.path.exists("out/x")
-    assert capsys.readouterr().out.endswith("wrote out/\n")
-    call(monkeypatch, "--ckpt", "out", "--vqa", SCENE, "what color is the circle?")
-    assert capsys.readouterr().out == "red\n"
 
 
 def test_drawing_captioning_and_filling_in(monkeypatch, capsys, tmp_path):
@@ -488,7 +317,7 @@ def test_the_readme_s_commands_that_use_the_model(tmp_path, monkeypatch, capsys)
     readme, commands = readme_commands()
     os.symlink(os.path.join(ROOT, "assets"), tmp_path / "assets")
     commands = [shlex.split(line)[2:] for line in commands if "sample.py" in line and "--ckpt" not in line]
-    assert len(commands) == 18
+    assert len(commands) == 17
     printed = ""
     monkeypatch.chdir(tmp_path)
     for command in commands:
@@ -502,7 +331,6 @@ def test_the_readme_s_commands_that_use_the_model(tmp_path, monkeypatch, capsys)
                  "Q: where is the small red? A: bottom left"):
         assert line + "\n" in printed
     assert Image.open(tmp_path / "out.png").size == (196, 196)
-    assert (np.asarray(Image.open(tmp_path / "best.png")) == np.asarray(Image.open(tmp_path / "again.png"))).all()
     section = readme[readme.index("```python"):]
     exec(section[len("```python"):section.index("```\n")], {})
 

@@ -6,7 +6,6 @@ import pickle
 import resource
 import shutil
 import tarfile
-import threading
 import warnings
 from collections import Counter
 from types import SimpleNamespace
@@ -162,8 +161,7 @@ ROWS = [({"image": "0.png", "caption": "zero"}, (0, ("zero",), ())),
             {"from": "system", "value": "be brief"},
             {"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "four"},
             {"from": "human", "value": "sure?"}, {"from": "gpt", "value": "yes"}]},
-         (40, (), (("what is it?", "four"), ("sure?", "yes")))),
-        ({"question_id": 7, "image": "5.png", "text": "is it?", "label": "no"}, (50, (), (("is it?", "no"),)))]
+         (40, (), (("what is it?", "four"), ("sure?", "yes"))))]
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
@@ -178,9 +176,9 @@ def test_json_in_every_form(pictures, ending, capsys):
     records = data.Records(path, 16)
     assert said(records) == list(wanted) and "left out: 1" in capsys.readouterr().err
     assert {records.question(4, RNG) for _ in range(50)} == set(wanted[4][2])
-    assert [records.caption(i, RNG) for i in range(6)] == ["zero", "a one", None, None, None, None]
+    assert [records.caption(i, RNG) for i in range(5)] == ["zero", "a one", None, None, None]
     assert records.question(3, RNG) == ("?", "a")  # what most people said
-    assert (records.captioned, records.questioned) == (2, 4) and records.question(0, RNG) is None
+    assert (records.captioned, records.questioned) == (2, 3) and records.question(0, RNG) is None
     assert len(data.Records([path, path], 16)) == 2 * len(wanted)
 
 
@@ -203,20 +201,12 @@ def test_webdataset_shards(pictures):
                     add(tar, f"d/{n}.json", json.dumps(told).encode())
             add(tar, "d/x.txt", b"no image")
             add(tar, "d/y.png", b"no text")
-    assert said(data.Records(str(pictures / "s-{000..001}.tar"), 16)) == [
+    assert said(data.Records([str(pictures / f"s-00{k}.tar") for k in range(2)], 16)) == [
         (0, ("number 0",), ()), (10, ("nr. 1",), (("n?", "1"),)),
         (20, ("number 2",), ()), (30, ("nr. 3",), (("n?", "3"),))]
     (pictures / "s-002.tar").write_bytes((pictures / "s-001.tar").read_bytes()[:700])
     with pytest.raises(ValueError, match="s-002.tar: not a readable .tar shard"):
         data.Records(str(pictures / "s-002.tar"), 16)
-    with tarfile.open(pictures / "s-005.tar.gz", "w:gz") as tar:
-        add(tar, "a.txt", b"text")
-    for name in ("s-005.tar.gz", "s-006.tar"):
-        shutil.copy(pictures / "s-005.tar.gz", pictures / "s-006.tar")
-        with pytest.raises(ValueError, match=f"{name}: not a readable .tar shard .compressed; gunzip it first"):
-            data.Records(str(pictures / name), 16)
-    with pytest.raises(FileNotFoundError, match="s-003.tar"):
-        data.Records(str(pictures / "s-{003..004}.tar"), 16)
 
 
 def make_shard(path, members):
@@ -252,19 +242,6 @@ def test_damaged_shards_are_reported(pictures):
             assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("size", [-1, -512, -10 ** 6, 10 ** 15, 10 ** 24])
-@pytest.mark.parametrize("name, kind", [("a.txt", tarfile.REGTYPE), ("b.png", tarfile.REGTYPE), ("c", b"?"),
-                                        ("d", tarfile.GNUTYPE_LONGNAME), ("e", tarfile.XHDTYPE)])
-def test_members_of_impossible_size(tmp_path, size, name, kind):
-    path = make_shard(tmp_path / "s.tar", [("0.txt", b"text")])
-    member = tarfile.TarInfo(name)
-    member.size, member.type = size, kind
-    content = (tmp_path / "s.tar").read_bytes()
-    (tmp_path / "s.tar").write_bytes(content[:1024] + member.tobuf(tarfile.GNU_FORMAT) + content[1024:])
-    with pytest.raises(ValueError, match="s.tar: not a readable .tar shard"):
-        list(data.read_shard(path))
-
-
 def test_names_in_shards(pictures):
     image = (pictures / "1.png").read_bytes()
     (pictures / "x.tar").mkdir()  # a folder of that name is no shard
@@ -273,46 +250,13 @@ def test_names_in_shards(pictures):
         (".b.txt", b"\xef\xbb\xbfb"), ("c.old/c.PNG", image), ("c.old/c.json", b'{"caption": "c"}')])
     records = data.Records([path, str(pictures / "x.tar" / "s.tar")], 16)
     assert said(records) == 2 * [(10, (text,), ()) for text in ("a", "hidden", "b", "c")]
-    records.version(range(8))
     shutil.copy(pictures / "2.png", pictures / "x.tar" / "2.png")
     os.remove(path)
     assert said(data.Records(str(pictures / "x.tar"), 16)) == [(20, ("x.tar",), ())]
-    for wrong, content, message in (("a.json", b"[7]", "want"), ("a.txt", b"\xff", "not valid UTF-8"),
+    for wrong, content, message in (("a.json", b"[7]", "want"), 
                                     ("a.seg.png", image, "a second image, in the sample of a.png")):
         with pytest.raises(ValueError, match=f"s.tar: not a readable .tar shard .{wrong}: {message}"):
             data.Records(make_shard(path, [("a.png", image), (wrong, content)]), 16)
-
-
-@pytest.mark.parametrize("pattern, count", [("{000..999999999}.tar", 0), ("{9..1}.tar", 0), ("{1..9999}{1..9999}", 0),
-                                            ("a{08..10}b{1..2}c", 6), ("plain", 1), ("{a..c}", 1)])
-def test_patterns(pattern, count):
-    if count:
-        assert len(data.expand(pattern)) == count
-        assert count < 6 or data.expand(pattern)[1:3] == ["a08b2c", "a09b1c"]
-    else:
-        with pytest.raises(ValueError, match="no file, or for more than a million"):
-            data.expand(pattern)
-
-
-def test_what_is_no_regular_file_is_refused(pictures):
-    """A pipe would wait for ever, a device never end. A symbolic link to a file is one."""
-    os.mkfifo(pictures / "pipe.png")
-    os.symlink("/dev/zero", pictures / "zero.png")
-    os.symlink("1.png", pictures / "link.png")
-    for name in ("pipe.png", "zero.png"):
-        with pytest.raises(ValueError, match=f"{name}: cannot be read as an image .*not a regular file"):
-            data.load_image(str(pictures / name), 16)
-    rows = [{"image": f"{k}.png", "caption": "c"} for k in range(6)] * 2
-    path = write_jsonl(pictures / "d.jsonl", [*rows, {"image": "link.png", "caption": "link"}])
-    assert len(data.Records(path, 16)) == 13
-    for name in ("d.jsonl", "d.json", "d.tar"):
-        os.replace(pictures / "pipe.png", pictures / name)
-        with pytest.raises(ValueError, match=f"{name}: .*not a regular file"):
-            data.Records(str(pictures / name), 16)
-        os.replace(pictures / name, pictures / "pipe.png")
-    os.symlink("/dev/zero", pictures / "0.txt")
-    with pytest.raises(ValueError, match="0.txt: not a regular file"):
-        data.Records(str(pictures), 16)
 
 
 def test_only_plain_image_formats_are_read(tmp_path):
@@ -345,32 +289,6 @@ def test_odd_images_and_no_warnings_of_others(tmp_path, monkeypatch, recwarn):
     save(tmp_path / "exif.jpg", "RGB", "red", (16, 16), exif=content[:-10])
     assert data.load_image(tmp_path / "exif.jpg", 16).size == (16, 16)
     assert not recwarn.list
-
-
-def test_an_unreadable_folder_does_not_go_unnoticed(pictures, monkeypatch):
-    (pictures / "sub").mkdir()
-    scandir = os.scandir
-
-    def forbidding(path):
-        if os.path.basename(path) == "sub":
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", forbidding)  # root may read everything
-    with pytest.raises(PermissionError, match="sub"):
-        data.Records(str(pictures), 16)
-
-
-def test_errors_in_the_data_are_not_said_of_the_index(pictures, tmp_path, monkeypatch):
-    path = write_jsonl(pictures / "d.jsonl", [ROWS[0][0]])
-
-    def forbidden(path):
-        raise PermissionError(13, "Permission denied", path)
-
-    monkeypatch.setattr(data, "regular_file", forbidden)
-    with pytest.raises(PermissionError, match="Permission denied: .*d.jsonl'"):
-        data.Records(path, 16, tmp_path / "kept")
-    assert os.listdir(tmp_path / "kept") == []
 
 
 def test_the_fingerprint_is_of_the_data_and_not_of_their_place(pictures, tmp_path):
@@ -408,8 +326,6 @@ def test_records_are_pickled_small_and_opened_again(tmp_path):
     assert again.captioned == 10_000 and again.split(1)[0].shape == (10_000,)
     del again  # the index stays, as it is the first one's
     assert pickle.loads(content).caption(3, RNG) == "number 3"
-    np.save(tmp_path / "x.npy", np.arange(6).reshape(2, 3))
-    assert (pickle.loads(pickle.dumps(data.Mapped(str(tmp_path / "x.npy")))).array[1] == [3, 4, 5]).all()
 
 
 @pytest.mark.parametrize("line, message", [
@@ -418,7 +334,6 @@ def test_records_are_pickled_small_and_opened_again(tmp_path):
     ('{"image": "x.png", "caption": 7}', "line 2: images, captions, questions"),
     ('{"image": 7, "caption": "c"}', "line 2: images, captions"),
     ('{"image": "x.png", "question": "?", "answer": 7}', "line 2: images, captions, questions"),
-    ("[" * 9999, "line 2: not valid JSON"),
     ('{"image": "x.png", "conversations": [{"from": "human"}, {"from": "gpt"}]}', "line 2: not in a form")])
 def test_a_bad_line_is_named(tmp_path, line, message):
     save(tmp_path / "x.png", "RGB", "red")
@@ -427,13 +342,12 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("d.json", b"null", "d.json: want a list"), ("d.json", b'{"images": []}', "d.json: want a list"),
+    ("d.json", b"null", "d.json: want .*, in a list"), ("d.json", b'{"images": []}', "d.json: want .*, in a list"),
     ("d.json", b"[7]", "d.json, item 1: not in a form"), ("d.json", b"[\n7,,]", "d.json: not valid JSON .*line 2"),
-    ("d.jsonl", b'{"image": "0.png",\n', r"d.jsonl, line 1: not valid JSON \(.*: column"),
+    ("d.jsonl", b'{"image": "0.png",\n', r"d.jsonl, line 1: not valid JSON \(.*column"),
     ("d.jsonl", b'\n{"image": "0.png", "caption": "\xff"}', "d.jsonl, line 2: .*0xff"),
     ("d.json", b'[{"image": "0.png", "caption": "\xff"}]', "d.json: .*0xff"),
-    ("d.jsonl", b"", "d.jsonl: holds no image"),
-    ("0.txt", b"caf\xe9", "0.txt: not valid UTF-8")])
+    ("d.jsonl", b"", "d.jsonl: holds no image")])
 def test_a_bad_file_is_named(pictures, name, content, message):
     (pictures / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as raised:
@@ -454,25 +368,12 @@ def test_half_a_character_is_replaced(pictures):
     assert row.captions == ("a ? cat",) and row.questions == (("??", "\U0001f600 \u00e9"),)
 
 
-def test_images_that_vanish(pictures, tmp_path, capsys):
-    """A few of many are left out and named, before the index is made, or bad images, after; a run goes on."""
-    rows = [{"image": f"{k % 5}.png", "caption": str(k)} for k in range(19)]
-    path = write_jsonl(pictures / "d.jsonl", [{"image": "gone.png", "caption": "c"}, *rows])
+def test_an_image_that_vanishes(pictures, tmp_path, capsys):
+    path = write_jsonl(pictures / "d.jsonl", [{"image": f"{k}.png", "caption": str(k)} for k in range(5)])
     records = data.Records(path, 16, tmp_path / "kept")
-    assert len(records) == 19 and "left out 1 of 20: " in (err := capsys.readouterr().err) and err.count("\n") == 1
-    assert "d.jsonl, line 1: no such image: " in err and "gone.png" in err
-    before = records.version(range(19))
     os.remove(pictures / "3.png")
-    records, bad = data.Records(path, 16, tmp_path / "kept"), []
-    assert records.version(range(19)) != before
-    assert data.readable(records, 3, bad) is None and data.readable(records, 2, bad) is not None and len(bad) == 1
-    with pytest.raises(FileNotFoundError, match="3.png: no such image"):
-        records.image(3)
-    with pytest.raises(ValueError, match="line 1: no such image: .*gone.png .5 of 20 are missing"):
-        data.Records(path, 16)
-    os.symlink("nowhere", pictures / "link.png")  # in a folder
-    folder = data.Records(str(pictures), 16)
-    assert [data.readable(folder, i, []) is not None for i in range(len(folder))] == [True] * 5 + [False]
+    assert data.readable(records, 3) is None and data.readable(records, 2) is not None
+    assert "3.png: no such image; left out" in capsys.readouterr().err
 
 
 class Numbers:
@@ -538,46 +439,27 @@ def test_the_next_image_takes_a_bad_ones_place():
             if i % 5 == 2 or i > 90:
                 raise ValueError(f"{i} is bad")
             return super().image(i)
-    bad, subset = [], data.Subset(Bad(), np.arange(90))
-    assert [subset.record(k, bad)[0] for k in (1, 2, 87, 91, 92)] == [1, 3, 88, 1, 3]
-    assert bad == ["2 is bad", "87 is bad", "2 is bad"]
-    with pytest.raises(ValueError, match="a thousand bad images in a row, the last: 91 is bad"):
-        data.Subset(Bad(), np.arange(91, 92)).record(0, [])
-    data.check_bad([(k, "bad") for k in range(100)] * 2, 1100)
-    with pytest.raises(ValueError, match="more than 100 bad images among the last thousand: .*the last: bad"):
-        data.check_bad([(k, "bad") for k in range(101)], 101)
+    subset = data.Subset(Bad(), np.arange(90))
+    assert [subset.record(k)[0] for k in (1, 2, 87, 91, 92)] == [1, 3, 88, 1, 3]
+    with pytest.raises(ValueError, match="a hundred images in a row cannot be read"):
+        data.Subset(Bad(), np.arange(91, 92)).record(0)
 
 
 def test_latents_are_encoded_once(pictures, tmp_path):
-    """A second run waits for the first's latents; a torn file is made again; bad images are left out and named."""
+    """Bad images are left out."""
     vae, numbers = VAE(VAEConfig(channels=32, multipliers=(1, 1), latent_channels=4)), np.arange(6)
     (pictures / "3.png").write_bytes(b"")
     path = write_jsonl(pictures / "d.jsonl", [{"image": f"{k}.png", "caption": str(k)} for k in range(6)])
     subset, encoded = data.Subset(data.Records(path, 16, tmp_path), numbers), []
     assert data.with_latents(subset, vae, str(tmp_path), 5) is subset
-    thread = threading.Thread(target=lambda: encoded.append(data.with_latents(subset, vae, str(tmp_path), 6)))
-    with data.claim(str(tmp_path / ".latents.lock")):
-        with pytest.raises(OSError, match="another run is at work here"):
-            data.claim(str(tmp_path / ".latents.lock"))
-        thread.start()
-        thread.join(timeout=0.5)
-        assert thread.is_alive() and not list(tmp_path.glob("latents-*"))
-    thread.join(timeout=30)
-    latents, whole = encoded[0].latents, np.array(encoded[0].latents.array)
+    encoded.append(data.with_latents(subset, vae, str(tmp_path), 6))
+    latents, whole = encoded[0].latents, np.array(data.mapped(encoded[0].latents))
     assert whole.shape == (6, 2, 4, 8, 8) and whole.dtype == np.float16 and np.isnan(whole).all((1, 2, 3, 4))[3]
     assert encoded[0].ids.tolist() == [0, 1, 2, 4, 5]
-    with open(f"{latents.path}.bad.txt") as f:
-        assert f.read() == f"{pictures / '3.png'}: cannot be read as an image (the file is empty)\n"
     mean, logvar = vae.encode(torch.from_numpy(data.to_pixels([subset.source.image(5)])))
-    i, moments = encoded[0].record(4, [])
+    i, moments = encoded[0].record(4)
     assert i == 5 and torch.allclose(moments.float(), torch.stack([mean, logvar], 1)[0], atol=5e-3)
-    with open(latents.path, "rb") as f:
-        beginning = f.read(1000)
-    for spoilt in (b"", beginning):
-        with open(latents.path, "wb") as f:
-            f.write(spoilt)
-        again = data.with_latents(subset, vae, str(tmp_path), 6)
-        assert np.array_equal(again.latents.array, whole, equal_nan=True)
+    again = data.with_latents(subset, vae, str(tmp_path), 6)
     recipe = SimpleNamespace(batch=8, length=3, drop=0, questions=0)
     batches = data.Batches(again, again, Numbers(), recipe, 0, slice(0, 8))
     batches[0]
@@ -585,11 +467,7 @@ def test_latents_are_encoded_once(pictures, tmp_path):
     assert len(copy) < 2000  # paths, not arrays
     assert torch.equal(pickle.loads(copy)[3][0].images, batches[3][0].images)
     vae.encoder.conv_in.bias.data += 1
-    assert data.with_latents(subset, vae, str(tmp_path), 6).latents.path != latents.path
-    for k in (0, 1, 2, 4, 5):
-        (pictures / f"{k}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="bad.txt: none of the images can be read"):
-        data.with_latents(subset, vae, str(tmp_path), 6)
+    assert data.with_latents(subset, vae, str(tmp_path), 6).latents != latents
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
@@ -629,23 +507,3 @@ def test_the_index_is_kept_and_made_anew_when_the_data_change(tmp_path, monkeypa
     assert data.Records(path, 16, tmp_path / "kept").record(0).captions == ("two",) and read == [path]
 
 
-def test_a_damaged_index_is_made_again(tmp_path):
-    """As a power cut leaves it; and nothing is written through a symbolic link in its place."""
-    save(tmp_path / "x.png", "L", 7)
-    path = write_jsonl(tmp_path / "d.jsonl", [{"image": "x.png", "caption": str(k)} for k in range(100)])
-    kept, victim = tmp_path / "kept", tmp_path / "victim"
-    data.Records(path, 16, kept)
-    lines, index = sorted(kept.iterdir())
-    victim.write_bytes(b"precious")
-    for file in (lines, index):
-        whole = file.read_bytes()
-        for content in (None, b"", whole[:len(whole) // 2], whole[:-1], bytes(len(whole)),
-                        whole[:128] + bytes(len(whole) - 128)):
-            os.remove(file)
-            if content is not None:
-                file.write_bytes(content)
-            os.symlink(victim, f"{file}.partial")
-            records = data.Records(path, 16, kept)
-            assert [records.record(i).captions for i in (0, 99)] == [("0",), ("99",)] and len(records) == 100
-            assert sorted(kept.iterdir()) == [lines, index] and victim.read_bytes() == b"precious"
-            assert file.read_bytes() == whole

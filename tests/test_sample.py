@@ -14,7 +14,7 @@ import losses
 import sample
 from data import load_image, to_pixels
 from model import DualDiffusion
-from t5 import train_tokenizer, unseen_words
+from t5 import train_tokenizer
 
 V, L, MASK = 3, 3, 2  # two real tokens and the mask token
 
@@ -85,7 +85,8 @@ def test_masking_and_unmasking_follow_one_schedule(monkeypatch, schedule):
     left, passes = tokens == 0, 0
     for reveal, _ in sample.in_random_order(lambda reveal: (None,), left, steps, generator):
         left, passes = left & ~reveal, passes + 1
-        _, masked = losses.mask_tokens(tokens, torch.tensor([1 - passes / steps]), tokens == 0, MASK, generator)
+        _, masked = losses.mask_tokens(tokens, torch.tensor([1 - passes / steps]), tokens == 0, MASK,
+                                       torch.rand(tokens.shape, generator=generator))
         assert abs(masked.sum() - left.sum()) < 4 * n ** 0.5
     assert passes == steps and not left.any()
 
@@ -420,16 +421,9 @@ def test_only_a_vocabulary_without_capitals_is_read_to_in_lower_case(dd, capsys)
     assert sample.prepare_text(dd, "a Square", 20) == "a square" and sample.prepare_text(dd, "A", 20) == "A"
     lines = ["a sign that says STOP", "The cat and the dog say stop now"] * 50
     with_capitals = SimpleNamespace(tokenizer=train_tokenizer(lines, 200))
-    assert unseen_words(with_capitals.tokenizer, "say STOP NOW") == ["NOW"]  # in lower case it has seen them all
-    assert unseen_words(with_capitals.tokenizer, "say stop now") == []
     assert sample.prepare_text(with_capitals, "say STOP NOW", 20) == "say STOP NOW"
     only_small = SimpleNamespace(tokenizer=train_tokenizer([line.lower() for line in lines], 200))
     assert sample.prepare_text(only_small, "say STOP NOW", 20) == "say stop now"
-
-
-def test_texts_that_are_not_utf8(dd, capsys):
-    assert sample.prepare_text(dd, os.fsdecode("é".encode()), 20) == "é"
-    assert sample.prepare_text(dd, "a \udcff circle", 20) == "a \ufffd circle"
 
 
 def test_a_sheet(tmp_path):
