@@ -60,10 +60,10 @@ class World:
     """Scenes of one to three things, 64x64. Scene i is a function of (seed, pairs, i) alone.
 
     pairs: "train" never shows a HELD colour-shape pair, "held" shows at least one in every scene. kinds: of questions
-    (see KINDS), all equally often; one that is listed twice, twice as often."""
+    (see KINDS), all equally often."""
     def __init__(self, seed=0, pairs="train", kinds=None):
         self.seed, self.pairs, self.kinds, self.size = seed, pairs, list(kinds or KINDS), SIDE
-        self.fingerprint = f"world {seed} {pairs} {' '.join(self.kinds)}"
+        self.fingerprint = repr((seed, pairs, self.kinds, SIDE, SIZES, COLORS, SHAPES, sorted(HELD)))
 
     @functools.lru_cache(maxsize=100_000)  # training comes back to the same scenes
     def scene(self, i):
@@ -113,13 +113,10 @@ class World:
         things = self.scene(i)[0]
         for _ in range(1 if kind else 100):
             name = kind or pick(rng, self.kinds)
-            if name == "compare" and rng.random() < 1 / 3:
-                name = "same"
-            ask = ask_same if name == "same" else KINDS[name]
             for _ in range(10):
                 thing = pick(rng, things)
                 phrase = refer(thing, things, rng, hide=name)
-                if phrase and (pair := ask(thing, phrase, things, rng)):
+                if phrase and (pair := KINDS[name](thing, phrase, things, rng)):
                     return pair
 
 
@@ -172,7 +169,11 @@ def distance(shape, x, y, r):
     if shape == "triangle":  # equilateral, point up, about its centroid
         return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r
     x, y = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))  # eight equal parts, folded into one
-    return x - 0.88 * r if shape == "square" else np.maximum(x - r, y - 0.36 * r)  # or the cross: two bars
+    if shape == "square":
+        return x - 0.88 * r
+    if shape == "cross":  # two bars
+        return np.maximum(x - r, y - 0.36 * r)
+    raise ValueError(f"how does a {shape} look? Say so in data.distance")
 
 
 # ---------------------------------------------------------------- kinds of questions
@@ -236,19 +237,6 @@ def ask_compare(thing, phrase, things, rng):
               (f"is the {phrase} {bigger} than the {other_phrase}?", (thing.size, other.size) == sizes)]
     question, truth = pick(rng, [claim for claim in claims if claim[1] == yes] or claims)  # half of the answers are yes
     return question, "yes" if truth else "no"
-
-
-def ask_same(thing, phrase, things, rng):
-    """Takes the place of a third of "compare"."""
-    other = pick(rng, things)
-    other_phrase = refer(other, things, rng)
-    if other is thing or other_phrase is None:
-        return None
-    feature = pick(rng, ["color", "shape", "size"])
-    truth = getattr(thing, feature) == getattr(other, feature)
-    share = {"color": (.15, 1), "shape": (.25, 1), "size": (.45, .45)}[feature][truth]
-    if rng.random() <= share:  # two things of a color are rare: without this, "no" would nearly always be right
-        return f"are the {phrase} and the {other_phrase} the same {feature}?", "yes" if truth else "no"
 
 
 KINDS = {"color": ask_color, "shape": ask_shape, "size": ask_size, "count": ask_count, "exists": ask_exists,
@@ -330,7 +318,7 @@ class Record(NamedTuple):
 
 
 def read_list(path):
-    """The records of a .json list, or of a .jsonl of one object per line."""
+    """The records of a .json list, or of a .jsonl of one object per line; None for one without image or text."""
     with open(path, "rb") as f:
         if path.endswith(".json"):
             rows = ((f"{path}, item {k}", item) for k, item in enumerate(parse(f.read(), path, list), 1))
@@ -339,9 +327,7 @@ def read_list(path):
             rows = ((where, parse(line, where, dict)) for where, line in lines)
         for where, row in rows:
             record = Record.read(row, os.path.dirname(path), where)
-            if record and not os.path.isfile(record.image):
-                raise ValueError(f"{where}: no such image: {record.image}")
-            yield record
+            yield record if record and os.path.isfile(record.image) else None
 
 
 def read_folder(path):
@@ -429,6 +415,15 @@ class Records:
         image, captions, questions, span = json.loads(mapped(self.lines)[start:end].tobytes())
         return Record(image, tuple(captions), tuple(map(tuple, questions)), tuple(span))
 
+    def count_images(self):
+        return len(np.unique(self.index[:-1, 1]))  # several records may be about one image
+
+    def changed(self, i):
+        """When the file that holds image i was changed last, in ns; 0 if it is gone."""
+        record = self.record(i)
+        file = record.span[0] or record.image
+        return os.stat(file).st_mtime_ns if os.path.exists(file) else 0
+
     def split(self, count):
         """Hold out some images, at most `count` and at most one in twenty, but at least one, chosen by the hash of
         their names, so that all records of an image stay together -> ids held out, ids of the others."""
@@ -473,7 +468,7 @@ def write_index(path, sources):
         f.write(json.dumps([digest.hexdigest()[:12], captioned, questioned]).encode())
         np.save(f"{path}.npy", np.reshape(index, (-1, 2)))
     if incomplete:
-        warn(f"records without an image or a text, left out: {incomplete}")
+        warn(f"{', '.join(sources)}: {incomplete} records have no image, or no text, and are left out")
 
 
 # ---------------------------------------------------------------- what training takes: images or latents, in batches
@@ -506,14 +501,15 @@ class Subset(NamedTuple):
 
 def with_latents(subset, vae, folder, limit):
     """The subset with its images encoded, if they are at most `limit`. Done once: later stages and runs find the
-    moments in a file whose name is a hash of all that they depend on. Bad images are left out of the subset, and NaN in
-    the file. Raises ValueError if no image can be read."""
+    moments in a file whose name is a hash of all that they depend on: texts, image files and when they were changed,
+    the VAE. Bad images are left out of the subset, and NaN in the file. Raises ValueError if none can be read."""
     source, ids, _ = subset
     if len(ids) > limit:
         return subset
     side = source.size // vae.config.factor
     shape = (vae.config.latent_channels, side, side)
-    key = hashlib.sha256(repr((source.fingerprint, source.size, len(ids), shape)).encode())
+    times = [source.changed(i) for i in ids.tolist()] if isinstance(source, Records) else []
+    key = hashlib.sha256(repr((source.fingerprint, source.size, len(ids), shape, times)).encode())
     for tensor in vae.state_dict().values():
         key.update(tensor.float().cpu().numpy().tobytes())
     path = os.path.join(folder, f"latents-{key.hexdigest()[:12]}.npy")
@@ -555,18 +551,18 @@ class Batch(NamedTuple):
 
 
 class Batches(torch.utils.data.Dataset):
-    """batches[step] -> what one process computes at a step: a list of `passes` Batch, together the `rows` (a slice) of
-    the whole batch. All rows are one endless stream, in which each epoch has every record once. A row is a function of
-    the seed and of its number in the stream. So what is learned at a step depends neither on the number of processes
-    nor on where a run was interrupted. images, texts: Subsets for the two losses, or twice the same. recipe has batch,
-    length, drop and questions, as explained in train.Recipe."""
-    def __init__(self, images, texts, tokenizer, recipe, seed, rows, passes=1):
+    """batches[step] -> what one process computes at a step: a list of `accumulate` Batch, together the `rows` (a slice)
+    of the whole batch. All rows are one endless stream, in which each epoch has every record once. A row is a function
+    of the seed and of its number in the stream. So what is learned at a step depends neither on the number of processes
+    nor on where a run was interrupted. images, texts: Subsets for the two losses, or twice the same. recipe: a
+    train.Recipe, of which batch, length, drop and questions count here."""
+    def __init__(self, images, texts, tokenizer, recipe, seed, rows, accumulate=1):
         self.images, self.texts, self.tokenizer = images, texts, tokenizer
-        self.recipe, self.seed, self.rows, self.passes = recipe, seed, rows, passes
+        self.recipe, self.seed, self.rows, self.accumulate = recipe, seed, rows, accumulate
 
     def __getitem__(self, step):
         batches, first = [], step * self.recipe.batch
-        size = (self.rows.stop - self.rows.start) // self.passes
+        size = (self.rows.stop - self.rows.start) // self.accumulate
         for start in range(self.rows.start, self.rows.stop, size):
             rows = slice(start, start + size)
             images, text_images, *texts = zip(*(self.row(first + k) for k in range(start, start + size)))

@@ -34,11 +34,11 @@ def alpha(t):
 
 
 def reveal_rate(t):
-    """The weight of Eq. 7, -alpha'(t) / (1 - alpha(t)): t (B,) -> (B,).
+    """The weight of Eq. 7, -alpha'(t) / (1 - alpha(t)): t (B,) -> (B,). For the straight line, 0.999 / (0.999 t) = 1/t.
 
-    Run time backwards, from t to t - dt. The share of readable tokens grows by -alpha'(t) dt, all taken from the
-    masked share 1 - alpha(t). So this is the rate at which a masked token is revealed. For the straight line it
-    is 0.999 / (0.999 t) = 1/t. Autograd finds the slope of any schedule; in float64, as 1 - alpha can be small."""
+    It is the rate at which a masked token is revealed when time runs backwards: from t to t - dt the share of readable
+    tokens grows by -alpha'(t) dt, all taken from the masked share 1 - alpha(t). Autograd finds the slope of any
+    schedule; in float64, as 1 - alpha can be small."""
     with torch.enable_grad():
         t = t.detach().double().requires_grad_()
         readable = alpha(t)
@@ -55,33 +55,36 @@ def stratified_times(n, eps=MIN_TIME, generator=None):
     return eps + (1 - eps) * t
 
 
-def mask_tokens(tokens, t, maskable, mask_id, chance):
+def mask_tokens(tokens, t, maskable, mask_id, generator=None):
     """The forward process of text: each maskable token becomes the mask independently, with probability 1 - alpha(t).
 
-    tokens (B,L) long, t (B,), maskable (B,L) bool, chance (B,L) uniform random numbers -> noisy (B,L); masked (B,L)
-    bool, which tokens are now the mask."""
+    tokens (B,L) long, t (B,), maskable (B,L) bool -> noisy (B,L); masked (B,L) bool, which tokens are now the mask."""
+    chance = torch.rand(tokens.shape, generator=generator)
     masked = (chance < 1 - alpha(t.double())[:, None]) & maskable  # Eq. 6
     return torch.where(masked, mask_id, tokens), masked
 
 
 def masked_diffusion_loss(logits, tokens, masked, t):
-    """Eq. 7: the cross-entropy of the masked tokens, each weighted by the rate at which it is revealed at that time.
+    """Eq. 7: the cross-entropy of the masked tokens, weighted by `reveal_rate`, which for the straight line is 1/t.
 
-    Run time backwards, and the text is written. In a short time dt a masked token is revealed with probability rate·dt,
-    and to reveal it costs its cross-entropy, in nats. So the expected cost is rate · cross-entropy · dt. Its integral
-    over t is the cost of the whole text, averaged over orders of its tokens: an upper bound on its negative log-
-    likelihood. What is masked depends on alpha alone, and the network does not see t. As time runs back alpha grows by
-    d(alpha) = -alpha'(t) dt, so rate · dt = d(alpha) / (1 - alpha). So the cost is the integral of cross-entropy(alpha)
-    / (1 - alpha) over alpha. The schedule only decides how often training shows few masks or many.
+    At time t only a share t of the tokens is masked and counted. So dividing by t makes the sum an estimate of the cost
+    of the whole text, whatever t was drawn. Its mean over t is the cost of writing the text token by token in a random
+    order: an upper bound on its negative log-likelihood, in nats.
 
-    The sum is divided by batch · length, so the loss is in nats per token of the padded text, and every row counts
-    alike. Length includes the question, which is never masked and costs nothing, and the EOS padding, which is masked
-    and costs like any token. (To divide by a row's masked tokens, about t · length, would weight by 1/t twice.)
+    This cost is the same for every schedule. As t falls, the weight times dt is d(alpha) / (1 - alpha), and what is
+    masked depends on alpha alone; so t is gone from the integral. A schedule only decides how often training draws many
+    masks, and how often few.
 
-    SUBS, two facts that the network need not learn: the mask token is never right, so its logit, the last of the V, is
+    The sum is divided by batch · length: nats per token of the padded text. The question is part of the length and
+    costs nothing. EOS padding is masked and costs like any token. (Dividing by the number of masked tokens, about t ·
+    length, would divide by t twice.)
+
+    SUBS, two facts that the network need not learn: the mask token, the last of the V, is never right, so its logit is
     left out; and a token that is not masked is known, so it costs nothing.
 
-    logits (N,V) at the N masked tokens; tokens (B,L); masked: where, an index of them; t (B,) -> scalar."""
+    logits (B,L,V), or (N,V) at the N masked tokens; tokens (B,L); masked: an index of them; t (B,) -> scalar."""
+    if logits.ndim == 3:
+        logits = logits[masked]
     nats = F.cross_entropy(logits[:, :-1].float(), tokens[masked], reduction="none")
     weight = reveal_rate(t)[:, None].expand(tokens.shape)[masked]
     return (weight * nats).sum() / tokens.numel()  # Eq. 7
@@ -91,7 +94,8 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 
 
 def logit_normal_times(n, mean=0.0, std=1.0, generator=None):
-    """(n,) image times in (0,1), the sigmoid of a normal: most in the middle (the tiny recipe draws later ones)."""
+    """(n,) image times in (0,1), the sigmoid of a normal: most in the middle. Near t = 1 the best answer is simple,
+    towards the mean of all images; near t = 0 what the image shows is settled. The tiny recipe draws later times."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
 
 
@@ -122,7 +126,7 @@ class TextHalf(NamedTuple):
     latents: torch.Tensor   # (B,C,H,W) clean
     tokens: torch.Tensor    # (B,L) clean
     noisy: torch.Tensor     # (B,L) the same, some of them masked
-    masked: tuple           # where: rows (N,), columns (N,)
+    masked: tuple           # which: rows (N,), columns (N,)
     t: torch.Tensor         # (B,) sets how many are masked, and their weight; the network gets 0
 
 

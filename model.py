@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data import parse, replacing
-from t5 import Embeddings, RMSNorm, T5Config, T5Encoder, Tokenizer
+from t5 import Embeddings, EmbeddingsConfig, RMSNorm, T5Config, T5Encoder, Tokenizer
 from vae import VAE, VAEConfig
 
 
@@ -54,7 +54,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        """t (B,) in [0,1] -> (B,width). A sinusoid of 1000 t, cosines first."""
+        """t (B,) in [0,1] -> (B,width). Cosines, then sines, of 1000 t at 128 frequencies from 1 down to 1/10000. (They
+        were made for step numbers up to 1000. Of t itself, from 0 to 1, they would hardly tell times apart.)"""
         omega = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
         angle = 1000 * t.float()[:, None] * omega
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))
@@ -62,12 +63,13 @@ class TimestepEmbedder(nn.Module):
 
 class Attention(nn.Module):
     """One stream's part in the joint attention: its own projections in (qkv) and out (proj)."""
-    def __init__(self, cfg):
+    def __init__(self, config):
         super().__init__()
-        self.heads = cfg.heads
-        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
-        self.proj = nn.Linear(cfg.width, cfg.width)
-        self.ln_q, self.ln_k = (RMSNorm(cfg.width // cfg.heads) if cfg.qk_norm else nn.Identity() for _ in range(2))
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+        norm = RMSNorm if config.qk_norm else nn.Identity
+        self.ln_q, self.ln_k = (norm(config.width // config.heads) for _ in range(2))
 
     def forward(self, x):
         """-> q, k, v, each (B,heads,N,head_dim)."""
@@ -76,49 +78,54 @@ class Attention(nn.Module):
 
 
 class StreamBlock(nn.Module):
-    """A DiT block of one stream, split at the joint attention: what goes into it, and what follows it."""
-    def __init__(self, cfg):
+    """A DiT block of one stream, split at the joint attention: what goes into it, and what follows it.
+
+    `vec` (B,width) is made from the time. Of it `adaLN_modulation` makes six vectors: shift, scale and gate for the
+    attention, and the same for the MLP. Shift and scale change what goes in, the gate how much of the result is added.
+    Gates begin at zero (adaLN-Zero), so a new block passes its input on unchanged, and learns from there."""
+    def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(cfg.width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(cfg)
-        self.norm2 = nn.LayerNorm(cfg.width, elementwise_affine=False, eps=1e-6)
-        self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(cfg.width, 4 * cfg.width), gelu=nn.GELU("tanh"), fc2=nn.Linear(4 * cfg.width, cfg.width)))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 6 * cfg.width))
+        self.norm1 = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(config.width, 4 * config.width), gelu=nn.GELU("tanh"),
+                                             fc2=nn.Linear(4 * config.width, config.width)))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 
     def before(self, x, vec):
-        """-> (q, k, v), and the modulation for `after`."""
-        shift, scale, *rest = self.adaLN_modulation(vec).chunk(6, dim=1)
-        return self.attn(modulate(self.norm1(x), shift, scale)), rest
+        """-> (q, k, v), and the four vectors that `after` needs."""
+        shift, scale, *modulation = self.adaLN_modulation(vec).chunk(6, dim=1)
+        return self.attn(modulate(self.norm1(x), shift, scale)), modulation
 
-    def after(self, x, attended, rest):
-        gate_attn, shift_mlp, scale_mlp, gate_mlp = rest
+    def after(self, x, attended, modulation):
+        gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         x = x + gate_attn[:, None] * self.attn.proj(attended)
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class JointBlock(nn.Module):
     """MM-DiT: two streams, separate weights, one joint attention."""
-    def __init__(self, cfg):
+    def __init__(self, config):
         super().__init__()
-        self.context_block, self.x_block = StreamBlock(cfg), StreamBlock(cfg)
+        self.context_block, self.x_block = StreamBlock(config), StreamBlock(config)
 
     def forward(self, x, text, vec):
-        from_text, text_rest = self.context_block.before(text, vec)
-        from_image, image_rest = self.x_block.before(x, vec)
+        from_text, text_modulation = self.context_block.before(text, vec)
+        from_image, image_modulation = self.x_block.before(x, vec)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(from_text, from_image))
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")  # no mask: EOS counts
         to_text, to_image = attended.split([text.shape[1], x.shape[1]], dim=1)
-        return self.x_block.after(x, to_image, image_rest), self.context_block.after(text, to_text, text_rest)
+        x = self.x_block.after(x, to_image, image_modulation)
+        return x, self.context_block.after(text, to_text, text_modulation)
 
 
 class FinalLayer(nn.Module):
     """The image head, SD3's: shift, then scale."""
-    def __init__(self, cfg):
+    def __init__(self, config):
         super().__init__()
-        self.norm_final = nn.LayerNorm(cfg.width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(cfg.width, cfg.patch ** 2 * cfg.channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.width, 2 * cfg.width))
+        self.norm_final = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(config.width, config.patch ** 2 * config.channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
 
     def forward(self, x, vec):
         return self.linear(modulate(self.norm_final(x), *self.adaLN_modulation(vec).chunk(2, dim=1)))
@@ -126,13 +133,13 @@ class FinalLayer(nn.Module):
 
 class TextHead(nn.Module):
     """The one part that SD3 does not have: a logit for every token of the vocabulary."""
-    def __init__(self, cfg):
+    def __init__(self, config):
         super().__init__()
-        self.norm_final = nn.LayerNorm(cfg.width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(cfg.width, cfg.vocab)
+        self.norm_final = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(config.width, config.vocab)
 
     def forward(self, text):
-        """Logits in float32: bf16 has 128 values from 8 to 16, so one row in a hundred has a tie for the largest."""
+        """Logits in float32: bf16 has 128 values from 8 to 16, so in one row of a hundred the two largest are equal."""
         x = self.norm_final(text).float()
         return F.linear(x, self.linear.weight.float(), self.linear.bias.float())
 
@@ -163,8 +170,8 @@ class DDiT(nn.Module):
     def forward(self, latents, t, text, predict=None, image_rows=None):
         """latents (B,C,H,W), H and W multiples of the patch; t (B,) in [0,1]; text (B,L,text_dim), T5's states.
 
-        -> velocity (B,C,H,W) and logits (B,L,V). With `predict`, an index of (B,L), logits only there, (N,V);
-        with `image_rows` n, velocity only of the first n rows (0: none)."""
+        -> velocity (B,C,H,W) and logits (B,L,V). With `predict`, an index of (B,L), logits only there, (N,V); slice(0)
+        is nowhere. With `image_rows` n, velocity only of the first n rows."""
         p, h, w = self.config.patch, latents.shape[2] // self.config.patch, latents.shape[3] // self.config.patch
         vec = self.t_embedder(t)
         x = rearrange(self.x_embedder["proj"](latents.to(vec.dtype)), "b d h w -> b (h w) d")
@@ -209,23 +216,24 @@ PRESETS = {
         Settings(size=64, length=24, cfg=3.0)),
 }
 
-MODULES = {"ddit": DDiT, "t5": lambda config: (Embeddings if config.places else T5Encoder)(config), "vae": VAE}
+PARTS = {"ddit": "transformer", "t5": "T5", "vae": "VAE"}
+MODULES = {DDiTConfig: DDiT, T5Config: T5Encoder, EmbeddingsConfig: Embeddings, VAEConfig: VAE}
 
 
 class DualDiffusion(nn.Module):
     """The whole system. `ddit`, `t5`, `vae` are modules, `tokenizer` a t5.Tokenizer, `config` a Config; a part that is
-    missing from the file (stage 0 writes no ddit) is None."""
+    missing from the file (stage 0 writes no ddit, SD3's file has no T5) is None."""
     def __init__(self, config, tokenizer, ddit=None, t5=None, vae=None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.ddit, self.t5, self.vae = ddit, t5, vae
 
     @classmethod
-    def build(cls, config, tokenizer, parts=tuple(MODULES)):
+    def build(cls, config, tokenizer, parts=PARTS):
         """Fresh random weights. Both vocabularies follow the tokenizer, T5's rounded up to a multiple of 128."""
         config.ddit.vocab = tokenizer.vocab_size
         config.t5.vocab_size = -(-tokenizer.vocab_size // 128) * 128
-        return cls(config, tokenizer, **{part: MODULES[part](getattr(config, part)) for part in parts})
+        return cls(config, tokenizer, **{part: make_part(getattr(config, part)) for part in parts})
 
     def encode_image(self, pixels, generator=None):
         """Pixels (B,3,H,W) in [-1,1] -> the latents the transformer sees. With a generator a sample of the posterior
@@ -254,6 +262,11 @@ class DualDiffusion(nn.Module):
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
 
 
+def make_part(config):
+    """A part's configuration -> its module."""
+    return MODULES[type(config)](config)
+
+
 def sincos_table(size, dim):
     """(1, size*size, dim): fixed 2-D sine-cosine positions, half of the channels for x and half for y. Coordinates
     span 64 units whatever the size, which for 192 gives SD3-medium's table."""
@@ -280,10 +293,9 @@ def init_weights(ddit):
 
 
 # ---------------------------------------------------------------- files: names, shapes, configurations
-# `inspect` finds out from names and shapes what a file or folder holds, and reads no tensor. `read_parts` builds the
-# modules and reads their tensors. What a file holds must be exactly what a module wants: so other models are refused.
+# `find_parts` learns from names and shapes what a file or folder holds, and reads no tensor. `read_parts` makes the
+# modules and reads their tensors. A module is the only specification of its file: other names or shapes are refused.
 
-PART_NAMES = {"ddit": "transformer", "t5": "T5", "vae": "VAE"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to compute in; fp16 is too narrow for T5-XXL
 TensorInfo = namedtuple("TensorInfo", "file name shape")  # a tensor in a file
 
@@ -372,7 +384,7 @@ def open_checkpoint(path):
         except SafetensorError as error:
             raise ValueError(f"{file}: not a readable .safetensors file, or not all of one ({error})") from error
     config = {DIFFUSERS_FIELDS.get(k, k): v for k, v in read_json(os.path.join(path, "config.json")).items()}
-    return infos, dict.fromkeys(MODULES, config) | json.loads(metadata.get("config", "{}"))
+    return infos, dict.fromkeys(PARTS, config) | json.loads(metadata.get("config", "{}"))
 
 
 def by_our_names(part, infos):
@@ -394,70 +406,67 @@ def shape_of(pieces):
     return sum(info.shape[0] for info in pieces), *pieces[0].shape[1:]
 
 
-def from_shapes(part, tensors, header):
-    """What the shapes of a part's tensors say of its configuration -> {field: value}."""
+def configure(part, tensors, header):
+    """The configuration of a part: what the shapes of its tensors say and, for the rest, the file's header."""
     def size(name, axis):
         return shape_of(tensors[f"{name}.weight"])[axis]
 
     def count(blocks):
         return len({match[1] for match in map(re.compile(rf"{blocks}\.(\d+)\.").match, tensors) if match})
 
+    def make(kind, **shapes):
+        known = header | shapes
+        return kind(**{f.name: known[f.name] for f in fields(kind) if f.name in known})
+
     if part == "ddit":
         width, head = size("x_embedder.proj", 0), {"vocab": size("text_head.linear", 0)} if HEAD in tensors else {}
-        return head | {"depth": count("joint_blocks"), "width": width, "heads": header.get("heads", width // 64),
-                       "patch": size("x_embedder.proj", 2), "channels": size("x_embedder.proj", 1),
-                       "text_dim": size("context_embedder", 1),
-                       "pos_size": math.isqrt(shape_of(tensors["pos_embed"])[1]),
-                       "qk_norm": "joint_blocks.0.x_block.attn.ln_q.weight" in tensors}
+        return make(DDiTConfig, depth=count("joint_blocks"), width=width, heads=header.get("heads", width // 64),
+                    patch=size("x_embedder.proj", 2), channels=size("x_embedder.proj", 1),
+                    text_dim=size("context_embedder", 1), pos_size=math.isqrt(shape_of(tensors["pos_embed"])[1]),
+                    qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in tensors, **head)
     if part == "vae":
         widths = [size(f"encoder.down.{i}.block.0.conv1", 0) for i in range(count("encoder.down"))]
-        return {"channels": widths[0], "multipliers": tuple(width // widths[0] for width in widths),
-                "latent_channels": size("encoder.conv_out", 0) // 2}
-    table = {"vocab_size": size("shared", 0), "d_model": size("shared", 1), "num_layers": count("encoder.block")}
-    if "places" in tensors:
-        return table | {"places": shape_of(tensors["places"])[0]}
+        return make(VAEConfig, channels=widths[0], multipliers=tuple(width // widths[0] for width in widths),
+                    latent_channels=size("encoder.conv_out", 0) // 2)
+    table = {"vocab_size": size("shared", 0), "d_model": size("shared", 1)}
+    if "positions" in tensors:
+        return make(EmbeddingsConfig, positions=shape_of(tensors["positions"])[0], **table)
     attend, dense = "encoder.block.0.layer.0.SelfAttention.", "encoder.block.0.layer.1.DenseReluDense."
     buckets, heads = (size(attend + "relative_attention_bias", axis) for axis in (0, 1))
-    return table | {"num_heads": heads, "d_kv": size(attend + "q", 0) // heads, "buckets": buckets,
-                    "d_ff": size(dense + "wi_0", 0)}
+    return make(T5Config, num_layers=count("encoder.block"), num_heads=heads, d_kv=size(attend + "q", 0) // heads,
+                buckets=buckets, d_ff=size(dense + "wi_0", 0), **table)
 
 
-def configure(kind, values):
-    """{field: value}, others among them -> the dataclass."""
-    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
-
-
-def inspect(path, t5=None, vae=None, tokenizer=None):
-    """Look into a checkpoint, a file or a folder, and read nothing but the tokenizer -> Config, {part: {our name:
-    [TensorInfo]}}, Tokenizer or None. t5, vae: take that part from there; tokenizer: a file."""
+def find_parts(path, t5=None, vae=None, tokenizer=None):
+    """A checkpoint, a file or a folder -> Config, {part: {our name: [TensorInfo]}}, Tokenizer or None. Of tensors only
+    the tokenizer's is read. t5, vae: take that part from there; tokenizer: a file."""
     config, parts, spiece, settings = Config(), {}, None, {}
     folders = [os.path.join(path, name) for names in FOLDERS.values() for name in names]
-    for where in [folder for folder in folders if os.path.isdir(folder)] or [path]:
-        infos, header = open_checkpoint(where)
+    for source in [folder for folder in folders if os.path.isdir(folder)] or [path]:
+        infos, header = open_checkpoint(source)
         settings |= header.get("settings", {})
         for info in infos:
             if info.name == SPIECE:
                 spiece = safe_open(info.file, "pt").get_tensor(SPIECE).numpy().tobytes()
-        for part in MODULES:
+        for part in PARTS:
             tensors = by_our_names(part, infos)
             if part not in parts and KEY_TENSORS[part] in tensors:
                 try:
-                    values = header[part] | from_shapes(part, tensors, header[part])
+                    setattr(config, part, configure(part, tensors, header[part]))
                 except (KeyError, IndexError, ZeroDivisionError) as error:
-                    raise ValueError(f"{where}: the tensor {error} is missing, or no {PART_NAMES[part]}'s") from None
+                    raise ValueError(f"{source}: the tensor {error} is missing, or no {PARTS[part]}'s") from None
                 parts[part] = tensors
-                setattr(config, part, configure(type(getattr(config, part)), values))
     if not parts:
         raise ValueError(f"{path}: holds no part of SD3, T5 or D-DiT")
     if "null_image_embd" in parts.get("ddit", ()):
-        settings = settings or dict(AUTHORS)
-    settings |= read_json(os.path.join(path, "scheduler", "scheduler_config.json"))  # has "shift"
-    config.settings = configure(Settings, settings)
+        settings = settings or AUTHORS
+    settings = settings | read_json(os.path.join(path, "scheduler", "scheduler_config.json"))  # has "shift"
+    config.settings = Settings(**{f.name: settings[f.name] for f in fields(Settings) if f.name in settings})
     for part, other in (("t5", t5), ("vae", vae)):
         if other is not None:
-            other_config, other_parts, _ = inspect(other)
+            other_config, other_parts, _ = find_parts(other)
             if part not in other_parts:
-                raise ValueError(f"{other}: holds no {PART_NAMES[part]}")
+                raise ValueError(f"{other}: holds no {PARTS[part]}")
             parts[part] = other_parts[part]
             setattr(config, part, getattr(other_config, part))
 
@@ -480,16 +489,14 @@ def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torc
     t5, vae: another file or folder to take that part from; tokenizer: a spiece.model; dtype: to compute in, one for
     all or {"ddit": dtype, "t5": dtype, "vae": dtype} (a part not named: float32), None as in the file; offload: T5
     stays on the CPU. Raises FileNotFoundError or ValueError with one line that says what is wrong, and where."""
-    dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(MODULES, dtype)
-    config, parts, tokenizer = inspect(path, t5, vae, tokenizer)
-    if tokenizer is None:
-        raise ValueError(f"{path}: holds no tokenizer; give T5's spiece.model (--spiece)")
+    dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(PARTS, dtype)
+    config, parts, tokenizer = find_parts(path, t5, vae, tokenizer)
     pairs = [("t5", config.t5.d_model, config.ddit.text_dim), ("vae", config.vae.latent_channels, config.ddit.channels)]
     for part, gives, takes in pairs if "ddit" in parts else ():
         if part in parts and gives != takes:
-            raise ValueError(f"{path}: takes {takes} channels from its {PART_NAMES[part]}, this one gives {gives}; "
+            raise ValueError(f"{path}: takes {takes} channels from its {PARTS[part]}, this one gives {gives}; "
                              f"give the one that it was trained with (--{part})")
-    if config.ddit.vocab != tokenizer.vocab_size or config.t5.vocab_size < tokenizer.vocab_size:
+    if tokenizer and (config.ddit.vocab != tokenizer.vocab_size or config.t5.vocab_size < tokenizer.vocab_size):
         raise ValueError(f"{path}: the text head knows {config.ddit.vocab} tokens, T5 {config.t5.vocab_size}, the "
                          f"tokenizer {tokenizer.vocab_size}; give the one that they were trained with (--spiece)")
     modules = {part: read_part(part, tensors, getattr(config, part), "cpu" if offload and part == "t5" else device,
@@ -501,16 +508,16 @@ def read_part(part, tensors, config, device, dtype):
     """-> the module, on its device. Names and shapes in the file must be those of the module. A tensor is mapped from
     its file and converted once; one that needs no conversion stays mapped."""
     with torch.device("meta"):  # no memory yet, and no time spent on initial values that would be overwritten
-        module = MODULES[part](config)
+        module = make_part(config)
     new = from_sd3(tensors, config) if part == "ddit" else {}
-    where, wanted, open_file = next(iter(tensors.values()))[0].file, module.state_dict(), functools.cache(open_tensors)
+    file, wanted, open_file = next(iter(tensors.values()))[0].file, module.state_dict(), functools.cache(open_tensors)
     for name in wanted.keys() - new.keys():
         shape = shape_of(tensors[name]) if name in tensors else "missing"
         if shape not in (wanted[name].shape, wanted[name].shape[:2]):  # a 1x1 convolution is a matrix in diffusers
-            raise ValueError(f"{where}: the tensor {name} is {shape}, it should be {tuple(wanted[name].shape)}: "
+            raise ValueError(f"{file}: the tensor {name} is {shape}, it should be {tuple(wanted[name].shape)}: "
                              f"another model, or not all of it")
     if others := [name for name in tensors if name not in wanted and not name.startswith(UNUSED[part])]:
-        raise ValueError(f"{where}: has a tensor {others[0]}, as no {PART_NAMES[part]} that this program knows")
+        raise ValueError(f"{file}: has a tensor {others[0]}, as no {PARTS[part]} that this program knows")
     state = {name: read(tensors, name, device, dtype, open_file).reshape(tensor.shape)
              for name, tensor in wanted.items() if name not in new}
     stored = next(iter(state.values())).dtype
@@ -573,11 +580,14 @@ def write_file(dd, path, dtype=None):
     tensors = {prefix + name: tensor.to("cpu", dtype or tensor.dtype).contiguous()
                for part, prefix in PREFIXES.items() if getattr(dd, part) is not None
                for name, tensor in getattr(dd, part).state_dict().items()}
-    tensors[SPIECE] = torch.frombuffer(bytearray(dd.tokenizer.model), dtype=torch.uint8)
+    if dd.tokenizer:
+        tensors[SPIECE] = torch.frombuffer(bytearray(dd.tokenizer.model), dtype=torch.uint8)
     with replacing(path) as beside:
         save_file(tensors, beside, {"format": "pt", "config": json.dumps(asdict(dd.config))})
 
 
 def missing_parts(dd):
-    """What a system still needs to draw and read, in words: ["T5"]; empty when whole."""
-    return [name for part, name in PART_NAMES.items() if getattr(dd, part) is None]
+    """What a system still needs to draw and read, in words: ["T5 (--t5)"]; empty when whole."""
+    flags = {"ddit": "", "t5": " (--t5)", "vae": " (--vae)", "tokenizer": " (--spiece)"}
+    names = PARTS | {"tokenizer": "tokenizer"}
+    return [names[part] + flag for part, flag in flags.items() if getattr(dd, part) is None]

@@ -29,6 +29,7 @@ import losses
 import model
 from data import EXTENSIONS, load_image, replacing, slices, to_images, to_pixels, warn
 from model import DTYPES, DualDiffusion
+from t5 import unseen_words
 
 
 def time_grid(steps, shift):
@@ -40,8 +41,8 @@ def time_grid(steps, shift):
 def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
     """Noise (B,C,h,w) -> pixels (B,3,8h,8w), all prompts at once: Euler's steps along the ODE, from t = 1 to 0.
 
-    Guidance predicts two velocities, one for the prompt and one for the negative text (most often empty), and takes
-    negative + cfg * (prompt - negative). So cfg 1 means no guidance."""
+    Guidance predicts two velocities, one for the prompt and one for the negative text, most often empty, and takes
+    negative + cfg * (prompt - negative). With cfg 1 that is the prompt's own; with more it goes beyond."""
     x, guided = x.to(dd.device), cfg != 1
     texts = [*prompts, *[negative] * len(prompts)] if guided else prompts
     states = dd.t5(torch.tensor([dd.tokenizer.encode(text, length) for text in texts], device=dd.device))
@@ -49,7 +50,7 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
     for t, t_next in zip(grid, grid[1:]):
         latents = torch.cat([x, x]) if guided else x
         times = torch.full((len(latents),), t, device=dd.device)
-        velocity = dd.ddit(latents, times, states, predict=([], []))[0].float()  # no logits
+        velocity = dd.ddit(latents, times, states, predict=slice(0))[0].float()  # no logits
         if guided:
             with_prompt, with_negative = velocity.chunk(2)
             velocity = with_negative + cfg * (with_prompt - with_negative)  # Eq. 10
@@ -66,8 +67,8 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
 
     negative: the text that guidance leads away from; length: tokens that a prompt is padded to; height, width: pixels,
     multiples of 16; steps: of Euler, 28 is SD3's; cfg: guidance, 1 is none; shift: of the time grid; noise
-    (B,C,H/8,W/8): what to start from; watch: is shown each velocity. Sizes, length, cfg and shift are by
-    default the checkpoint's. Raises ValueError for a size that the model cannot take."""
+    (B,C,H/8,W/8): what to start from; watch(x, t, velocity) is called at every step. Sizes, length, cfg and shift are
+    by default the checkpoint's. Raises ValueError for a size that the model cannot take."""
     settings, vae = dd.config.settings, dd.config.vae
     height, width, length = height or settings.size, width or settings.size, length or settings.length
     cfg, shift = settings.cfg if cfg is None else cfg, shift or settings.shift
@@ -86,23 +87,24 @@ def revealed_share(steps):
     return (readable - readable[0]) / (readable[-1] - readable[0])  # Eq. 5
 
 
-def text_logits(dd, latents, tokens, where):
-    """One forward pass: latents (B,C,H,W), tokens (B,L) -> logits (N,V) at the N true positions of `where` (B,L)."""
+def text_logits(dd, latents, tokens, predict):
+    """One forward pass: latents (B,C,H,W), tokens (B,L) -> logits (N,V) at the N true positions of `predict` (B,L)."""
     states, times = dd.t5(tokens.to(dd.device)), torch.zeros(len(tokens), device=dd.device)
-    return finite(dd.ddit(latents, times, states, predict=where, image_rows=0)[1]).cpu()
+    return finite(dd.ddit(latents, times, states, predict=predict, image_rows=0)[1]).cpu()
 
 
-# The orders of unmasking. Each yields, for every forward pass, where it reveals tokens, (B,L) bool, and which, (N,).
-# `predict_tokens` is the forward pass, (B,L) bool -> tokens there, their probabilities, the entropies, each (N,). After
-# each `yield`, `unmask` removes these tokens from `masked`.
+# The orders of unmasking. An order is a generator, which runs the network by `predict_tokens`: positions (B,L) bool ->
+# for each of the N true ones a token, its probability, and the entropy of its distribution. After every such pass it
+# yields which positions to reveal, (B,L) bool, and their tokens (N,). `unmask` writes these into the text and clears
+# them in `masked`, which is the same tensor in both.
 
 
 def in_random_order(predict_tokens, masked, steps, generator):
     """Exact ancestral sampling on a grid of `steps` steps, but with fewer passes.
 
-    Chance alone decides which masked tokens a step reveals, independently for each (Eq. 5). The network only decides
-    what they are, and it does not see the time. So each token's step can be drawn first. The network then runs
-    only at steps that reveal something, and only for rows in which they do: elsewhere its output would not be used."""
+    Chance alone decides at which step a masked token is revealed, independently for each (Eq. 5). The network only
+    decides what it is, and does not see the time. So all steps can be drawn first. The network then runs only at steps
+    that reveal something, and only for rows in which they do: elsewhere its output would not be used."""
     u = torch.rand(masked.shape, dtype=torch.float64, generator=generator)
     step_of = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # k, where share[k] <= u < share[k+1]
     for step in range(steps):
@@ -115,7 +117,8 @@ def by_confidence(predict_tokens, masked, steps, generator):
     """As many tokens per step as ancestral sampling reveals on average, but the most probable first (MaskGIT)."""
     total = masked.sum(1)
     for share in revealed_share(steps)[1:]:
-        count = (share * total - 1e-9).ceil() - total + masked.sum(1)  # per row; 1e-9: more than float64's rounding
+        remaining = (total * (1 - share) + 1e-9).floor()  # masks that each row keeps; 1e-9 against rounding
+        count = masked.sum(1) - remaining                 # tokens that each row reveals now
         candidates = masked & (count > 0)[:, None]
         if candidates.any():
             ids, confidence, _ = predict_tokens(candidates)
@@ -125,18 +128,19 @@ def by_confidence(predict_tokens, masked, steps, generator):
             yield reveal, ids[reveal[candidates]]
 
 
-GAMMA = 0.1  # nats; README has a table of what larger and smaller ones give
+GAMMA = 0.1  # nats; larger: fewer passes and more errors (tests/README.md has a table)
 
 
 def by_entropy(predict_tokens, masked, steps, generator):
-    """The surest first, in each pass as many as are nearly independent; `steps` plays no part. What one pass reveals is
-    drawn as if independent. The error, the divergence from the network's joint distribution, is the sum of the
-    entropies minus the joint entropy, which is at least the largest single one. So a pass reveals the tokens of least
-    entropy, as many as keep the sum minus the largest within GAMMA. (At temperature 0, the default, a rough rule.)"""
+    """The surest first, and in each pass as many as are nearly independent; `steps` plays no part.
+
+    A pass draws its tokens as if they were independent. The error of that, a divergence in nats, is the sum of their
+    entropies minus their joint entropy. The joint entropy is at least the largest single one. So a pass reveals the
+    tokens of least entropy, as many as keep the sum without the largest within GAMMA."""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
-        within = nats.cumsum(1) - nats <= GAMMA  # for each, the sum over all surer ones
+        within = nats.cumsum(1) - nats <= GAMMA  # for each, the sum of all surer ones
         reveal = masked & within.gather(1, order.argsort(1))
         yield reveal, ids[reveal[masked]]
 
@@ -153,18 +157,19 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
     divides the logits; 0 takes the likeliest (greedy). A text is read up to its first EOS: once that and all before it
     are revealed, the row's other masks become EOS without a forward pass."""
     mask_id, eos_id, passes = dd.tokenizer.mask_id, dd.tokenizer.eos_id, 0
-    words_follow = (~maskable & (tokens != eos_id)).flip(1).cumsum(1).flip(1) > 0
+    given = ~maskable & (tokens != eos_id)
+    before_given = given.flip(1).cumsum(1).flip(1) > 0  # positions from which a given word still follows
 
-    def predict_tokens(where):
-        rows = where.any(1)
-        logits = text_logits(dd, latents[rows], tokens[rows], where[rows])
-        logits[words_follow[where], eos_id] = -torch.inf  # a text does not end before words that are given
+    def predict_tokens(positions):
+        rows = positions.any(1)
+        logits = text_logits(dd, latents[rows], tokens[rows], positions[rows])
+        logits[before_given[positions], eos_id] = -torch.inf  # a text does not end before words that are given
         return draw_tokens(logits, temperature, generator)
 
     tokens, masked = torch.where(maskable, mask_id, tokens), maskable.clone()
     for passes, (reveal, ids) in enumerate(ORDERS[order](predict_tokens, masked, steps, generator), 1):
         tokens[reveal] = ids
-        beginning = (masked & ~reveal).cumsum(1) == 0  # of each row all before its first mask
+        beginning = (masked & ~reveal).cumsum(1) == 0  # of each row, all before its first mask
         masked &= ~reveal & ~(beginning & (tokens == eos_id)).any(1, keepdim=True)
         if watch:
             watch(tokens, reveal)
@@ -183,25 +188,43 @@ def draw_tokens(logits, temperature, generator):
     return [torch.cat(column) for column in zip(*parts)]
 
 
-def caption(dd, images, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
-    """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; "auto": as many as it takes;
-    steps: forward passes at most. order: default "entropy" (needs no steps); if steps are given "random", the paper's.
-    A model that was tuned on answers alone is asked for a caption by a question, `caption_prompt`."""
-    return unmask_texts(dd, images, [text_ids(dd, "", length)] * len(images), length, steps, order,
-                        temperature, generator, watch, random_steps=dd.config.settings.caption_steps)
+def caption(dd, images, length=None, steps=None, **how):
+    """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; "auto": as many as it takes; steps,
+    how: see `unmask_texts`. A model that was tuned on answers alone is asked for a caption by `caption_prompt`."""
+    texts = [text_ids(dd, "", length)] * len(images)
+    return unmask_texts(dd, images, texts, length, steps or 0, dd.config.settings.caption_steps, **how)
 
 
-def answer(dd, images, questions, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
+def answer(dd, images, questions, length=None, steps=None, **how):
     """Answer one question per image -> list of str. length: tokens of question and answer; the rest as for caption."""
-    return unmask_texts(dd, images, [text_ids(dd, (question, ""), length) for question in questions], length, steps,
-                        order, temperature, generator, watch, random_steps=dd.config.settings.answer_steps)
+    texts = [text_ids(dd, (question, ""), length) for question in questions]
+    return unmask_texts(dd, images, texts, length, steps or 0, dd.config.settings.answer_steps, **how)
 
 
-def infill(dd, images, texts, length=None, steps=None, order=None, temperature=0.0, generator=None, watch=None):
+def infill(dd, images, texts, length=None, steps=None, **how):
     """Fill in the blanks of one text per image -> list of str. Every underscore stands for one token."""
     length = dd.config.settings.length if length in (None, "auto") else length
     texts = [dd.tokenizer.blank_ids(text, length) for text in texts]
-    return unmask_texts(dd, images, texts, length, steps, order, temperature, generator, watch, whole=True)
+    return unmask_texts(dd, images, texts, length, steps or 0, length, whole=True, **how)
+
+
+@torch.no_grad()
+def unmask_texts(dd, images, texts, length, steps, random_steps, order=None, temperature=0.0, generator=None,
+                 watch=None, whole=False):
+    """Unmask one text (ids, maskable) per image -> list of str: from the first mask on, or the whole texts. order: by
+    default "random", the paper's, where `steps` are given, else "entropy". Without steps, random order takes
+    `random_steps`, confidence one per token. length "auto": in blocks, until EOS."""
+    latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
+    tokens, maskable = (torch.tensor(column) for column in zip(*texts))
+    order = order or ("random" if steps else "entropy")
+    steps = steps or (random_steps if order == "random" else tokens.shape[1])
+    method, lines = unmask_in_blocks if length == "auto" else unmask, []
+    for part in slices(len(images), *images.shape[2:]):
+        latents = dd.encode_image(images[part])
+        ids, _ = method(dd, latents, tokens[part], maskable[part], steps, order, temperature, generator, watch)
+        starts = maskable[part].long().argmax(1)  # the first mask
+        lines += [dd.tokenizer.decode(row if whole else row[start:]) for row, start in zip(ids, starts)]
+    return lines
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
@@ -226,30 +249,13 @@ def text_ids(dd, text, length=None):
     return dd.tokenizer.question_ids(f"{text[0]} {settings.answer_suffix}".rstrip(), text[1], length)
 
 
-@torch.no_grad()
-def unmask_texts(dd, images, texts, length, steps, order, temperature, generator, watch, random_steps=0, whole=False):
-    """Unmask one text (ids, maskable) per image -> list of str: from the first mask on, or the whole texts. Without
-    `steps`, random order takes `random_steps`, and the others a token per step. length "auto": in blocks, until EOS."""
-    latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
-    tokens, maskable = (torch.tensor(column) for column in zip(*texts))
-    order = order or ("random" if steps else "entropy")
-    steps = steps or (order == "random" and random_steps) or tokens.shape[1]
-    method, lines = unmask_in_blocks if length == "auto" else unmask, []
-    for part in slices(len(images), *images.shape[2:]):
-        latents = dd.encode_image(images[part])
-        ids, _ = method(dd, latents, tokens[part], maskable[part], steps, order, temperature, generator, watch)
-        starts = maskable[part].long().argmax(1)  # the first mask
-        lines += [dd.tokenizer.decode(row if whole else row[start:]) for row, start in zip(ids, starts)]
-    return lines
-
-
 def unmask_in_blocks(dd, latents, tokens, maskable, *how, blocks=32):
     """`unmask` for texts of any length -> a list of ids per text, number of forward passes.
 
     A text that fills its whole length with words is not at its end. So a window moves over it, by a quarter of the
     length: the prompt and the latest words stay, new masks follow, and so on until EOS, or for `blocks` blocks. The
     network never sees more tokens than in training. But no training text began in the middle, and of longer ones it
-    saw only the beginning: README says what comes of it."""
+    saw only the beginning: tests/README.md says what comes of it."""
     ids, passes = unmask(dd, latents, tokens, maskable, *how)
     texts, prompts = ids[:, :-1].tolist(), (~maskable[:, :-1]).sum(1).tolist()  # tokens that are given
     room, eos_id = tokens.shape[1] - 1, dd.tokenizer.eos_id
@@ -280,8 +286,7 @@ def score(dd, images, texts, length=None, draws=64, seed=0):
         generator, latents = torch.Generator().manual_seed(seed), dd.encode_image(image[None])
         t = losses.stratified_times(draws, generator=generator)
         tokens, maskable = (torch.tensor(row).expand(draws, -1) for row in text_ids(dd, text, length))
-        noisy, masked = losses.mask_tokens(tokens, t, maskable, dd.tokenizer.mask_id,
-                                            torch.rand(tokens.shape, generator=generator))
+        noisy, masked = losses.mask_tokens(tokens, t, maskable, dd.tokenizer.mask_id, generator)
         nats.append(0)
         for part in slices(draws, *images.shape[2:]):
             logits = text_logits(dd, latents.expand(len(t[part]), -1, -1, -1), noisy[part], masked[part])
@@ -347,9 +352,9 @@ def existing_device(name):
 
 def add_parts(parser):
     """The arguments that take parts of a model from other files."""
-    parser.add_argument("--t5", metavar="FILE", help="a file or folder to take T5 from")
-    parser.add_argument("--vae", metavar="FILE", help="a file or folder to take the VAE from")
-    parser.add_argument("--spiece", metavar="FILE", help="T5's tokenizer, spiece.model")
+    parser.add_argument("--t5", metavar="FILE", help="A file or folder to take T5 from.")
+    parser.add_argument("--vae", metavar="FILE", help="A file or folder to take the VAE from.")
+    parser.add_argument("--spiece", metavar="FILE", help="T5's tokenizer, spiece.model.")
 
 
 def run_program(main, stopped="stopped", lower="--size, or give --offload"):
@@ -370,7 +375,7 @@ def run_program(main, stopped="stopped", lower="--size, or give --offload"):
         fail(f"out of memory: lower {lower}")
 
 
-def grid(images, columns, gap=2):
+def tile(images, columns, gap=2):
     """PIL images of one size, row by row -> one white page of them, `gap` pixels apart."""
     width, height, rows = images[0].width + gap, images[0].height + gap, -(-len(images) // columns)
     page = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
@@ -388,12 +393,12 @@ def sheet(path, cells, columns=4, width=192):
         tiles[-1].paste(Image.fromarray(image).resize((width, width), Image.Resampling.NEAREST), (4, 4))
         ImageDraw.Draw(tiles[-1]).text((4, width + 6), text, "black", ImageFont.load_default(size=12), spacing=2)
     with replacing(path) as beside:
-        grid(tiles, columns, gap=0).save(beside, format="PNG")
+        tile(tiles, columns, gap=0).save(beside, format="PNG")
 
 
 # ---------------------------------------------------------------- what a drawing tells of itself
 
-def record(args, prompts, **settings):
+def parameters(args, prompts, **settings):
     """-> a PNG's text chunk "parameters", in the form in which viewers of such images read it."""
     negative, chunks = [f"Negative prompt: {args.negative}"] * bool(args.negative), PngImagePlugin.PngInfo()
     chunks.add_text("parameters", "\n".join(
@@ -401,24 +406,24 @@ def record(args, prompts, **settings):
     return chunks
 
 
-def watch_text(tokenizer, passes):
-    """-> what `unmask` calls after every pass: it adds the first text to `passes`, as pairs of a word and whether it is
+def watch_text(tokenizer, trace):
+    """-> what `unmask` calls after every pass. It adds the first text to `trace`: pairs of a word, and whether it is
     new."""
     def watch(tokens, reveal):
         words = {tokenizer.mask_id: "", tokenizer.eos_id: "·"}
         words = [words[i] if i in words else tokenizer.pieces.id_to_piece(i) for i in tokens[0].tolist()]
-        passes.append(list(zip(words, reveal[0].tolist())))
+        trace.append(list(zip(words, reveal[0].tolist())))
     return watch
 
 
-def text_page(passes):
+def text_page(trace):
     """-> PIL image, a row per pass: grey is masked, yellow is what this pass revealed, a dot is the end of the text."""
     font, left = ImageFont.load_default(size=13), [4.0]
-    for word, _ in passes[-1]:
+    for word, _ in trace[-1]:
         left.append(left[-1] + font.getlength(word.strip("▁")) + 8)
-    page = Image.new("RGB", (int(left[-1]) + 4, 22 * len(passes) + 4), "white")
+    page = Image.new("RGB", (int(left[-1]) + 4, 22 * len(trace) + 4), "white")
     draw = ImageDraw.Draw(page)
-    for k, words in enumerate(passes):
+    for k, words in enumerate(trace):
         for (word, new), x, end in zip(words, left, left[1:]):
             draw.rectangle((x, 22 * k + 4, end - 2, 22 * k + 22), "gold" if new else "white" if word else "lightgray")
             draw.text((x + 3, 22 * k + 4), word.strip("▁"), "black", font)
@@ -441,40 +446,40 @@ def text_length(text):
 
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("what to do (the first four can be given several times)").add_argument
-    add("--vqa", nargs="+", action="append", metavar="IMAGE ... QUESTION", default=[])
-    add("--caption", nargs="+", action="extend", metavar="IMAGE", default=[])
-    add("--t2i", nargs="+", action="extend", metavar="TEXT", default=[])
-    add("--infill", nargs="+", action="append", metavar="IMAGE ... TEXT", default=[], help="an underscore is one token")
+    add = parser.add_argument_group("what to do").add_argument
+    add("--vqa", nargs="+", action="append", metavar="IMAGE ... QUESTION", default=[],
+        help="Answer a question about each image. Can be given several times.")
+    add("--caption", nargs="+", action="extend", metavar="IMAGE", default=[], help="Describe each image.")
+    add("--t2i", nargs="+", action="extend", metavar="TEXT", default=[], help="Draw each text.")
+    add("--infill", nargs="+", action="append", metavar="IMAGE ... TEXT", default=[],
+        help="Fill in a text about each image. An underscore is one token. Can be given several times.")
     group = parser.add_argument_group("the model")
     add = group.add_argument
-    add("--ckpt", metavar="FILE", help="a file of ours or of SD3, or a folder in diffusers layout; default: the small "
-        "model that ships")
+    add("--ckpt", metavar="FILE", default=SHIPPED, help="A file of ours or of SD3, or a folder in diffusers layout. "
+        "Default: the small model that ships.")
     add_parts(group)
-    add("--device", type=existing_device, default=default_device(), help="default: the GPU, if there is one")
-    add("--dtype", choices=list(DTYPES), help="to compute in; default: bf16 on a GPU, fp32 on a CPU")
-    add("--offload", action="store_true", help="keep T5 on the CPU, if GPU memory is short")
-    add = parser.add_argument_group("how to do it").add_argument
-    add("--seed", type=int, default=0, help="of the random numbers; default: 0")
-    add("--steps", type=int, help="of sampling; default: 28 to draw; to read in random "
-        "order the checkpoint's, for --infill one per token")
-    add("--order", choices=list(ORDERS), help="of unmasking text; default: entropy, which chooses its own number of "
-        "steps; with --steps: random, the paper's")
-    add("--temperature", type=float, default=0.0, help="of drawing tokens: divides the logits; "
-        "default: 0, always the likeliest; with 1 and random order, samples are exact")
-    add("--length", type=text_length, help="of a text, in tokens; auto: captions and answers as long as they need; "
-        "default: the checkpoint's")
-    add("--options", nargs="+", default=[], metavar="ANSWER", help="rank these answers to --vqa by their probability")
-    add("--suffix", metavar="TEXT", help="added to every question; default: the checkpoint's")
-    add("--num", type=int, default=1, help="images per prompt; default: 1")
-    add("--best-of", type=int, default=1, metavar="N", help="draw N images for each, and keep the one "
-        "from which the model itself most likely reads the prompt; default: 1")
-    add("--cfg", type=float, help="guidance, a factor; 1: none; default: the checkpoint's")
-    add("--negative", default="", metavar="TEXT", help="what guidance leads away from; default: the empty text")
-    add("--size", type=width_and_height, metavar="SIDES", help="pixels, 512 or 768x512; default: the checkpoint's")
-    add("--trace", default="", metavar="FILE", help="an image of how it came about: of a text a row per pass, of a "
-        "drawing an image per step (a .gif moves)")
-    add("--out", default="out.png", help="the image, or the page of all images; default: out.png")
+    add("--device", type=existing_device, default=default_device(), help="Default: the GPU, if there is one.")
+    add("--dtype", choices=list(DTYPES), help="What to compute in. Default: bf16 on a CUDA GPU, else fp32.")
+    add("--offload", action="store_true", help="Keep T5 on the CPU, if GPU memory is short.")
+    add = parser.add_argument_group("how to do it (defaults in brackets)").add_argument
+    add("--seed", type=int, default=0, help="Of the random numbers [0].")
+    add("--steps", type=int, help="Of drawing [28]; of reading in random order [the checkpoint's].")
+    add("--order", choices=list(ORDERS), help="In which order a text is unmasked [entropy, which needs no --steps; "
+        "random, the paper's, if --steps is given].")
+    add("--temperature", type=float, default=0.0, help="Of drawing tokens; divides the logits. 0 takes the likeliest; "
+        "1 in random order samples exactly [0].")
+    add("--length", type=text_length, help="Of a text, in tokens. auto: as long as it needs [the checkpoint's].")
+    add("--options", nargs="+", default=[], metavar="ANSWER", help="Rank these answers to --vqa by their probability.")
+    add("--suffix", metavar="TEXT", help="Is added to every question [the checkpoint's].")
+    add("--num", type=int, default=1, help="Images per prompt [1].")
+    add("--best-of", type=int, default=1, metavar="N", help="Draw N images for each, and keep the one from which the "
+        "model itself most likely reads the prompt [1].")
+    add("--cfg", type=float, help="Guidance, a factor; 1 is none [the checkpoint's].")
+    add("--negative", default="", metavar="TEXT", help="What guidance leads away from [the empty text].")
+    add("--size", type=width_and_height, metavar="SIDES", help="Pixels, 512 or 768x512 [the checkpoint's].")
+    add("--trace", default="", metavar="FILE", help="Also write an image of how it came about: of a text a row per "
+        "pass, of a drawing an image per step. A .gif moves.")
+    add("--out", default="out.png", help="Where to write the image, or the page of all images [out.png].")
     args = parser.parse_args()
     for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):
         if any(len(job) < 2 for job in getattr(args, name)):
@@ -495,21 +500,21 @@ def parse_args():
     return args
 
 
-
-
 def prepare_text(dd, text, room):
     """A typed text as the model knows it: in lower case, if that takes fewer tokens of a vocabulary that has capitals
-    only as single letters. Warns of more than `room` tokens."""
+    only as single letters. Warns of unknown words, and of more than `room` tokens."""
     pieces = dd.tokenizer.pieces
     if all(len(p.strip("▁")) == 1 for p in map(pieces.id_to_piece, range(len(pieces))) if p != p.lower()):
         text = min(text, text.lower(), key=lambda text: len(pieces.encode(text)))
+    if unseen := unseen_words(dd.tokenizer, text):
+        warn(f"never seen in training, so expect little: {', '.join(unseen)}")
     tokens = sum(len(dd.tokenizer.encode(part)) - 1 for part in text.split("_")) + text.count("_")
     if tokens > room:
         warn(f"{text[:40]!r}... has {tokens} tokens, the model takes {room}: its end is left out")
     return text
 
 
-def save_image(path, frames, chunks):
+def save_image(path, frames, chunks=None):
     """Write an image; several as frames of a GIF."""
     with replacing(path) as beside:
         frames[0].save(beside, Image.registered_extensions()[os.path.splitext(path)[1].lower()], pnginfo=chunks,
@@ -518,27 +523,29 @@ def save_image(path, frames, chunks):
 
 
 def read_images(dd, args, width, height, length, generator):
-    """--vqa, --caption, --infill: print what is read, a line per image; of a trace a row per pass."""
-    passes = []
-    how = args.length or length, args.steps, args.order, args.temperature
-    watch = watch_text(dd.tokenizer, passes) if args.trace else None
+    """--vqa, --caption, --infill: print what is read, a line per image and text; of a trace a row per pass."""
+    trace, options = [], [prepare_text(dd, text, length) for text in args.options]
+    how = {"length": args.length, "steps": args.steps, "order": args.order, "temperature": args.temperature,
+           "generator": generator, "watch": watch_text(dd.tokenizer, trace) if args.trace else None}
 
-    def rows(jobs):
+    def read(reader, jobs, **how):
+        for part in slices(len(jobs), height, width):
+            paths, *texts = zip(*jobs[part])
+            images = torch.from_numpy(to_pixels([load_image(path, width, height) for path in paths]))
+            tqdm.write("\n".join(reader(dd, images, *texts, **how)))
+            sys.stdout.flush()
+
+    def with_text(jobs):  # one job per image
         return [(path, prepare_text(dd, text, length - 1)) for *paths, text in jobs for path in paths]
 
-    def choose(dd, images, questions, length, *how):
-        return rank(dd, images, questions, [prepare_text(dd, text, length) for text in args.options], length)
-
-    for reader, inputs in ((choose if args.options else answer, rows(args.vqa)),
-                           (caption, [(path,) for path in args.caption]), (infill, rows(args.infill))):
-        for part in slices(len(inputs), height, width):
-            paths, *texts = zip(*inputs[part])
-            images = torch.from_numpy(to_pixels([load_image(path, width, height) for path in paths]))
-            lines = reader(dd, images, *texts, *how, generator, watch)
-            tqdm.write("\n".join(lines))
-            sys.stdout.flush()
-    if passes:
-        save_image(args.trace, [text_page(passes)], record(args, lines, Seed=args.seed))
+    if options:
+        read(rank, with_text(args.vqa), options=options, length=length)
+    else:
+        read(answer, with_text(args.vqa), **how)
+    read(caption, [(path,) for path in args.caption], **how)
+    read(infill, with_text(args.infill), **how)
+    if trace:
+        save_image(args.trace, [text_page(trace)])
 
 
 def draw_page(dd, args, width, height, length, generator):
@@ -556,21 +563,21 @@ def draw_page(dd, args, width, height, length, generator):
                            watch=watch if args.trace else None)
     if args.best_of > 1:
         pixels = keep_likeliest(dd, pixels, prompts, args.best_of, length)
-    name = os.path.splitext(os.path.basename((args.ckpt or SHIPPED).rstrip("/")))[0]
-    chunks = record(args, texts, **{"Steps": steps, "Sampler": "Euler", "CFG scale": cfg, "Seed": args.seed,
+    name = os.path.splitext(os.path.basename(args.ckpt.rstrip("/")))[0]
+    chunks = parameters(args, texts, **{"Steps": steps, "Sampler": "Euler", "CFG scale": cfg, "Seed": args.seed,
                                     "Size": f"{width}x{height}", "Model": name})
     columns = args.num if len(texts) > 1 else round(args.num ** 0.5 + 0.4)
-    save_image(args.out, [grid([Image.fromarray(image) for image in to_images(pixels)], columns)], chunks)
+    save_image(args.out, [tile([Image.fromarray(image) for image in to_images(pixels)], columns)], chunks)
     if args.trace.lower().endswith(".gif"):
-        pages = [grid(images, columns * args.best_of) for images in trace.values()]
+        pages = [tile(images, columns * args.best_of) for images in trace.values()]
         save_image(args.trace, pages + pages[-1:] * 10, chunks)
     elif args.trace:  # a row per image, a column per step
-        save_image(args.trace, [grid([image for row in zip(*trace.values()) for image in row], len(trace))], chunks)
+        save_image(args.trace, [tile([image for row in zip(*trace.values()) for image in row], len(trace))], chunks)
 
 
 def main():
     args = parse_args()
-    files, reads = (args.ckpt or SHIPPED, args.t5, args.vae, args.spiece), args.vqa + args.caption + args.infill
+    files, reads = (args.ckpt, args.t5, args.vae, args.spiece), args.vqa + args.caption + args.infill
     dtype = DTYPES[args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")]
     dd = DualDiffusion.load(*files, args.device, dtype, args.offload)
     if missing := model.missing_parts(dd):

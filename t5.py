@@ -9,6 +9,7 @@ References:
 """
 import io
 import math
+import re
 import string
 from dataclasses import dataclass
 
@@ -81,7 +82,10 @@ class Tokenizer:
         """A text with underscores -> ids, maskable: each underscore is one token to fill in."""
         first, *others = (self.encode(part)[:-1] for part in text.split("_"))
         space = self.pieces.piece_to_id("▁")  # SentencePiece begins every text with it, but in "_?" it is out of place
-        ids = [*first, *(i for part in others for i in (self.mask_id, *part[part[:1] == [space]:]))][:length - 1]
+        ids = first
+        for part in others:
+            ids = ids + [self.mask_id] + (part[1:] if part[:1] == [space] else part)
+        ids = ids[:length - 1]
         ids += [self.eos_id] * (length - len(ids))
         return ids, [i == self.mask_id for i in ids]
 
@@ -97,7 +101,6 @@ class T5Config:
     vocab_size: int = 32128
     buckets: int = 32
     max_distance: int = 128
-    places: int = 0  # above 0: not T5 but `Embeddings`, of so many positions
 
 
 class RMSNorm(nn.Module):
@@ -120,32 +123,33 @@ def relative_position_bucket(distance, buckets, max_distance):
 
 class SelfAttention(nn.Module):
     """T5's: no 1/sqrt(d) (it is folded into the initialisation), no bias, positions as a bias on the scores."""
-    def __init__(self, cfg, has_relative_bias):
+    def __init__(self, config, has_relative_bias):
         super().__init__()
-        self.cfg, inner = cfg, cfg.num_heads * cfg.d_kv
-        self.q, self.k, self.v = (nn.Linear(cfg.d_model, inner, bias=False) for _ in range(3))
-        self.o = nn.Linear(inner, cfg.d_model, bias=False)
+        self.config, inner = config, config.num_heads * config.d_kv
+        self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, config.d_model, bias=False)
         if has_relative_bias:
-            self.relative_attention_bias = nn.Embedding.from_pretrained(torch.empty(cfg.buckets, cfg.num_heads), False)
+            table = torch.empty(config.buckets, config.num_heads)  # filled by init_weights, or from a file
+            self.relative_attention_bias = nn.Embedding.from_pretrained(table, freeze=False)
 
     def position_bias(self, length, device):
         at = torch.arange(length, device=device)
-        bucket = relative_position_bucket(at[None, :] - at[:, None], self.cfg.buckets, self.cfg.max_distance)
+        bucket = relative_position_bucket(at[None, :] - at[:, None], self.config.buckets, self.config.max_distance)
         bias = rearrange(self.relative_attention_bias(bucket), "q k heads -> 1 heads q k")
         return bias.contiguous()  # once here; fused attention would copy it in every layer
 
     def forward(self, x, bias):
-        q, k, v = (rearrange(f(x), "b l (h d) -> b h l d", h=self.cfg.num_heads) for f in (self.q, self.k, self.v))
+        q, k, v = (rearrange(f(x), "b l (h d) -> b h l d", h=self.config.num_heads) for f in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return self.o(rearrange(out, "b h l d -> b l (h d)"))
 
 
 class DenseGated(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, config):
         super().__init__()
-        self.wi_0 = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
-        self.wi_1 = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
-        self.wo = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x):
         return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
@@ -153,10 +157,10 @@ class DenseGated(nn.Module):
 
 class Block(nn.Module):
     """Module names are the checkpoint's: `layer.0` attends, `layer.1` is the feed-forward."""
-    def __init__(self, cfg, first):
+    def __init__(self, config, first):
         super().__init__()
-        attend = nn.ModuleDict({"SelfAttention": SelfAttention(cfg, first), "layer_norm": RMSNorm(cfg.d_model)})
-        dense = nn.ModuleDict({"DenseReluDense": DenseGated(cfg), "layer_norm": RMSNorm(cfg.d_model)})
+        attend = nn.ModuleDict({"SelfAttention": SelfAttention(config, first), "layer_norm": RMSNorm(config.d_model)})
+        dense = nn.ModuleDict({"DenseReluDense": DenseGated(config), "layer_norm": RMSNorm(config.d_model)})
         self.layer = nn.ModuleList([attend, dense])
 
     def forward(self, x, bias):
@@ -211,17 +215,24 @@ def init_weights(encoder):
             table[bucket, head] = -slope * away.abs() - 4.0 * wrong_way
 
 
+@dataclass
+class EmbeddingsConfig:
+    d_model: int
+    positions: int  # tokens in the longest text
+    vocab_size: int = 32128
+
+
 class Embeddings(nn.Module):
     """In T5's place (D-DiT, Table 9): learned embeddings of tokens and positions."""
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.places = nn.Parameter(torch.randn(config.places, config.d_model) * config.d_model ** -0.5)
+        self.positions = nn.Parameter(torch.randn(config.positions, config.d_model) * config.d_model ** -0.5)
         self.encoder = nn.ModuleDict({"final_layer_norm": RMSNorm(config.d_model)})
 
     def forward(self, tokens):
-        x = self.shared(tokens.to(self.shared.weight.device)) + self.places[:tokens.shape[1]]
+        x = self.shared(tokens.to(self.shared.weight.device)) + self.positions[:tokens.shape[1]]
         return self.encoder["final_layer_norm"](x).to(tokens.device)
 
 
@@ -246,3 +257,13 @@ def train_tokenizer(lines, vocab_size):
         hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
         required_chars=string.ascii_letters + string.digits + ".,?!:;'-", minloglevel=2, num_threads=1)
     return Tokenizer(model.getvalue())
+
+
+def unseen_words(tokenizer, text):
+    """The words that this vocabulary cannot write or, if it is small, writes almost letter by letter. (In T5's own
+    32,000 pieces many ordinary words are spelt out.)"""
+    def spelt(word):
+        ids = tokenizer.pieces.encode(word)
+        small = len(tokenizer.pieces) < 10_000 and word.isalnum()
+        return tokenizer.pieces.unk_id() in ids or small and len(ids) > max(1, len(word) / 2)
+    return list(dict.fromkeys(filter(spelt, re.findall(r"\w+|[^\w\s]", text.replace("_", " ")))))

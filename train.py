@@ -15,16 +15,20 @@ References:
 """
 import argparse
 import copy
+import hashlib
 import json
 import logging
 import os
+import re
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from glob import escape, glob
@@ -36,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -50,37 +55,40 @@ import sample
 import t5
 import vae
 from data import one_line, warn
-from model import DTYPES, PRESETS, DualDiffusion, JointBlock, inspect
+from model import DTYPES, PRESETS, DualDiffusion, JointBlock, find_parts, missing_parts
 from sample import SHIPPED, fail
+
+
+def number(default, meaning):
+    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass
 class Recipe:
-    """The numbers of one stage. A flag of the same name overrides each; its comment below is the flag's help. Table 6
-    has steps, batch, rate, warmup, weight_decay, size, length and text_weight. Clipping, the running average, the empty
-    captions and the text length of stage 3 are the authors' scripts'; Muon and the linear schedule are ours."""
-    steps: int = 60_000         # optimizer steps
-    batch: int = 512            # rows per step, over all processes
-    rate: float = 5e-5          # AdamW's learning rate after the warm-up
-    muon: float = 0.0           # Muon's learning rate, for the matrices inside the blocks; 0: AdamW learns them too
-    warmup: int = 5000          # steps in which the rates rise from 0
-    schedule: str = "constant"  # of the rates, beside the warm-up; "linear" falls to nearly 0 at the last step
-    beta2: float = 0.999        # AdamW's decay of the squared gradients, per step
-    weight_decay: float = 1e-2  # of matrices, times the rate, per step
-    clip: float = 2.0           # largest norm of the gradient
-    ema: float = 0.0            # decay per step of the weights' running average, saved as the result; 0: none
-    size: int = 256             # side of the images, in pixels
-    length: int = 64            # of a text, in tokens
-    text_weight: float = 0.2    # of the text loss in Eq. 9
-    image_weight: float = 1.0   # of the image loss; 0: the text loss alone, as in Table 10
-    time_mean: float = 0.0      # of the image times' logit; above 0, training sees more noise
-    time_std: float = 1.0       # of the image times' logit
-    drop: float = 0.1           # share of captions left empty in the image half, for guidance; missing ones always are
-    questions: float = 0.0      # share of the text half's texts that are questions with answers
-    learn_t5: str = "no"        # what learns in T5: nothing, the mask token's row ("mask"), or all
-    pool: int = 25_000          # images of the built-in world to learn from
-    latents: int = 25_000       # records of --data, at most, to store encoded; if more, all are encoded each time
-    vocab: int = 412            # pieces, at most, of the tokenizer that stage 0 makes
+    """The numbers of one stage. A flag of the same name overrides each. Table 6 has steps, batch, rate, warmup,
+    weight_decay, size, length and text_weight. Clipping, the running average, the empty captions and the text length of
+    stage 3 are the authors' scripts'. Muon and the linear schedule are ours."""
+    steps: int = number(60_000, "optimizer steps")
+    batch: int = number(512, "rows per step, over all processes")
+    rate: float = number(5e-5, "AdamW's learning rate after the warm-up")
+    muon: float = number(0.0, "Muon's learning rate, for the matrices inside the blocks; 0: AdamW learns them too")
+    warmup: int = number(5000, "steps in which the rates rise from 0")
+    schedule: str = number("constant", "of the rates after the warm-up; linear falls to nearly 0 at the last step")
+    beta2: float = number(0.999, "AdamW's decay of the squared gradients, per step")
+    weight_decay: float = number(1e-2, "of matrices, times the rate, per step")
+    clip: float = number(2.0, "largest norm of the gradient")
+    ema: float = number(0.0, "decay per step of the weights' running average, saved as the result; 0: none")
+    size: int = number(256, "side of the images, in pixels")
+    length: int = number(64, "of a text, in tokens")
+    text_weight: float = number(0.2, "of the text loss in Eq. 9")
+    image_weight: float = number(1.0, "of the image loss; 0: the text loss alone, as in Table 10")
+    time_mean: float = number(0.0, "of the image times' logit; above 0, training sees more noise")
+    time_std: float = number(1.0, "deviation of the image times' logit")
+    drop: float = number(0.1, "share of captions left empty in the image half, for guidance; missing ones always are")
+    questions: float = number(0.0, "share of the text half that is questions with answers, not captions")
+    learn_t5: str = number("no", "what learns in T5: nothing, the mask token's embedding (mask), or all")
+    pool: int = number(25_000, "images of the built-in world to learn from")
+    vocab: int = number(412, "pieces, at most, of the tokenizer that stage 0 makes")
 
 
 # Plain shapes stay readable under much noise: the layout is settled at t > 0.9, which mean 0 rarely draws.
@@ -102,14 +110,14 @@ RECIPES["end-to-end"] = RECIPES["sd3-medium"]
 
 def training_losses(dd, batch, recipe):
     """The losses of a training step -> total, image loss, text loss (scalars). batch: a data.Batch, its images as
-    moments: mean and log-variance of the VAE's Gaussian, stacked. Every process draws the random numbers of the whole
-    batch, from the step's seed, and keeps its own rows. So any number of processes takes the same step."""
+    moments: mean and log-variance of the VAE's Gaussian, stacked. All random numbers come from the step's seed, for the
+    whole batch, and a process uses those of its own rows. So any number of processes takes the same step."""
     rows, generator = batch.rows, torch.Generator().manual_seed(batch.seed)
     image_t = losses.logit_normal_times(recipe.batch, recipe.time_mean, recipe.time_std, generator)[rows]
     text_t = losses.stratified_times(recipe.batch, generator=generator)[rows]
     vae_noise, noise = batch_noise(2, recipe.batch, batch.images.shape[2:], generator, dd.device)[:, rows]
-    chance = torch.rand(recipe.batch, recipe.length, generator=generator)[rows]
-    noisy, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id, chance)
+    noisy, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id,
+                                       skip_rows(generator, rows, recipe.length))
 
     # Copy the inputs to the network's device in the background. (To count masks there would be to wait for it.)
     captions, tokens, noisy, image_t, text_t, *masked = (x.to(dd.device, non_blocking=True) for x in (
@@ -123,25 +131,27 @@ def training_losses(dd, batch, recipe):
         losses.TextHalf(text_latents, tokens, noisy, tuple(masked), text_t), recipe.text_weight, recipe.image_weight)
 
 
-def train(learner, log, loader, validation, sheet, args, recipe):
-    """The loop, to the last step. loader gives the data.Batches of each step; validation() the losses on images that
-    are held out; sheet(step) draws samples."""
-    for step, passes in zip(log.bar, loader):
-        for k, batch in enumerate(passes, 1):  # several, if one does not fit in memory
-            loss, *parts = learner.objective(batch)
-            learner.backward(loss / len(passes), last=k == len(passes))
-            log.window.append(torch.stack(parts).detach())
+def train(learner, loader, log, signals, validation, sheet, args, recipe):
+    """The loop, to the last step. loader gives each step's data.Batches; signals are those that have come in;
+    validation() gives the losses on images that are held out; sheet(step) draws samples."""
+    for step, batches in zip(log.bar, loader):
+        for k, batch in enumerate(batches, 1):  # several, if one does not fit in memory
+            loss, *parts = learner.losses(batch)
+            learner.backward(loss / len(batches), last=k == len(batches))
+            log.losses.append(torch.stack(parts).detach())
         norm = learner.step(step)
 
-        done = step + 1
-        save_now = done % args.save_every == 0 or done == recipe.steps
+        done, stop = step + 1, any_process(signals)
+        save_now = done % args.save_every == 0 or done == recipe.steps or stop
         show_now = done % args.show_every == 0 and done < recipe.steps
         if done % 20 == 0 or save_now or show_now:  # only here does the loop wait for the device
-            log.write(done, norm, learner, len(passes), validation() if show_now or done == recipe.steps else ())
+            log.write(done, norm, learner, validation() if show_now or done == recipe.steps else ())
         if save_now:
             learner.save(done)
         if show_now:
             sheet(done)
+        if stop:
+            fail(f"stopped after step {done}; the same command goes on from there", 128 + (signals or [15])[0])
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
@@ -153,6 +163,12 @@ def batch_noise(count, batch, shape, generator, device):
     """(count, batch, *shape) standard normal, made on the device that needs it: at full size 50 million numbers."""
     seed = int(torch.randint(2 ** 62, (), generator=generator))
     return torch.randn(count, batch, *shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
+def skip_rows(generator, rows, length):
+    """The generator, past the numbers that mask the rows of other processes."""
+    torch.rand(rows.start, length, generator=generator)
+    return generator
 
 
 def autoencoder_losses(dd, batch, recipe):
@@ -169,8 +185,8 @@ def autoencoder_losses(dd, batch, recipe):
 def subsets(paths, args, recipe):
     """-> data.Subsets of the user's records or of the built-in world: to learn from, and held out."""
     if not paths:
-        unseen = data.World(UNSEEN + args.seed, kinds=args.kinds), np.arange(min(250, recipe.pool // 20 + 1))
-        return data.Subset(data.World(args.seed, kinds=args.kinds), np.arange(recipe.pool)), data.Subset(*unseen)
+        unseen = data.World(UNSEEN + args.seed), np.arange(min(250, recipe.pool // 20 + 1))
+        return data.Subset(data.World(args.seed), np.arange(recipe.pool)), data.Subset(*unseen)
     source, names = data.Records(paths, recipe.size, args.out), " ".join(paths)
     unseen, ids = source.split(250)
     unseen = [i for i in unseen if data.readable(source, i) is not None]
@@ -208,23 +224,26 @@ def starting_point(args, recipe, texts, device, dtype):
         tokenizer = t5.train_tokenizer(tokenizer_texts(texts, args.seed), recipe.vocab)
         dd = DualDiffusion.build(preset, tokenizer, ["vae"]).to(device)
         return dd, {"vae": dd.vae}
-    learns_all = recipe.learn_t5 == "all" or not inspect(args.start, args.t5, args.vae, args.spiece)[0].t5.num_layers
+    found = find_parts(args.start, args.t5, args.vae, args.spiece)[0].t5
+    learns_all = recipe.learn_t5 == "all" or isinstance(found, t5.EmbeddingsConfig)
     # The VAE is small, and its rounding would stay in the stored latents: always float32.
     dtypes = {"ddit": torch.float32, "t5": torch.float32 if learns_all else dtype, "vae": dtype and torch.float32}
     dd = DualDiffusion.load(args.start, args.t5, args.vae, args.spiece, device, dtypes)
+    if dd.vae is None or dd.tokenizer is None:
+        fail(f"{args.start}: holds no {' and no '.join(missing_parts(dd))}")
     anew = args.stage == "1" and args.start in (args.vae, SHIPPED) and not args.init
     if anew or dd.ddit is None or dd.t5 is None:  # tokenizer and VAE are taken, the rest starts at random
         if args.text_encoder == "none":
-            places = max(recipe.length, preset.settings.length)  # for the longest texts of any stage
-            preset.t5 = replace(preset.t5, d_model=preset.ddit.width, num_layers=0, places=places)
-            preset.ddit.text_dim = preset.ddit.width
+            positions = max(recipe.length, preset.settings.length)  # for the longest texts of any stage
+            preset.t5 = t5.EmbeddingsConfig(preset.ddit.width, positions)
+            preset.ddit.text_dim, learns_all = preset.ddit.width, True
         fresh = DualDiffusion.build(replace(preset, vae=dd.config.vae), dd.tokenizer, ["ddit", "t5"])
         fresh.vae = dd.vae
         dd = fresh.to(device)
     dd.config.settings.size, dd.config.settings.length = recipe.size, recipe.length  # to be used as it was trained
     dd.requires_grad_(False)
     modules = {"ddit": dd.ddit.requires_grad_()}
-    if recipe.learn_t5 == "all" or not dd.config.t5.num_layers:
+    if learns_all:
         modules["t5"] = dd.t5.requires_grad_()
     elif recipe.learn_t5 == "mask":
         modules["t5"] = dd.t5 = MaskRow(dd.t5, dd.tokenizer.mask_id)
@@ -345,7 +364,7 @@ class Learner:
                 images = torch.stack(self.dd.vae.encode(images), 1)
         return images.float()
 
-    def objective(self, batch):
+    def losses(self, batch):
         """-> the loss to learn from, and two to look at. Nothing here waits for the device."""
         if self.dd.ddit is None:
             return autoencoder_losses(self.dd, batch, self.recipe)
@@ -383,7 +402,8 @@ class Learner:
     def state(self, step):
         """All that a run must remember, as tensors only. They are the run's own, so loading writes into them. A shard
         knows its place in the whole, so any number of processes can read what any other number wrote."""
-        return {"step": torch.tensor(step), "modules": {name: m.state_dict() for name, m in self.modules.items()},
+        return {"step": torch.tensor(step), "files": torch.tensor(dist.get_world_size()),  # each process writes one
+                "modules": {name: module.state_dict() for name, module in self.modules.items()},
                 "optimizers": {str(k): o.state_dict()["state"] for k, o in enumerate(self.optimizers)},
                 "averages": dict(enumerate(self.averages))}
 
@@ -394,7 +414,8 @@ class Learner:
             dist.barrier()
             # A lone process saves without collectives: they would make gloo's threads start OpenMP teams of their own,
             # and with more threads than cores OpenMP lets them sleep between loops. Training took 1.6 times as long.
-            dcp.save(self.state(step), checkpoint_id=f"{path}.partial", no_dist=dist.get_world_size() == 1)
+            writer = HuggingFaceStorageWriter(f"{path}.partial", save_distributed=True)
+            dcp.save(self.state(step), storage_writer=writer, no_dist=dist.get_world_size() == 1)
         except (Exception, CheckpointException) as error:
             shutil.rmtree(f"{path}.partial", ignore_errors=True)
             fail(f"{path}: could not be written ({one_line(error)}); the checkpoints before it stand")
@@ -417,7 +438,9 @@ class Learner:
         state = self.state(0)
         for path in reversed(checkpoints(self.folder)):
             try:
-                dcp.load(state, checkpoint_id=path, no_dist=dist.get_world_size() == 1)
+                dcp.load(state, storage_reader=HuggingFaceStorageReader(path), no_dist=dist.get_world_size() == 1)
+                if (files := len(os.listdir(path))) != state["files"]:  # the reader does not miss a file
+                    raise ValueError(f"{files} files, not {state['files']}")
                 return int(state["step"])
             except (Exception, CheckpointException) as error:
                 warn(f"{path}: cannot be read ({one_line(error)}); an older one is tried")
@@ -436,20 +459,25 @@ def checkpoints(folder):
 
 
 class Log:
-    """The progress bar, and metrics.jsonl. (After a kill, some steps are in it twice; the later line counts.)"""
+    """The progress bar, and metrics.jsonl, in which a run that goes on forgets what came after `start`."""
     def __init__(self, folder, names, start, steps):
-        self.names, self.window, self.since, self.rank = names, [], time.perf_counter(), dist.get_rank()
-        self.metrics = os.path.join(folder, "metrics.jsonl")
+        self.names, self.losses, self.since = names, [], time.perf_counter()
+        self.step, self.rank, self.metrics = start, dist.get_rank(), os.path.join(folder, "metrics.jsonl")
+        if self.rank == 0 and os.path.exists(self.metrics):
+            with open(self.metrics) as f:
+                matches = [re.match(r'{"step": (\d+),.*}\n', line) for line in f]  # None: cut off by a power cut
+            with data.replacing(self.metrics) as beside, open(beside, "w") as f:
+                f.writelines(match[0] for match in matches if match and int(match[1]) <= start)
         self.bar = tqdm(range(start, steps), os.path.basename(folder), initial=start, total=steps, mininterval=1,
                         disable=self.rank > 0)
 
-    def write(self, done, norm, learner, passes, validation):
+    def write(self, done, norm, learner, validation):
         """A line of metrics, means over the steps since the last one. Raises ValueError if a loss is not finite."""
-        *parts, norm = mean_over_processes([*torch.stack(self.window).mean(0), norm])
+        *parts, norm = mean_over_processes([*torch.stack(self.losses).mean(0), norm])
         if not np.isfinite([*parts, norm]).all():
             raise ValueError(f"the loss or its gradient is not a number at step {done}, so nothing of it was saved. "
                              f"Lower --rate or --muon")
-        steps, device = len(self.window) / passes, learner.dd.device
+        steps, device = done - self.step, learner.dd.device
         memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else  # the peak, in bytes
                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
         line = {"step": done, **dict(zip(self.names, parts)), "grad_norm": norm,
@@ -462,7 +490,7 @@ class Log:
         if self.rank == 0:
             with open(self.metrics, "a") as f:
                 f.write(json.dumps(line) + "\n")
-        self.window, self.since = [], time.perf_counter()
+        self.losses, self.step, self.since = [], done, time.perf_counter()
 
 
 def mean_over_processes(numbers):
@@ -470,6 +498,29 @@ def mean_over_processes(numbers):
     x = torch.stack([*numbers]).cpu()
     dist.all_reduce(x)
     return (x / dist.get_world_size()).tolist()
+
+
+def any_process(signals):
+    """Has any process been told to stop? All learn it at the same step. On the CPU, so it waits for no GPU."""
+    return mean_over_processes([torch.tensor(float(len(signals)))])[0] > 0
+
+
+@contextmanager
+def noted_signals():
+    """-> a list. Ctrl-C and SIGTERM do nothing but add their number to it."""
+    signals = []
+    handlers = {kind: signal.signal(kind, lambda number, frame: signals.append(number))
+                for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+
+
+def own_session(worker):
+    """Shield a process that makes batches from signals to the whole program: the step before the end needs it."""
+    os.setsid()
 
 
 def show(dd, subset, path=None):
@@ -512,7 +563,7 @@ def prepare(args, recipe, folder):
     """What a stage begins with -> dd, its modules that learn, Subsets (to learn from; held out), the run's settings."""
     args.start = starting_file(args)
     if args.stage not in ("0", "1"):
-        start = inspect(args.start, args.t5, args.vae, args.spiece)[0].settings
+        start = find_parts(args.start, args.t5, args.vae, args.spiece)[0].settings
         if args.stage == "3" and args.size is None and (args.data or args.image_data):  # after stage 2hr: 512
             recipe.size = start.size
         if args.length is None and start.length != recipe.length and dist.get_rank() == 0:
@@ -524,19 +575,22 @@ def prepare(args, recipe, folder):
     os.makedirs(folder, exist_ok=True)
     args.lock = data.claim(os.path.join(args.out, ".lock")) if dist.get_rank() == 0 else None  # until the end
     settings = check_settings(folder, args, recipe, images, texts)
+    if dist.get_rank() == 0 and (args.data or args.text_data):
+        with data.replacing(os.path.join(folder, "held-out.txt")) as beside, open(beside, "w") as f:
+            f.writelines(dict.fromkeys(f"{unseen.source.record(i).image}\n" for i in unseen.ids))
     if args.data and args.start == SHIPPED and not args.init and dist.get_rank() == 0:
         warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
              f"python train.py --stage 0 --data {shlex.join([*args.data, '--out', args.out])}")
     dd, modules = starting_point(args, recipe, texts, args.device, DTYPES[settings["dtype"]])
     if dd.ddit:
         sample.latent_size(dd, recipe.size, recipe.size)  # refuses now what is too large
-        limit = recipe.latents if args.data or args.image_data else recipe.pool
+        limit = args.latents if args.data or args.image_data else recipe.pool
         encode = partial(data.with_latents, vae=dd.vae, folder=args.out, limit=limit)
         images, texts = (encode(images),) * 2 if texts is images else (encode(images), encode(texts))
     return dd, modules, (images, texts), (unseen_images, unseen), settings
 
 
-def learn(args, recipe):
+def run_stage(args, recipe):
     """One stage, from its start or its newest checkpoint to the file that it leaves."""
     rank, share, device = dist.get_rank(), recipe.batch // dist.get_world_size(), args.device
     folder, rows = os.path.join(args.out, f"stage{args.stage}"), slice(rank * share, (rank + 1) * share)
@@ -557,7 +611,8 @@ def learn(args, recipe):
     log = Log(folder, ("image_loss", "text_loss") if dd.ddit else ("reconstruction", "kl"), start, recipe.steps)
     batches = data.Batches(images, texts, dd.tokenizer, recipe, args.seed, rows, args.accumulate)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), pin_memory=device.type == "cuda",
-                        num_workers=workers(images, device) if args.workers is None else args.workers)
+                        num_workers=workers(images, device) if args.workers is None else args.workers,
+                        worker_init_fn=own_session)
     if rank == 0:
         with torch.no_grad():
             show_batch(dd, batches[0][0], f"{folder}/data.png")
@@ -567,11 +622,12 @@ def learn(args, recipe):
         """Both losses on images that are held out, with the same noise and masks every time and in every run."""
         steps = -(-min(256, len(held_out[1].ids)) // recipe.batch)
         with torch.no_grad():
-            parts = [torch.stack(learner.objective(batch)[1:]) for k in range(steps) for batch in unseen_batches[k]]
+            parts = [torch.stack(learner.losses(batch)[1:]) for k in range(steps) for batch in unseen_batches[k]]
         return mean_over_processes(torch.stack(parts).mean(0))
 
-    train(learner, log, loader, validate,
-          lambda done: show(dd, held_out[1], rank == 0 and f"{folder}/samples-{done:06d}.png"), args, recipe)
+    with noted_signals() as signals:
+        train(learner, loader, log, signals, validate,
+              lambda done: show(dd, held_out[1], rank == 0 and f"{folder}/samples-{done:06d}.png"), args, recipe)
     weights, path = learner.weights(), os.path.join(folder, "model.safetensors")
     show(dd, held_out[1], rank == 0 and f"{folder}/samples.png")
     if rank == 0:
@@ -601,19 +657,20 @@ def write_model(args, recipe, weights, texts, path):
 
 
 def check_settings(folder, args, recipe, images, texts):
-    """-> the settings, which run.json keeps. A folder holds one run: others would overwrite what it has left, and are
-    refused. But a run at a constant rate may be made longer, and data may be moved."""
+    """-> the settings, which run.json keeps. A folder holds one run: another would overwrite what it has left, and is
+    refused. But a run at a constant rate may be made longer, and files and data may be moved."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # bf16, where it is fast; stage 0's narrow layers never gain
     fast = args.device.type == "cuda" or args.device.type == "cpu" and args.stage != "0" and (
         cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-    names = "preset", "init", "t5", "vae", "spiece", "text_encoder", "seed", "start"
-    settings = {name: vars(args)[name] for name in names} | asdict(recipe) | {
-        "data": [images.source.fingerprint, texts.source.fingerprint],
+    settings = {name: vars(args)[name] for name in ("preset", "text_encoder", "seed")} | asdict(recipe) | {
+        "data": [hashlib.sha256(source.fingerprint.encode()).hexdigest()[:12] for source, *_ in (images, texts)],
+        "files": [[os.path.basename(file), os.stat(file).st_size, int(os.stat(file).st_mtime)]
+                  for path in (args.start, args.t5, args.vae, args.spiece) if path for file in data.files_of(path)],
         "dtype": args.dtype or ("bf16" if fast else "fp32")}
     if os.path.exists(path := os.path.join(folder, "run.json")) and checkpoints(f"{folder}/checkpoints"):
         with open(path) as f:
             before = json.load(f)
-        may_change = {"latents", *(["steps"] if recipe.schedule == "constant" else [])}
+        may_change = {"steps"} if recipe.schedule == "constant" else set()
         changed = [f"{name} {before.get(name)} is now {settings[name]}" for name in settings.keys() - may_change
                    if before.get(name) != settings[name]]
         if changed:
@@ -626,53 +683,59 @@ def check_settings(folder, args, recipe, images, texts):
 
 # ---------------------------------------------------------------- arguments
 
-def add_arguments(parser):
-    add, where = parser.add_argument, "images and texts: .json, .jsonl, .tar or folders; default:"
+
+def add_arguments(parser, recipe):
+    add, paths = parser.add_argument, "Images and texts: .json, .jsonl, .tar or folders"
     add("--stage", choices=["0", "1", "2", "2hr", "3"], required=True)
-    add("--preset", choices=list(PRESETS), default="tiny", help="sizes of the networks, numbers of the stages")
-    add("--data", nargs="+", metavar="PATH", help=f"{where} the built-in world")
-    add("--image-data", nargs="+", metavar="PATH", help=f"{where} --data. The image loss learns from these")
-    add("--text-data", nargs="+", metavar="PATH", help=f"{where} --data. The text loss learns from these")
-    add("--kinds", nargs="+", choices=[*data.KINDS, "same"], default=list(data.KINDS), metavar="KIND",
-        help=f"of questions in the built-in world: {', '.join(data.KINDS)}, same (a third of compare: are two things "
-        "alike?); one listed twice is asked twice as often")
-    add("--init", metavar="FILE", help="checkpoint to start from; default: what the stage before left")
+    add("--preset", choices=list(PRESETS), default="tiny", help="Sizes of the networks, and numbers of the stages "
+        "[tiny].")
+    add("--data", nargs="+", metavar="PATH", help=f"{paths} [the built-in world].")
+    add("--image-data", nargs="+", metavar="PATH", help=f"{paths}, for the image loss alone [--data].")
+    add("--text-data", nargs="+", metavar="PATH", help=f"{paths}, for the text loss alone [--data].")
+    add("--init", metavar="FILE", help="The checkpoint to start from [what the stage before left].")
     sample.add_parts(parser)
-    add("--text-encoder", choices=["t5", "none"], default="t5", help="none: learned token and position embeddings "
-        "instead of T5, and a transformer from scratch (Table 9)")
-    add("--out", default="runs", metavar="DIR", help="where stageN/ folders are made; default: runs")
-    add("--seed", type=int, default=0, help="of all that is random; default: 0")
-    add = parser.add_argument_group("how it runs; nothing here changes what is learned, but for "
-                                    "rounding and, from a CPU to a GPU, the noise").add_argument
-    add("--device", type=sample.existing_device, default=sample.default_device())
-    add("--dtype", choices=list(DTYPES), help="to compute in; default: bf16 where the hardware has it")
-    add("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp: the processes of a node share out gradients "
-        "and optimizer state; default: ddp, every process holds all")
-    add("--accumulate", type=int, default=1, help="passes per step, to save memory; default: 1")
-    add("--checkpointing", action="store_true", help="compute activations twice, to save memory")
-    add("--compile", action="store_true", help="torch.compile every block")
-    add("--workers", type=int, help="processes that make batches, per process that learns; "
-        "default: 4; on a CPU with stored latents none")
-    add("--save-every", type=int, default=200, help="steps per checkpoint; default: 200")
-    add("--show-every", type=int, default=500, help="steps per sheet of samples and validation; default: 500")
-    add("--keep", type=int, default=3, help="checkpoints that stay; default: 3")
-    add = parser.add_argument_group(
-        "numbers of a stage: train.py's Recipe says what they are, RECIPES what they are by default").add_argument
+    add("--text-encoder", choices=["t5", "none"], default="t5", help="none: learned embeddings of tokens and positions "
+        "in place of T5, and a transformer from scratch (Table 9) [t5].")
+    add("--out", default="runs", metavar="DIR", help="Where stageN/ folders are made [runs].")
+    add("--seed", type=int, default=0, help="Seeds all random numbers [0].")
+    add = parser.add_argument_group("how it runs", "Nothing here changes what is learned, but for rounding and, from "
+                                    "a CPU to a GPU, the noise.").add_argument
+    add("--device", type=sample.existing_device, default=sample.default_device(), help="[The GPU, if there is one.]")
+    add("--dtype", choices=list(DTYPES), help="What to compute in [bf16 where the hardware has it].")
+    add("--parallel", choices=["ddp", "fsdp"], default="ddp", help="ddp: every process holds all. fsdp: the processes "
+        "of a node share out gradients and optimizer state [ddp].")
+    add("--accumulate", type=int, default=1, help="Passes per step. More save memory [1].")
+    add("--checkpointing", action="store_true", help="Compute activations twice. Saves memory, too.")
+    add("--compile", action="store_true", help="Compile every block with torch.compile.")
+    add("--workers", type=int, help="Processes that make batches, per process that learns [4; none on a CPU with "
+        "stored latents].")
+    add("--latents", type=int, default=25_000, help="Store encoded images of at most so many records of --data. More "
+        "are encoded each time [25000].")
+    add("--save-every", type=int, default=200, help="Steps per checkpoint [200].")
+    add("--show-every", type=int, default=500, help="Steps per sheet of samples and validation [500].")
+    add("--keep", type=int, default=3, help="Checkpoints that stay [3].")
+    add = parser.add_argument_group("numbers of a stage", "In brackets what this stage and preset have.").add_argument
     choices = {"schedule": ["constant", "linear"], "learn_t5": ["no", "mask", "all"]}
-    for field in fields(Recipe):  # whose comments say what they are
-        add("--" + field.name.replace("_", "-"), type=field.type, choices=choices.get(field.name), metavar="N")
+    for f in fields(Recipe):
+        add("--" + f.name.replace("_", "-"), type=f.type, choices=choices.get(f.name), metavar="N",
+            help=f"{f.metadata['help']} [{getattr(recipe, f.name)}]")
 
 
 def parse_args():
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--stage", default="1")
+    first.add_argument("--preset", default="tiny")
+    given, _ = first.parse_known_args()
+    recipe = RECIPES.get(given.preset, {}).get(given.stage, Recipe())
     parser = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_arguments(parser, recipe)
     args = parser.parse_args()
     if bool(args.image_data) != bool(args.text_data) and not args.data:
         fail("give --image-data and --text-data, or one of them and --data")
     if args.stage not in RECIPES[args.preset]:
         fail(f"--preset {args.preset} has no stage {args.stage}")
     numbers = {f.name: vars(args)[f.name] for f in fields(Recipe) if vars(args)[f.name] is not None}
-    recipe = replace(RECIPES[args.preset][args.stage], **numbers)
+    recipe = replace(recipe, **numbers)
     if not (args.data or args.image_data) and recipe.size != data.SIDE:
         fail(f"the built-in world has {data.SIDE} pixels a side, not {recipe.size}: bring --data")
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -695,7 +758,7 @@ def main():
     # On the CPU the backward pass of bf16 flash attention is slow: fall back on plain matrix products there.
     torch.backends.cuda.enable_flash_sdp(device.type == "cuda")
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    learn(args, recipe)
+    run_stage(args, recipe)
     dist.destroy_process_group()
 
 

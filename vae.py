@@ -101,16 +101,16 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, config):
         super().__init__()
-        widths, last = [cfg.channels * m for m in cfg.multipliers], len(cfg.multipliers) - 1
+        widths, last = [config.channels * m for m in config.multipliers], len(config.multipliers) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], w, 2, cfg.groups, **({"downsample": Downsample(w)} if i < last else {}))
+            Level(widths[max(i - 1, 0)], w, 2, config.groups, **({"downsample": Downsample(w)} if i < last else {}))
             for i, w in enumerate(widths))
-        self.mid = Middle(widths[-1], cfg.groups)
-        self.norm_out = nn.GroupNorm(cfg.groups, widths[-1], 1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.latent_channels, 3, padding=1)
+        self.mid = Middle(widths[-1], config.groups)
+        self.norm_out = nn.GroupNorm(config.groups, widths[-1], 1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
@@ -120,15 +120,15 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, config):
         super().__init__()
-        widths, last = [cfg.channels * m for m in cfg.multipliers], len(cfg.multipliers) - 1
-        self.conv_in = nn.Conv2d(cfg.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], cfg.groups)
+        widths, last = [config.channels * m for m in config.multipliers], len(config.multipliers) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config.groups)
         self.up = nn.ModuleList(  # numbered by resolution as `down` is, so it is run from the last to the first
-            Level(widths[min(i + 1, last)], w, 3, cfg.groups, **({"upsample": Upsample(w)} if i > 0 else {}))
+            Level(widths[min(i + 1, last)], w, 3, config.groups, **({"upsample": Upsample(w)} if i > 0 else {}))
             for i, w in enumerate(widths))
-        self.norm_out = nn.GroupNorm(cfg.groups, widths[0], 1e-6)
+        self.norm_out = nn.GroupNorm(config.groups, widths[0], 1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
