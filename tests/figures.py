@@ -1,9 +1,9 @@
-"""The pictures of the README, drawn from the code and the shipped model: `python tests/figures.py` writes them all into
-assets/, `python tests/figures.py batch` one of them. Diagrams and plots are SVG, pictures with pixels PNG or GIF.
-`curves` needs the logs of a training (--runs), `orders` a table in README.md; without them they are left out.
+"""The pictures of the READMEs, drawn from the code and the shipped model: `python tests/figures.py` writes all into
+assets/, `python tests/figures.py batch` one of them. Diagrams and plots are SVG, pictures with pixels PNG. `curves`
+needs the logs of a training (--runs), `orders` a table in a README; without them they are left out.
 
-Blue is what belongs to images, orange to text, grey what is noisy or masked, purple what is learned. All is laid out on
-a card 800 wide, on which no letter is smaller than 25: a phone shows it at half that size."""
+Blue is what belongs to images, orange to text, grey what is noisy or masked, purple what is learned. All but `both` is
+laid out on a card 800 wide, on which no letter is smaller than 25: a phone shows it at half that size."""
 import argparse
 import base64
 import html
@@ -28,12 +28,15 @@ from train import UNSEEN
 
 WORLD = World(UNSEEN)  # scenes that the shipped model never saw
 ASSETS = os.path.dirname(sample.SHIPPED)
-README = os.path.join(ASSETS, "..", "README.md")
+READMES = [path for path in (os.path.join(ASSETS, "..", name) for name in ("README.md", "tests/README.md"))
+           if os.path.exists(path)]
 WIDTH, SMALL, LARGE = 800, 25, 31
 SANS, MONO = "Helvetica,Arial,DejaVu Sans,sans-serif", "Menlo,Consolas,DejaVu Sans Mono,monospace"
 DARK = {"image": "#2166ac", "text": "#b35806", "noise": "#565b63", "learn": "#6a3d9a", "ink": "#2a2d34"}
 LIGHT = {"image": "#deebf7", "text": "#fdebd3", "noise": "#dcdee2", "learn": "#ebe1f5", "ink": "#ffffff"}
 CARD, EDGE = "#fcfbf8", "#e4e1da"
+# Of what has no card: these suit a white page and a black one.
+GREY, TOKEN = "#7d8590", {"text": "#fde3bf", "learn": "#c9b3e6", "noise": "#7d859050"}
 
 
 class Drawing:
@@ -98,18 +101,6 @@ class Drawing:
                            f'height="{height}">', card, *self.lines, "</svg>\n"])
         with open(os.path.join(ASSETS, name), "w") as f:
             f.write(lines)
-
-
-def drawing_steps(dd, prompt):
-    """-> for every time of sampling: t, what is there at t, and what the model then predicts, both decoded."""
-    steps = []
-
-    def watch(x, t, velocity):
-        steps.append((t, *to_images(dd.decode_image(torch.cat([x, x - t * velocity])))))
-        return velocity
-
-    pixels = sample.text_to_image(dd, [prompt], watch=watch, generator=torch.Generator().manual_seed(0))
-    return [*steps, (0.0, *to_images(torch.cat([pixels, pixels])))]
 
 
 @torch.no_grad()
@@ -182,7 +173,7 @@ def block(dd, args):
         for y, words, color in (
                 (524, "`norm1", kind), (602, "modulate: shift, scale", "noise"), (680, "`attn.qkv", kind),
                 (886, "`attn.proj", kind), (964, "× gate_attn", "noise"),
-                (1116, "`norm2", kind), (1194, "shift_mlp, scale_mlp", "noise"), (1272, "`mlp", kind),
+                (1116, "`norm2", kind), (1194, "modulate: shift, scale", "noise"), (1272, "`mlp", kind),
                 (1350, "× gate_mlp", "noise")):
             d.box(x, y, 320, 52, color, words)
         for y in (576, 654, 732, 860, 938, 1016, 1090, 1168, 1246, 1324, 1402, 1476):
@@ -194,47 +185,6 @@ def block(dd, args):
     d.box(50, 760, 700, 100, "ink", "`scaled_dot_product_attention", "every token sees all, image and text")
     d.text(400, 1534, "to the next block", "noise")
     d.save("block.svg", 1566)
-
-
-def system(dd, args):
-    """model.DualDiffusion in use, in both directions."""
-    d, prompt, scene = Drawing("The whole system, both ways", "DualDiffusion"), "a large red circle", WORLD.image(23)
-    caption, = sample.caption(dd, torch.from_numpy(to_pixels([scene])))
-    (_, noise, _), *_, (_, drawn, _) = drawing_steps(dd, prompt)
-    for y, kind, words, picture, text in ((122, "image", "to draw", noise, prompt),
-                                          (266, "text", "to read", scene, "mask " * len(caption.split()))):
-        d.box(24, y, 752, 132, kind, outline=0, radius=18)
-        d.text(44, y + 75, words, kind, "start", bold=True)
-        d.picture(168, y + 14, 104, picture)
-        d.tokens(424, y + 45, text, 350)
-    d.arrow((220, 398), (220, 434), kind="image")
-    d.arrow((580, 398), (580, 434), kind="text")
-    d.box(70, 436, 300, 88, "image", "`vae.encode", "(noise skips this)")
-    d.box(430, 436, 300, 54, "text", "`tokenizer.encode")
-    d.arrow((580, 490), (580, 580), kind="text")
-    d.text(596, 524, "tokens", "text", "start")
-    d.box(430, 582, 300, 54, "text", "`t5")
-    d.arrow((220, 524), (220, 698), kind="image")
-    d.text(236, 610, "latents", "image", "start")
-    d.arrow((580, 636), (580, 698), kind="text")
-    d.text(564, 674, "one vector per token", "text", "end")
-    d.box(70, 700, 660, 84, "learn", "`ddit", "at time t; to read, t = 0")
-    lanes = ((70, 40, 660, "image", "`final_layer", "velocity", "`denoise", "28 Euler steps", "`vae.decode"),
-             (430, 760, 550, "text", "`text_head", "logits", "`unmask", "until no mask is left", "`tokenizer.decode"))
-    for x, edge, back, kind, head, output, loop, how, decode in lanes:
-        mid, side = x + 150, 300 * (edge > x)
-        d.arrow((mid, 784), (mid, 822), kind=kind)
-        d.box(x, 824, 300, 54, kind, head)
-        d.arrow((mid, 878), (mid, 932), kind=kind)
-        d.text(mid + 16, 914, output, kind, "start")
-        d.box(x, 934, 300, 88, "noise", loop, how)
-        d.arrow((x + side, 978), (edge, 978), (edge, back), (mid + (4 if side else -4), back), kind="noise")
-        d.arrow((mid, 1022), (mid, 1066), kind=kind)
-        d.box(x, 1068, 300, 54, kind, decode)
-        d.arrow((mid, 1122), (mid, 1158), kind=kind)
-    d.picture(168, 1162, 104, drawn)
-    d.tokens(424, 1190, caption, 350)
-    d.save("system.svg", 1294)
 
 
 # ---------------------------------------------------------------- plots
@@ -278,15 +228,19 @@ def curves(dd, args):
     d.save("curves.svg", 1060)
 
 
+def readmes():
+    """The text of both READMEs."""
+    return "\n".join(open(path).read() for path in READMES)
+
+
 TABLE = re.compile(r"\| order \| steps \| captions \| passes \| answers \| passes \|\n\|[-|: ]+\n((?:\|.*\n)+)")
 
 
 def orders(dd, args):
-    """The paper's Table 5 in miniature: what is right after how many passes, from the table in README.md."""
-    with open(README) as f:
-        table = TABLE.search(f.read())
+    """The paper's Table 5 in miniature: what is right after how many passes, from the table in a README."""
+    table = TABLE.search(readmes())
     if not table:
-        return print("orders: left out, README.md has no table of them")
+        return print("orders: left out, no README has a table of them")
     rows = [[cell.strip(" *`%") for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
     d = Drawing("Orders of unmasking", "how many texts are right")
     names = {"random": "noise", "confidence": "text", "entropy": "learn"}
@@ -317,21 +271,28 @@ def orders(dd, args):
 
 
 class Page:
-    """A PNG of the card, at twice the resolution."""
-    def __init__(self, height):
-        self.image = Image.new("RGBA", (2 * WIDTH, 2 * height))
+    """A PNG, at twice the resolution; on a card or on nothing."""
+    def __init__(self, width, height, card):
+        self.image = Image.new("RGBA", (2 * width, 2 * height))
         self.draw = ImageDraw.Draw(self.image)
-        self.draw.rounded_rectangle((3, 3, 2 * WIDTH - 4, 2 * height - 4), 56, CARD, EDGE, 4)
+        if card:
+            self.draw.rounded_rectangle((3, 3, 2 * width - 4, 2 * height - 4), 56, CARD, EDGE, 4)
 
-    def text(self, x, y, words, kind="ink", anchor="ls", size=SMALL, bold=False):
+    def text(self, x, y, words, color, anchor="ls", size=SMALL, bold=False):
         font = ImageFont.load_default(2 * size)
-        self.draw.text((2 * x, 2 * y), words, DARK[kind], font, anchor, stroke_width=bold / 2, stroke_fill=DARK[kind])
+        self.draw.text((2 * x, 2 * y), words, color, font, anchor, stroke_width=bold / 2, stroke_fill=color)
 
-    def box(self, x, y, w, h, kind):
-        self.draw.rounded_rectangle((2 * x, 2 * y, 2 * (x + w), 2 * (y + h)), 8, LIGHT[kind])
+    def token(self, x, y, word, kind):
+        """A word in a box, or a slim one for the end of a text -> where the next begins. It cannot be read in grey."""
+        width, gap = (ImageFont.load_default(30).getlength(word) / 2 + 8, 3) if word else (3, 0)
+        self.draw.rounded_rectangle((2 * x, 2 * y, 2 * (x + width) - 1, 2 * y + 43), 10 if word else 0, TOKEN[kind])
+        if kind != "noise":
+            self.text(x + width / 2, y + 16, word, DARK[kind], "ms", 15)
+        return x + width + gap
 
     def picture(self, x, y, side, image):
-        image = Image.fromarray(image).resize((2 * side, 2 * side), Image.Resampling.NEAREST)
+        how = Image.Resampling.LANCZOS if 2 * side % len(image) else Image.Resampling.NEAREST  # sharp if whole
+        image = Image.fromarray(image).resize((2 * side, 2 * side), how)
         self.image.paste(image, (2 * x, 2 * y))
         self.draw.rectangle((2 * x - 1, 2 * y - 1, 2 * (x + side), 2 * (y + side)), outline=EDGE, width=2)
 
@@ -339,73 +300,32 @@ class Page:
         self.image.save(os.path.join(ASSETS, name), optimize=True)
 
 
-def text_width(words):
-    return ImageFont.load_default(2 * SMALL).getlength(words) / 2
+def both(dd, args):
+    """Both directions: a prompt is drawn, from noise, and the drawing is read, from masks, into other words."""
+    page, prompt = Page(880, 190, card=False), "a small blue square right of a large yellow square"
+    steps, passes, x = [], [], 0
 
+    def watch(latents, t, velocity):  # what is there at t, and where the velocity leads
+        steps.append((t, *to_images(dd.decode_image(torch.cat([latents, latents - t * velocity])))))
 
-def unmask_rows(dd, pixels, text, order):
-    """-> for every pass of `unmask` a list of pairs, a word ("" where it is masked) and whether it is new."""
-    passes, (ids, maskable) = [], sample.text_ids(dd, text)
-    sample.unmask_texts(dd, pixels, [(ids, maskable)], None, 24, order, 0.0, torch.Generator().manual_seed(0),
-                        sample.watch_text(dd.tokenizer, passes))
-    return [[(word.strip("▁"), new) for (word, new), m in zip(row, maskable) if m] for row in passes]
-
-
-def draw_passes(page, x, y, title, rows):
-    """A line per pass: grey is masked, purple is new, a dot is the end of the text."""
-    page.text(x + 8, y, f"{title}, {len(rows)} pass{'es' * (len(rows) > 1)}", bold=True)
-    for k, row in enumerate(rows):
-        at, top = x + 44, y + 18 + 38 * k
-        page.text(x + 34, top + 26, str(k + 1), "noise", "rs")
-        for (word, new), (last, _) in zip(row, rows[-1]):
-            width = 6 if last in ("·", "") else text_width(last) + 10
-            word = word or "·" * (row is rows[-1])  # what is masked behind the end needs no pass
-            kind = "learn" if new else "text" if word else "noise"
-            page.box(at, top, width, 34, kind)
-            page.text(at + width / 2, top + 26, word, kind, "ms")
-            at += width + (2 if width == 6 else 3)
-
-
-def unmasking(dd, args):
-    """A caption and an answer being unmasked, in the order of least entropy and in random order."""
-    picture, question = WORLD.image(31), "what is below the red triangle?"
-    pixels = torch.from_numpy(to_pixels([picture]))
-    texts = [unmask_rows(dd, pixels, text, order) for text in ("", (question, "")) for order in ("entropy", "random")]
-    lengths = [38 * len(rows) for rows in texts]
-    page = Page(sum(lengths[:2]) + max(lengths[2:]) + 458)
-    page.picture(32, 32, 128, picture)
-    page.text(184, 72, "A text is unmasked, pass by pass", size=LARGE, bold=True)
-    for x, words, kind in ((184, "masked", "noise"), (308, "new", "learn"), (386, "known", "text")):
-        page.box(x, 112, text_width(words) + 20, 36, kind)
-        page.text(x + 10, 139, words, kind)
-    page.text(502, 139, "· end of text", "text")
-    draw_passes(page, 24, 212, "Caption, entropy", texts[0])
-    draw_passes(page, 24, 282 + lengths[0], "Caption, random (the paper's), 24 steps", texts[1])
-    y = 352 + lengths[0] + lengths[1]
-    page.text(32, y, f"Q: {question} A:", "text", bold=True)
-    draw_passes(page, 24, y + 46, "entropy", texts[2])
-    draw_passes(page, 408, y + 46, "random", texts[3])
-    page.save("unmasking.png")
-
-
-def drawing(dd, args):
-    """From noise to picture: what is there at a time, and what the model predicts from it."""
-    prompt, page = "a small red circle above a large blue square", Page(464)
-    steps = drawing_steps(dd, prompt)
-    page.text(WIDTH / 2, 58, "From noise to picture", "ink", "ms", LARGE, bold=True)
-    page.text(WIDTH / 2, 98, prompt, "text", "ms")
-    page.text(32, 148, "noisy latents, decoded", "noise")
-    page.text(32, 298, "where the velocity leads: latents - t · velocity", "learn")
-    for k, i in enumerate((0, 4, 8, 13, 18, 23, 28)):
-        t, latents, prediction = steps[i]
-        page.picture(32 + 107 * k, 162, 96, latents)
-        page.picture(32 + 107 * k, 312, 96, prediction)
-        page.text(80 + 107 * k, 440, f"t={t:.2f}" if 0 < t < 1 else f"t={t:.0f}", "noise", "ms")
-    page.save("drawing.png")
-    pairs = [sample.grid([Image.fromarray(image).resize((128, 128), Image.Resampling.NEAREST) for image in pair], 2)
-             for _, *pair in steps[::2]]
-    pairs[0].save(os.path.join(ASSETS, "drawing.gif"), append_images=pairs[1:] + pairs[-1:] * 8, save_all=True,
-                  duration=250, loop=0)
+    drawn = to_images(sample.text_to_image(dd, [prompt], watch=watch, generator=torch.Generator().manual_seed(0)))
+    sample.caption(dd, torch.from_numpy(to_pixels(drawn)), watch=sample.watch_text(dd.tokenizer, passes))
+    for word in prompt.split():
+        x = page.token(x, 0, word, "text")
+    for k, i in enumerate((0, 6, 13, 20)):
+        t, latents, target = steps[i]
+        page.picture(1 + 68 * k, 34, 60, latents)
+        page.picture(1 + 68 * k, 102, 60, target)
+        page.text(31 + 68 * k, 183, f"t={t:.2g}", GREY, "ms", 15)
+    page.picture(273, 34, 128, drawn[0])
+    page.text(337, 183, "t=0", GREY, "ms", 15)
+    page.draw.line([(842, 182), (856, 196), (842, 210)], GREY, 5, "curve")  # on to reading
+    for k, row in enumerate(passes):
+        x = 452
+        for (word, new), (last, _) in zip(row, passes[-1]):  # what is masked behind the end needs no pass
+            kind = "learn" if new else "text" if word or row is passes[-1] else "noise"
+            x = page.token(x, 24 * k, last.strip("▁·"), kind)
+    page.save("both.png")
 
 
 def samples(dd, args):
@@ -422,21 +342,21 @@ def samples(dd, args):
                            zip(sample.caption(dd, pixels), questions, answers)])]
     lines = [[(line, kind) for words, kind in texts for line in textwrap.wrap(words, 19)] for _, texts in cells]
     heights = [max(132, 31 * len(two[0]), 31 * len(two[1])) + 24 for two in zip(lines[::2], lines[1::2])]
-    page, y = Page(sum(heights) + 150), 74
-    page.text(32, 58, "Drawn from sentences", bold=True)
+    page, y = Page(WIDTH, sum(heights) + 150, card=True), 74
+    page.text(32, 58, "Drawn from sentences", DARK["ink"], bold=True)
     for k, ((image, _), texts) in enumerate(zip(cells, lines)):
         x = 32 + 376 * (k % 2)
         if k == 6:
             for at, words, kind in ((32, "Caption,", "text"), (140, "question,", "noise"), (262, "answer", "learn")):
-                page.text(at, y - 16, words, kind, bold=True)
+                page.text(at, y - 16, words, DARK[kind], bold=True)
         page.picture(x, y, 128, image)
         for row, (line, kind) in enumerate(texts):
-            page.text(x + 146, y + 22 + 31 * row, line, kind)
+            page.text(x + 146, y + 22 + 31 * row, line, DARK[kind])
         y += heights[k // 2] * (k % 2) + 60 * (k == 5)
     page.save("samples.png")
 
 
-FIGURES = {f.__name__: f for f in (batch, unmasking, block, drawing, system, curves, orders, samples)}
+FIGURES = {f.__name__: f for f in (both, samples, batch, block, curves, orders)}
 
 
 def main():
