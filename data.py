@@ -250,9 +250,8 @@ EXTENSIONS = tuple(end for end, name in Image.registered_extensions().items() if
 
 
 def load_image(path, width, height=None, span=("", 0, -1)):
-    """An image file of one of FORMATS -> RGB image of width x height (square if only one is given): turned upright by
-    its EXIF tag, pasted on white, resized (bicubic) to cover, centre cropped. span: see `Record`. Raises
-    ValueError if it is no image, or one of more than 179 million pixels."""
+    """An image file of one of FORMATS -> RGB image of width x height (height: width): turned upright by its EXIF tag,
+    pasted on white, resized (bicubic) to cover, centre cropped. span: see `Record`. Raises ValueError if it is none."""
     shard, start, count = span
     try:
         with open(shard or path, "rb") as f:
@@ -294,9 +293,8 @@ class Record(NamedTuple):
 
     @classmethod
     def read(cls, row, base, where, *span):
-        """A JSON object in one of the usual forms -> Record, or None if the image or all text is missing. A
-        "re_caption" counts alone; of a conversation every question counts, each alone, with the answer after it. base:
-        the folder that paths start from; where: for messages."""
+        """A JSON object in one of the usual forms -> Record, or None without an image or any text. A "re_caption"
+        counts alone, and so does each question of a conversation. base: where paths start; where: for messages."""
         try:
             image = row.get("image") or row.get("image_path") or row.get("file_name") or ""
             captions = [row[key] for key in ("re_caption", "caption", "text") if row.get(key)]
@@ -331,8 +329,7 @@ def read_list(path):
 
 
 def read_folder(path):
-    """The records of a folder of images: as its metadata.jsonl says, or each captioned by the .txt of the same name, or
-    else by the name of the folder it lies in."""
+    """The records of a folder: its metadata.jsonl's; or of images, each with its .txt, or else its folder's name."""
     if os.path.exists(metadata := os.path.join(path, "metadata.jsonl")):
         yield from read_list(metadata)
         return
@@ -380,17 +377,15 @@ def files_of(path):
 
 @functools.cache
 def mapped(path):
-    """A .npy's array, or any other file's bytes, memory-mapped, once in each process. (Plain arrays are indexed faster
-    than memmaps.)"""
+    """A .npy's array, or another file's bytes, mapped once per process. (Plain arrays are faster than memmaps.)"""
     return np.asarray(np.load(path, mmap_mode="r") if path.endswith(".npy") else np.memmap(path, mode="r"))
 
 
 class Records:
-    """The user's data, from one or several of: a .json list or .jsonl of objects (`Record.read` knows the forms), a
-    folder of images, WebDataset shards. All is read once into an index on disk, which `folder`
-    keeps for the next time; so each record is one seek away and none lies in memory. An image is opened when needed.
-    captioned, questioned: how many have a caption, a question; fingerprint: of all names and texts, wherever they
-    lie. Raises ValueError or OSError that names a bad line or file."""
+    """The user's data, from one or several of: a .json list or .jsonl of objects, a folder of images, .tar shards. All is read
+    once into an index on disk, which `folder` keeps for the next time. So each record is one seek away, and none lies
+    in memory. captioned, questioned: how many have a caption, a question; fingerprint: of all names and
+    texts, wherever they lie. Raises ValueError or OSError that names a bad line or file."""
     def __init__(self, paths, size, folder=None):
         self.size, paths = size, [paths] if isinstance(paths, str) else paths
         stamp = [(file, os.stat(file).st_mtime_ns) for path in paths for file in files_of(path)]
@@ -646,8 +641,7 @@ def replacing(path):
 
 
 def claim(path):
-    """-> a lock, held until closed, so that no two runs write the same files (kill -9 on torchrun leaves its workers
-    running). Raises OSError where another run holds it."""
+    """-> a lock, held until closed. Raises OSError where another run has it. (kill -9 of torchrun leaves workers.)"""
     lock = open(path, "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -371,8 +371,7 @@ def safetensors_files(folder):
 
 
 def open_checkpoint(path):
-    """A .safetensors file, or a folder of one or of shards -> [TensorInfo], and {field: value} of its configuration: of
-    ours for every part, of a config.json all together."""
+    """A .safetensors file, or a folder of one or of shards -> [TensorInfo], and its configuration, {part: {...}}."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
     infos, metadata = [], {}
@@ -510,7 +509,8 @@ def read_part(part, tensors, config, device, dtype):
     with torch.device("meta"):  # no memory yet, and no time spent on initial values that would be overwritten
         module = make_part(config)
     new = from_sd3(tensors, config) if part == "ddit" else {}
-    file, wanted, open_file = next(iter(tensors.values()))[0].file, module.state_dict(), functools.cache(open_tensors)
+    file, wanted = next(iter(tensors.values()))[0].file, module.state_dict()
+    open_file = functools.cache(functools.partial(safe_open, framework="pt"))
     for name in wanted.keys() - new.keys():
         shape = shape_of(tensors[name]) if name in tensors else "missing"
         if shape not in (wanted[name].shape, wanted[name].shape[:2]):  # a 1x1 convolution is a matrix in diffusers
@@ -526,11 +526,7 @@ def read_part(part, tensors, config, device, dtype):
     return module
 
 
-def open_tensors(file):
-    return safe_open(file, "pt")
-
-
-def read(tensors, name, device="cpu", dtype=torch.float32, open_file=open_tensors):
+def read(tensors, name, device="cpu", dtype=torch.float32, open_file=functools.partial(safe_open, framework="pt")):
     """-> the tensor. dtype None is the file's, but fp8 becomes bf16: nothing computes in fp8."""
     pieces = [open_file(info.file).get_tensor(info.name) for info in tensors[name]]
     if not pieces[0].is_floating_point():
@@ -575,8 +571,7 @@ def from_sd3(tensors, config):
 
 def write_file(dd, path, dtype=None):
     """One self-contained .safetensors: all parts under SD3's names, the tokenizer as bytes, the configuration as JSON
-    in the header. `dtype`: of the floating-point tensors on disk, e.g. torch.float16; as they are when None. Raises
-    OSError with one line, and leaves what was there."""
+    in the header. dtype: of the tensors on disk; None: as they are. Raises OSError, and leaves what was there."""
     tensors = {prefix + name: tensor.to("cpu", dtype or tensor.dtype).contiguous()
                for part, prefix in PREFIXES.items() if getattr(dd, part) is not None
                for name, tensor in getattr(dd, part).state_dict().items()}

@@ -304,8 +304,7 @@ def rank(dd, images, questions, options, length=None):
 
 
 def keep_likeliest(dd, pixels, prompts, count, length=None):
-    """Images (N,3,H,W), `count` in a row for each prompt -> (N/count,3,H,W): per prompt the image from which the model
-    itself most likely reads it."""
+    """Images (N,3,H,W), `count` per prompt -> (N/count,3,H,W): the one from which the model most likely reads it."""
     texts = [prompt for prompt in prompts for _ in range(count)]
     nats = score(dd, pixels, texts, length, draws=16).view(-1, count)
     return pixels.unflatten(0, nats.shape)[torch.arange(len(nats)), nats.argmin(1)]
@@ -358,8 +357,7 @@ def add_parts(parser):
 
 
 def run_program(main, stopped="stopped", lower="--size, or give --offload"):
-    """Run main(). A user's mistake gives one line and exit status 2; so does too little memory, and the line says what
-    to lower. Ctrl-C prints `stopped` (130)."""
+    """Run main(). A user's mistake, or too little memory, gives one line and status 2; Ctrl-C `stopped` and 130."""
     try:
         main()
         sys.stdout.flush()
@@ -396,37 +394,24 @@ def sheet(path, cells, columns=4, width=192):
         tile(tiles, columns, gap=0).save(beside, format="PNG")
 
 
-# ---------------------------------------------------------------- what a drawing tells of itself
-
-def parameters(args, prompts, **settings):
-    """-> a PNG's text chunk "parameters", in the form in which viewers of such images read it."""
-    negative, chunks = [f"Negative prompt: {args.negative}"] * bool(args.negative), PngImagePlugin.PngInfo()
-    chunks.add_text("parameters", "\n".join(
-        [*prompts, *negative, ", ".join(f"{name}: {value}" for name, value in settings.items())]))
-    return chunks
-
-
-def watch_text(tokenizer, trace):
-    """-> what `unmask` calls after every pass. It adds the first text to `trace`: pairs of a word, and whether it is
-    new."""
-    def watch(tokens, reveal):
-        words = {tokenizer.mask_id: "", tokenizer.eos_id: "·"}
-        words = [words[i] if i in words else tokenizer.pieces.id_to_piece(i) for i in tokens[0].tolist()]
-        trace.append(list(zip(words, reveal[0].tolist())))
-    return watch
+def words_of(tokenizer, ids):
+    """-> a word per token: nothing for a mask, a dot for the end of the text."""
+    special = {tokenizer.mask_id: "", tokenizer.eos_id: "·"}
+    return [special[i] if i in special else tokenizer.pieces.id_to_piece(i).strip("▁") for i in ids.tolist()]
 
 
 def text_page(trace):
-    """-> PIL image, a row per pass: grey is masked, yellow is what this pass revealed, a dot is the end of the text."""
+    """An image of how a text was unmasked, a row per pass. trace: for each its words, and which of them are new. Grey
+    is masked, yellow is new."""
     font, left = ImageFont.load_default(size=13), [4.0]
-    for word, _ in trace[-1]:
-        left.append(left[-1] + font.getlength(word.strip("▁")) + 8)
+    for word in trace[-1][0]:
+        left.append(left[-1] + font.getlength(word) + 8)
     page = Image.new("RGB", (int(left[-1]) + 4, 22 * len(trace) + 4), "white")
     draw = ImageDraw.Draw(page)
-    for k, words in enumerate(trace):
-        for (word, new), x, end in zip(words, left, left[1:]):
+    for k, (words, reveal) in enumerate(trace):
+        for word, new, x, end in zip(words, reveal, left, left[1:]):
             draw.rectangle((x, 22 * k + 4, end - 2, 22 * k + 22), "gold" if new else "white" if word else "lightgray")
-            draw.text((x + 3, 22 * k + 4), word.strip("▁"), "black", font)
+            draw.text((x + 3, 22 * k + 4), word, "black", font)
     return page
 
 
@@ -447,38 +432,33 @@ def text_length(text):
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to do").add_argument
-    add("--vqa", nargs="+", action="append", metavar="IMAGE ... QUESTION", default=[],
-        help="Answer a question about each image. Can be given several times.")
-    add("--caption", nargs="+", action="extend", metavar="IMAGE", default=[], help="Describe each image.")
-    add("--t2i", nargs="+", action="extend", metavar="TEXT", default=[], help="Draw each text.")
-    add("--infill", nargs="+", action="append", metavar="IMAGE ... TEXT", default=[],
-        help="Fill in a text about each image. An underscore is one token. Can be given several times.")
+    more = {"nargs": "+", "default": []}
+    add("--vqa", **more, action="append", metavar="IMAGE ... QUESTION", help="Answer a question about each image.")
+    add("--caption", **more, action="extend", metavar="IMAGE", help="Describe each image.")
+    add("--t2i", **more, action="extend", metavar="TEXT", help="Draw each text.")
+    add("--infill", **more, action="append", metavar="IMAGE ... TEXT", help="Fill in each underscore, a token.")
     group = parser.add_argument_group("the model")
     add = group.add_argument
-    add("--ckpt", metavar="FILE", default=SHIPPED, help="A file of ours or of SD3, or a folder in diffusers layout. "
-        "Default: the small model that ships.")
+    add("--ckpt", metavar="FILE", default=SHIPPED, help="Ours, SD3's, or a diffusers folder [the shipped model].")
     add_parts(group)
-    add("--device", type=existing_device, default=default_device(), help="Default: the GPU, if there is one.")
-    add("--dtype", choices=list(DTYPES), help="What to compute in. Default: bf16 on a CUDA GPU, else fp32.")
+    add("--device", type=existing_device, default=default_device(), help="Where to run [the GPU, if there is one].")
+    add("--dtype", choices=list(DTYPES), help="What to compute in [bf16 on a CUDA GPU, else fp32].")
     add("--offload", action="store_true", help="Keep T5 on the CPU, if GPU memory is short.")
-    add = parser.add_argument_group("how to do it (defaults in brackets)").add_argument
-    add("--seed", type=int, default=0, help="Of the random numbers [0].")
-    add("--steps", type=int, help="Of drawing [28]; of reading in random order [the checkpoint's].")
-    add("--order", choices=list(ORDERS), help="In which order a text is unmasked [entropy, which needs no --steps; "
-        "random, the paper's, if --steps is given].")
-    add("--temperature", type=float, default=0.0, help="Of drawing tokens; divides the logits. 0 takes the likeliest; "
-        "1 in random order samples exactly [0].")
-    add("--length", type=text_length, help="Of a text, in tokens. auto: as long as it needs [the checkpoint's].")
-    add("--options", nargs="+", default=[], metavar="ANSWER", help="Rank these answers to --vqa by their probability.")
+    add = parser.add_argument_group("how to do it", "In brackets what is taken without the flag.").add_argument
+    add("--seed", type=int, default=0, help="Seeds all random numbers [0].")
+    add("--steps", type=int, help="Of drawing [28], or of reading in random order [the checkpoint's].")
+    add("--order", choices=list(ORDERS), help="In which order a text is unmasked [entropy; with --steps random].")
+    add("--temperature", type=float, default=0.0, help="Divides the logits of tokens; 0 takes the likeliest [0].")
+    add("--length", type=text_length, help="Tokens of a text; auto: as many as it needs [the checkpoint's].")
+    add("--options", **more, metavar="ANSWER", help="Rank these answers to --vqa by their probability.")
     add("--suffix", metavar="TEXT", help="Is added to every question [the checkpoint's].")
     add("--num", type=int, default=1, help="Images per prompt [1].")
-    add("--best-of", type=int, default=1, metavar="N", help="Draw N images for each, and keep the one from which the "
-        "model itself most likely reads the prompt [1].")
+    add("--best-of", type=int, default=1, metavar="N", help="Draw N for each image, and keep the best by the "
+        "model's own reading [1].")
     add("--cfg", type=float, help="Guidance, a factor; 1 is none [the checkpoint's].")
     add("--negative", default="", metavar="TEXT", help="What guidance leads away from [the empty text].")
     add("--size", type=width_and_height, metavar="SIDES", help="Pixels, 512 or 768x512 [the checkpoint's].")
-    add("--trace", default="", metavar="FILE", help="Also write an image of how it came about: of a text a row per "
-        "pass, of a drawing an image per step. A .gif moves.")
+    add("--trace", default="", metavar="FILE", help="Also draw how it came about, pass by pass; a .gif moves.")
     add("--out", default="out.png", help="Where to write the image, or the page of all images [out.png].")
     args = parser.parse_args()
     for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):
@@ -522,11 +502,12 @@ def save_image(path, frames, chunks=None):
     print(path)
 
 
-def read_images(dd, args, width, height, length, generator):
+def read_images(dd, args, generator):
     """--vqa, --caption, --infill: print what is read, a line per image and text; of a trace a row per pass."""
-    trace, options = [], [prepare_text(dd, text, length) for text in args.options]
-    how = {"length": args.length, "steps": args.steps, "order": args.order, "temperature": args.temperature,
-           "generator": generator, "watch": watch_text(dd.tokenizer, trace) if args.trace else None}
+    (width, height), room, trace = args.size, dd.config.settings.length - 1, []
+
+    def watch(tokens, reveal):
+        trace.append((words_of(dd.tokenizer, tokens[0]), reveal[0]))
 
     def read(reader, jobs, **how):
         for part in slices(len(jobs), height, width):
@@ -536,10 +517,12 @@ def read_images(dd, args, width, height, length, generator):
             sys.stdout.flush()
 
     def with_text(jobs):  # one job per image
-        return [(path, prepare_text(dd, text, length - 1)) for *paths, text in jobs for path in paths]
+        return [(path, prepare_text(dd, text, room)) for *paths, text in jobs for path in paths]
 
-    if options:
-        read(rank, with_text(args.vqa), options=options, length=length)
+    how = {"length": args.length, "steps": args.steps, "order": args.order, "temperature": args.temperature,
+           "generator": generator, "watch": watch if args.trace else None}
+    if args.options:
+        read(rank, with_text(args.vqa), options=[prepare_text(dd, text, room) for text in args.options])
     else:
         read(answer, with_text(args.vqa), **how)
     read(caption, [(path,) for path in args.caption], **how)
@@ -548,10 +531,11 @@ def read_images(dd, args, width, height, length, generator):
         save_image(args.trace, [text_page(trace)])
 
 
-def draw_page(dd, args, width, height, length, generator):
-    """--t2i: draw, keep the best, write the page of all images, and of a trace a page per step."""
-    settings, trace = dd.config.settings, {}
-    *texts, negative = (prepare_text(dd, text, length - 1) for text in [*args.t2i, args.negative])
+def draw_page(dd, args, generator):
+    """--t2i: draw, keep the best, write the page of all images, and of a trace a page per step. The PNG's text chunk
+    "parameters" says how it was drawn, in the form in which viewers of such images read it."""
+    settings, trace, (width, height) = dd.config.settings, {}, args.size
+    *texts, negative = (prepare_text(dd, text, settings.length - 1) for text in [*args.t2i, args.negative])
     prompts = [text for text in texts for _ in range(args.num)]
     candidates = [text for text in prompts for _ in range(args.best_of)]
     steps, cfg = args.steps or 28, settings.cfg if args.cfg is None else args.cfg
@@ -559,41 +543,41 @@ def draw_page(dd, args, width, height, length, generator):
     def watch(x, t, velocity):  # the image in which the line from here ends
         trace.setdefault(t, []).extend(map(Image.fromarray, to_images(dd.decode_image(x - t * velocity))))
 
-    pixels = text_to_image(dd, candidates, negative, height, width, length, steps, cfg, generator=generator,
+    pixels = text_to_image(dd, candidates, negative, height, width, steps=steps, cfg=cfg, generator=generator,
                            watch=watch if args.trace else None)
     if args.best_of > 1:
-        pixels = keep_likeliest(dd, pixels, prompts, args.best_of, length)
-    name = os.path.splitext(os.path.basename(args.ckpt.rstrip("/")))[0]
-    chunks = parameters(args, texts, **{"Steps": steps, "Sampler": "Euler", "CFG scale": cfg, "Seed": args.seed,
-                                    "Size": f"{width}x{height}", "Model": name})
+        pixels = keep_likeliest(dd, pixels, prompts, args.best_of)
+    chunks, name = PngImagePlugin.PngInfo(), os.path.splitext(os.path.basename(args.ckpt.rstrip("/")))[0]
+    chunks.add_text("parameters", "\n".join([
+        *texts, *[f"Negative prompt: {args.negative}"] * bool(args.negative), f"Steps: {steps}, Sampler: Euler, "
+        f"CFG scale: {cfg}, Seed: {args.seed}, Size: {width}x{height}, Model: {name}"]))
     columns = args.num if len(texts) > 1 else round(args.num ** 0.5 + 0.4)
     save_image(args.out, [tile([Image.fromarray(image) for image in to_images(pixels)], columns)], chunks)
     if args.trace.lower().endswith(".gif"):
         pages = [tile(images, columns * args.best_of) for images in trace.values()]
-        save_image(args.trace, pages + pages[-1:] * 10, chunks)
+        save_image(args.trace, pages + pages[-1:] * 10)
     elif args.trace:  # a row per image, a column per step
-        save_image(args.trace, [tile([image for row in zip(*trace.values()) for image in row], len(trace))], chunks)
+        save_image(args.trace, [tile([image for row in zip(*trace.values()) for image in row], len(trace))])
 
 
 def main():
     args = parse_args()
-    files, reads = (args.ckpt, args.t5, args.vae, args.spiece), args.vqa + args.caption + args.infill
-    dtype = DTYPES[args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")]
-    dd = DualDiffusion.load(*files, args.device, dtype, args.offload)
+    reads, dtype = args.vqa + args.caption + args.infill, "bf16" if args.device.type == "cuda" else "fp32"
+    dd = DualDiffusion.load(args.ckpt, args.t5, args.vae, args.spiece, args.device, DTYPES[args.dtype or dtype],
+                            args.offload)
     if missing := model.missing_parts(dd):
-        fail(f"{files[0]}: holds no {' and no '.join(missing)}")
+        fail(f"{args.ckpt}: holds no {' and no '.join(missing)}")
     if reads and not dd.ddit.text_head.linear.weight.any():
         warn("this model's text head was never trained: it can draw, but what it reads means nothing")
     settings, generator = dd.config.settings, torch.Generator().manual_seed(args.seed)
-    if args.suffix is not None:
-        settings.answer_suffix = args.suffix
-    length = settings.length if args.length in (None, "auto") else args.length
-    width, height = args.size or (settings.size, settings.size)
-    latent_size(dd, height, width)  # raises before any work is done in vain
+    settings.length = args.length if args.length not in (None, "auto") else settings.length
+    settings.answer_suffix = settings.answer_suffix if args.suffix is None else args.suffix
+    args.size = args.size or (settings.size, settings.size)
+    latent_size(dd, *args.size[::-1])  # raises before any work is done in vain
     if reads:
-        read_images(dd, args, width, height, length, generator)
+        read_images(dd, args, generator)
     if args.t2i:
-        draw_page(dd, args, width, height, length, generator)
+        draw_page(dd, args, generator)
 
 
 if __name__ == "__main__":

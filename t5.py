@@ -260,8 +260,7 @@ def train_tokenizer(lines, vocab_size):
 
 
 def unseen_words(tokenizer, text):
-    """The words that this vocabulary cannot write or, if it is small, writes almost letter by letter. (In T5's own
-    32,000 pieces many ordinary words are spelt out.)"""
+    """The words that this vocabulary cannot write or, if it is small (not T5's), spells almost letter by letter."""
     def spelt(word):
         ids = tokenizer.pieces.encode(word)
         small = len(tokenizer.pieces) < 10_000 and word.isalnum()

@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -200,8 +199,7 @@ def subsets(paths, args, recipe):
 
 
 def starting_file(args):
-    """The checkpoint that a stage begins with. By default it is what the stage before left; for stage 1 without a stage
-    0, the shipped file, for its tokenizer and VAE."""
+    """The checkpoint that a stage begins with: what the stage before left; for stage 1, else, the shipped file."""
     if args.init or args.stage == "0":
         return args.init or ""
     for stage in {"1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}[args.stage]:
@@ -216,8 +214,8 @@ def starting_file(args):
 
 
 def starting_point(args, recipe, texts, device, dtype):
-    """-> the system, and the parts of it that learn in this stage, {name: module}, in float32. Those that do not learn
-    are in `dtype`; None: as their file has them."""
+    """-> the system, and what learns of it in this stage, {name: module}, in float32. All else is in `dtype`, or as the
+    file has it."""
     torch.manual_seed(args.seed)
     preset = copy.deepcopy(PRESETS[args.preset])
     if args.stage == "0":
@@ -229,10 +227,8 @@ def starting_point(args, recipe, texts, device, dtype):
     # The VAE is small, and its rounding would stay in the stored latents: always float32.
     dtypes = {"ddit": torch.float32, "t5": torch.float32 if learns_all else dtype, "vae": dtype and torch.float32}
     dd = DualDiffusion.load(args.start, args.t5, args.vae, args.spiece, device, dtypes)
-    if dd.vae is None or dd.tokenizer is None:
-        fail(f"{args.start}: holds no {' and no '.join(missing_parts(dd))}")
-    anew = args.stage == "1" and args.start in (args.vae, SHIPPED) and not args.init
-    if anew or dd.ddit is None or dd.t5 is None:  # tokenizer and VAE are taken, the rest starts at random
+    anew = args.stage == "1" and args.start in (args.vae, SHIPPED) and not args.init or dd.ddit is dd.t5 is None
+    if anew and dd.tokenizer:  # tokenizer and VAE are taken, the rest starts at random
         if args.text_encoder == "none":
             positions = max(recipe.length, preset.settings.length)  # for the longest texts of any stage
             preset.t5 = t5.EmbeddingsConfig(preset.ddit.width, positions)
@@ -240,13 +236,15 @@ def starting_point(args, recipe, texts, device, dtype):
         fresh = DualDiffusion.build(replace(preset, vae=dd.config.vae), dd.tokenizer, ["ddit", "t5"])
         fresh.vae = dd.vae
         dd = fresh.to(device)
+    if missing := missing_parts(dd):
+        fail(f"{args.start}: holds no {' and no '.join(missing)}")
     dd.config.settings.size, dd.config.settings.length = recipe.size, recipe.length  # to be used as it was trained
     dd.requires_grad_(False)
     modules = {"ddit": dd.ddit.requires_grad_()}
     if learns_all:
         modules["t5"] = dd.t5.requires_grad_()
     elif recipe.learn_t5 == "mask":
-        modules["t5"] = dd.t5 = MaskRow(dd.t5, dd.tokenizer.mask_id)
+        modules["t5"] = MaskRow(dd.t5, dd.tokenizer.mask_id)
     return dd, modules
 
 
@@ -261,19 +259,14 @@ def tokenizer_texts(subset, seed, count=5000):
 
 
 class MaskRow(nn.Module):
-    """T5 with one embedding that learns, the mask token's (stage 2). The frozen T5 is held in a tuple, so it is not a
-    submodule and is neither sharded nor saved."""
+    """The one embedding of a frozen T5 that learns in stage 2, the mask token's."""
     def __init__(self, encoder, mask_id):
         super().__init__()
-        self.frozen, self.mask_id = (encoder,), mask_id
-        self.row = nn.Parameter(encoder.shared.weight[mask_id].detach().float().clone())
-        encoder.shared.register_forward_hook(self.insert)
+        self.mask_id, self.row = mask_id, nn.Parameter(encoder.shared.weight[mask_id].detach().float().clone())
+        encoder.shared.register_forward_hook(lambda table, tokens, embedded: self(tokens[0], embedded))
 
-    def insert(self, table, tokens, embedded):
-        return torch.where((tokens[0] == self.mask_id)[..., None], self.row.to(embedded), embedded)
-
-    def forward(self, tokens):
-        return self.frozen[0](tokens)
+    def forward(self, tokens, embedded):
+        return torch.where((tokens == self.mask_id)[..., None], self.row.to(embedded), embedded)
 
 
 # ---------------------------------------------------------------- processes, optimizers, checkpoints
@@ -347,9 +340,9 @@ class Learner:
         self.autocast = dd.device.type == "cuda" and dtype == torch.bfloat16
         self.folder = os.path.join(folder, "checkpoints")
         mesh = make_mesh(dd.device, args.parallel)
+        if args.checkpointing:
+            checkpoint_activations(dd)
         for module in modules.values():
-            if args.checkpointing:
-                checkpoint_activations(module)
             parallelize(module, mesh, dtype, args.compile)
         self.optimizers, self.views = make_optimizers(modules, recipe)
         self.parameters = [p for module in modules.values() for p in module.parameters()]
@@ -477,13 +470,10 @@ class Log:
         if not np.isfinite([*parts, norm]).all():
             raise ValueError(f"the loss or its gradient is not a number at step {done}, so nothing of it was saved. "
                              f"Lower --rate or --muon")
-        steps, device = done - self.step, learner.dd.device
-        memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else  # the peak, in bytes
-                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+        images = (done - self.step) * learner.recipe.batch
         line = {"step": done, **dict(zip(self.names, parts)), "grad_norm": norm,
                 "rate": learner.optimizers[0].param_groups[0]["lr"],
-                "images_per_s": steps * learner.recipe.batch / (time.perf_counter() - self.since),
-                "memory_gb": memory / 1e9}
+                "images_per_s": images / (time.perf_counter() - self.since)}
         line |= {f"val_{name}": loss for name, loss in zip(self.names, validation)}
         self.bar.set_postfix({name: f"{loss:.4f}" for name, loss in zip(self.names, parts)}
                              | {"rate": f"{line['rate']:.1e}", "images/s": f"{line['images_per_s']:.0f}"})
@@ -547,8 +537,7 @@ def show(dd, subset, path=None):
 
 
 def show_batch(dd, batch, path):
-    """A sheet of what a stage learns from: images as the VAE gives them back, texts cut to their length as the model
-    sees them; what is in [brackets] may be masked."""
+    """A sheet of what a stage learns from: images through the VAE, texts as cut; [what may be masked]."""
     images, say = batch.images if batch.text_images is None else batch.text_images, dd.tokenizer.decode
     if images.ndim == 5:  # stored moments
         images = dd.decode_image(dd.vae.normalize(images[:16, 0].to(dd.device).float()))
@@ -645,9 +634,8 @@ def write_model(args, recipe, weights, texts, path):
     dd, modules = starting_point(args, recipe, texts, torch.device("cpu"), None)
     for name, module in modules.items():
         module.load_state_dict(weights[name])
-    if isinstance(dd.t5, MaskRow):
-        row, dd.t5 = dd.t5.row, dd.t5.frozen[0]
-        dd.t5.shared.weight.data[dd.tokenizer.mask_id] = row.detach()
+    if isinstance(modules.get("t5"), MaskRow):
+        dd.t5.shared.weight.data[dd.tokenizer.mask_id] = modules["t5"].row.detach()
     if args.stage == "0":  # bring latents to mean 0 and deviation 1, which the transformer expects
         pixels = torch.stack([texts.record(k)[1] for k in range(min(512, len(texts.ids)))])
         with torch.no_grad():
@@ -686,31 +674,24 @@ def check_settings(folder, args, recipe, images, texts):
 
 def add_arguments(parser, recipe):
     add, paths = parser.add_argument, "Images and texts: .json, .jsonl, .tar or folders"
-    add("--stage", choices=["0", "1", "2", "2hr", "3"], required=True)
-    add("--preset", choices=list(PRESETS), default="tiny", help="Sizes of the networks, and numbers of the stages "
-        "[tiny].")
     add("--data", nargs="+", metavar="PATH", help=f"{paths} [the built-in world].")
     add("--image-data", nargs="+", metavar="PATH", help=f"{paths}, for the image loss alone [--data].")
     add("--text-data", nargs="+", metavar="PATH", help=f"{paths}, for the text loss alone [--data].")
     add("--init", metavar="FILE", help="The checkpoint to start from [what the stage before left].")
     sample.add_parts(parser)
-    add("--text-encoder", choices=["t5", "none"], default="t5", help="none: learned embeddings of tokens and positions "
-        "in place of T5, and a transformer from scratch (Table 9) [t5].")
+    add("--text-encoder", choices=["t5", "none"], default="t5", help="none: embeddings that learn, as in Table 9 [t5].")
     add("--out", default="runs", metavar="DIR", help="Where stageN/ folders are made [runs].")
     add("--seed", type=int, default=0, help="Seeds all random numbers [0].")
     add = parser.add_argument_group("how it runs", "Nothing here changes what is learned, but for rounding and, from "
                                     "a CPU to a GPU, the noise.").add_argument
-    add("--device", type=sample.existing_device, default=sample.default_device(), help="[The GPU, if there is one.]")
+    add("--device", type=sample.existing_device, default=sample.default_device(), help="[the GPU, if there is one].")
     add("--dtype", choices=list(DTYPES), help="What to compute in [bf16 where the hardware has it].")
-    add("--parallel", choices=["ddp", "fsdp"], default="ddp", help="ddp: every process holds all. fsdp: the processes "
-        "of a node share out gradients and optimizer state [ddp].")
-    add("--accumulate", type=int, default=1, help="Passes per step. More save memory [1].")
-    add("--checkpointing", action="store_true", help="Compute activations twice. Saves memory, too.")
+    add("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp: share out the optimizer's state [ddp].")
+    add("--accumulate", type=int, default=1, help="Passes per step; more take less memory [1].")
+    add("--checkpointing", action="store_true", help="Compute activations twice, which takes less memory, too.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
-    add("--workers", type=int, help="Processes that make batches, per process that learns [4; none on a CPU with "
-        "stored latents].")
-    add("--latents", type=int, default=25_000, help="Store encoded images of at most so many records of --data. More "
-        "are encoded each time [25000].")
+    add("--workers", type=int, help="Processes that make batches [4; on a CPU with stored latents 0].")
+    add("--latents", type=int, default=25_000, help="Encode up to so many records once; more, each time [25000].")
     add("--save-every", type=int, default=200, help="Steps per checkpoint [200].")
     add("--show-every", type=int, default=500, help="Steps per sheet of samples and validation [500].")
     add("--keep", type=int, default=3, help="Checkpoints that stay [3].")
@@ -722,20 +703,19 @@ def add_arguments(parser, recipe):
 
 
 def parse_args():
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--stage", default="1")
-    first.add_argument("--preset", default="tiny")
-    given, _ = first.parse_known_args()
-    recipe = RECIPES.get(given.preset, {}).get(given.stage, Recipe())
-    parser = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, recipe)
+    parser = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    parser.add_argument("--stage", choices=["0", "1", "2", "2hr", "3"], help="Has to be given.")
+    parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="Sizes of networks and stages [tiny].")
+    first, _ = parser.parse_known_args()  # --help shows the numbers of this stage
+    parser.add_argument("-h", "--help", action="help")
+    add_arguments(parser, RECIPES[first.preset].get(first.stage) or RECIPES[first.preset]["1"])
     args = parser.parse_args()
     if bool(args.image_data) != bool(args.text_data) and not args.data:
         fail("give --image-data and --text-data, or one of them and --data")
     if args.stage not in RECIPES[args.preset]:
-        fail(f"--preset {args.preset} has no stage {args.stage}")
+        fail(f"give --stage, one of {', '.join(RECIPES[args.preset])}")
     numbers = {f.name: vars(args)[f.name] for f in fields(Recipe) if vars(args)[f.name] is not None}
-    recipe = replace(recipe, **numbers)
+    recipe = replace(RECIPES[args.preset][args.stage], **numbers)
     if not (args.data or args.image_data) and recipe.size != data.SIDE:
         fail(f"the built-in world has {data.SIDE} pixels a side, not {recipe.size}: bring --data")
     processes = int(os.environ.get("WORLD_SIZE", 1))

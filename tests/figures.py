@@ -309,7 +309,8 @@ def both(dd, args):
         steps.append((t, *to_images(dd.decode_image(torch.cat([latents, latents - t * velocity])))))
 
     drawn = to_images(sample.text_to_image(dd, [prompt], watch=watch, generator=torch.Generator().manual_seed(0)))
-    sample.caption(dd, torch.from_numpy(to_pixels(drawn)), watch=sample.watch_text(dd.tokenizer, passes))
+    sample.caption(dd, torch.from_numpy(to_pixels(drawn)),
+                   watch=lambda tokens, reveal: passes.append((sample.words_of(dd.tokenizer, tokens[0]), reveal[0])))
     for word in prompt.split():
         x = page.token(x, 0, word, "text")
     for k, i in enumerate((0, 6, 13, 20)):
@@ -320,11 +321,12 @@ def both(dd, args):
     page.picture(273, 34, 128, drawn[0])
     page.text(337, 183, "t=0", GREY, "ms", 15)
     page.draw.line([(842, 182), (856, 196), (842, 210)], GREY, 5, "curve")  # on to reading
-    for k, row in enumerate(passes):
+    last_words, _ = passes[-1]
+    for k, (words, reveal) in enumerate(passes):
         x = 452
-        for (word, new), (last, _) in zip(row, passes[-1]):  # what is masked behind the end needs no pass
-            kind = "learn" if new else "text" if word or row is passes[-1] else "noise"
-            x = page.token(x, 24 * k, last.strip("▁·"), kind)
+        for word, new, last in zip(words, reveal, last_words):  # what is masked behind the end needs no pass
+            kind = "learn" if new else "text" if word or words is last_words else "noise"
+            x = page.token(x, 24 * k, last.strip("·"), kind)
     page.save("both.png")
 
 
