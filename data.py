@@ -266,8 +266,6 @@ def load_image(path, width, height=None, span=("", 0, -1)):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return ImageOps.fit(image.convert("RGB"), (width, height or width), Image.Resampling.BICUBIC)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image") from None
     except Exception as error:  # Pillow's many decoders raise whatever they like
         why = f"none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise ValueError(f"{path}: cannot be read as an image ({why})") from None
@@ -306,10 +304,9 @@ class Record(NamedTuple):
             turns = row.get("conversations") or []  # LLaVA: a human and the model in turn
             questions += [(a["value"].replace("<image>", "").strip(), b["value"].strip())
                           for a, b in zip(turns, turns[1:]) if (a["from"], b["from"]) == ("human", "gpt")]
+            "".join((image, *captions, *itertools.chain(*questions)))  # all are strings
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{where}: not in a form that this program knows") from None
-        if not all(isinstance(text, str) for text in (image, *captions, *itertools.chain(*questions))):
-            raise ValueError(f"{where}: images, captions, questions and answers are strings")
         if image and captions + questions:
             captions = captions[:1] if row.get("re_caption") else captions
             return cls(os.path.join(base, image), tuple(captions), tuple(questions), *span)
@@ -382,10 +379,10 @@ def mapped(path):
 
 
 class Records:
-    """The user's data, from one or several of: a .json list or .jsonl of objects, a folder of images, .tar shards. All is read
-    once into an index on disk, which `folder` keeps for the next time. So each record is one seek away, and none lies
-    in memory. captioned, questioned: how many have a caption, a question; fingerprint: of all names and
-    texts, wherever they lie. Raises ValueError or OSError that names a bad line or file."""
+    """The user's data, from one or several of: a .json list or .jsonl of objects, a folder of images, WebDataset shards
+    (.tar). All is read once into an index on disk, which `folder` keeps for the next time. So each record is one seek
+    away, and none lies in memory. captioned, questioned: how many have a caption, a question; fingerprint: of all names
+    and texts, wherever they lie. Raises ValueError or OSError that names a bad line or file."""
     def __init__(self, paths, size, folder=None):
         self.size, paths = size, [paths] if isinstance(paths, str) else paths
         stamp = [(file, os.stat(file).st_mtime_ns) for path in paths for file in files_of(path)]
@@ -428,7 +425,7 @@ class Records:
         return np.flatnonzero(hashes <= last), np.flatnonzero(hashes > last)
 
     def image(self, i):
-        """-> (size,size,3) uint8. Raises ValueError or FileNotFoundError, naming the image, if it cannot be read."""
+        """-> (size,size,3) uint8. Raises ValueError, naming the image, if it cannot be read."""
         record = self.record(i)
         return np.asarray(load_image(record.image, self.size, span=record.span))
 
@@ -547,10 +544,9 @@ class Batch(NamedTuple):
 
 class Batches(torch.utils.data.Dataset):
     """batches[step] -> what one process computes at a step: a list of `accumulate` Batch, together the `rows` (a slice)
-    of the whole batch. All rows are one endless stream, in which each epoch has every record once. A row is a function
-    of the seed and of its number in the stream. So what is learned at a step depends neither on the number of processes
-    nor on where a run was interrupted. images, texts: Subsets for the two losses, or twice the same. recipe: a
-    train.Recipe, of which batch, length, drop and questions count here."""
+    of the whole batch. Rows are an endless stream, in which each epoch has every record once. A row is a function of
+    the seed and its number. So a step is the same on any number of processes, and after any interruption. images,
+    texts: Subsets for the two losses, or twice the same. recipe: a train.Recipe."""
     def __init__(self, images, texts, tokenizer, recipe, seed, rows, accumulate=1):
         self.images, self.texts, self.tokenizer = images, texts, tokenizer
         self.recipe, self.seed, self.rows, self.accumulate = recipe, seed, rows, accumulate

@@ -27,9 +27,8 @@ MIN_TIME = 1e-3  # the smallest time of a text in training; there the weight of 
 
 def alpha(t):
     """The schedule: the share of tokens still readable at time t (a tensor). All else follows from it: what is masked,
-    the weight of the loss, and at which steps sampling reveals tokens. This one is the paper's, a straight line; a
-    thousandth stays readable at t = 1. (Papers with alpha = exp(-sigma) call it log-linear; the thousandth keeps sigma
-    finite.)"""
+    the weight of the loss, and at which steps sampling reveals tokens. This one is the paper's, a straight line, which
+    leaves a thousandth readable at t = 1. (Papers that write alpha = exp(-sigma) call it log-linear.)"""
     return 1 - 0.999 * t
 
 
@@ -69,15 +68,11 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 
     At time t only a share t of the tokens is masked and counted. So dividing by t makes the sum an estimate of the cost
     of the whole text, whatever t was drawn. Its mean over t is the cost of writing the text token by token in a random
-    order: an upper bound on its negative log-likelihood, in nats.
+    order: an upper bound on its negative log-likelihood, in nats. The bound is the same for every schedule: as t falls,
+    the weight times dt is d(alpha) / (1 - alpha), and what is masked depends on alpha alone, so t is gone from it.
 
-    This cost is the same for every schedule. As t falls, the weight times dt is d(alpha) / (1 - alpha), and what is
-    masked depends on alpha alone; so t is gone from the integral. A schedule only decides how often training draws many
-    masks, and how often few.
-
-    The sum is divided by batch · length: nats per token of the padded text. The question is part of the length and
-    costs nothing. EOS padding is masked and costs like any token. (Dividing by the number of masked tokens, about t ·
-    length, would divide by t twice.)
+    The sum is divided by batch · length: nats per token of the padded text. (Dividing by the number of masked tokens,
+    about t · length, would divide by t twice.) EOS padding costs like any token; a question costs nothing.
 
     SUBS, two facts that the network need not learn: the mask token, the last of the V, is never right, so its logit is
     left out; and a token that is not masked is known, so it costs nothing.

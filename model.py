@@ -80,9 +80,9 @@ class Attention(nn.Module):
 class StreamBlock(nn.Module):
     """A DiT block of one stream, split at the joint attention: what goes into it, and what follows it.
 
-    `vec` (B,width) is made from the time. Of it `adaLN_modulation` makes six vectors: shift, scale and gate for the
-    attention, and the same for the MLP. Shift and scale change what goes in, the gate how much of the result is added.
-    Gates begin at zero (adaLN-Zero), so a new block passes its input on unchanged, and learns from there."""
+    From `vec` (B,width), which says the time, come six vectors: shift, scale and gate for the attention, and for the
+    MLP. Shift and scale change what goes in, the gate how much of the result is added. Gates begin at zero (adaLN-
+    Zero): a new block passes its input on unchanged, and learns from there."""
     def __init__(self, config):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
@@ -216,9 +216,6 @@ PRESETS = {
         Settings(size=64, length=24, cfg=3.0)),
 }
 
-PARTS = {"ddit": "transformer", "t5": "T5", "vae": "VAE"}
-MODULES = {DDiTConfig: DDiT, T5Config: T5Encoder, EmbeddingsConfig: Embeddings, VAEConfig: VAE}
-
 
 class DualDiffusion(nn.Module):
     """The whole system. `ddit`, `t5`, `vae` are modules, `tokenizer` a t5.Tokenizer, `config` a Config; a part that is
@@ -229,7 +226,7 @@ class DualDiffusion(nn.Module):
         self.ddit, self.t5, self.vae = ddit, t5, vae
 
     @classmethod
-    def build(cls, config, tokenizer, parts=PARTS):
+    def build(cls, config, tokenizer, parts=("ddit", "t5", "vae")):
         """Fresh random weights. Both vocabularies follow the tokenizer, T5's rounded up to a multiple of 128."""
         config.ddit.vocab = tokenizer.vocab_size
         config.t5.vocab_size = -(-tokenizer.vocab_size // 128) * 128
@@ -260,6 +257,10 @@ class DualDiffusion(nn.Module):
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
+
+
+PARTS = {"ddit": "transformer", "t5": "T5", "vae": "VAE"}
+MODULES = {DDiTConfig: DDiT, T5Config: T5Encoder, EmbeddingsConfig: Embeddings, VAEConfig: VAE}
 
 
 def make_part(config):
@@ -372,8 +373,6 @@ def safetensors_files(folder):
 
 def open_checkpoint(path):
     """A .safetensors file, or a folder of one or of shards -> [TensorInfo], and its configuration, {part: {...}}."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint")
     infos, metadata = [], {}
     for file in safetensors_files(path) if os.path.isdir(path) else [path]:
         try:
@@ -490,9 +489,9 @@ def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torc
     stays on the CPU. Raises FileNotFoundError or ValueError with one line that says what is wrong, and where."""
     dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(PARTS, dtype)
     config, parts, tokenizer = find_parts(path, t5, vae, tokenizer)
-    pairs = [("t5", config.t5.d_model, config.ddit.text_dim), ("vae", config.vae.latent_channels, config.ddit.channels)]
-    for part, gives, takes in pairs if "ddit" in parts else ():
-        if part in parts and gives != takes:
+    for part, gives, takes in (("t5", config.t5.d_model, config.ddit.text_dim),
+                               ("vae", config.vae.latent_channels, config.ddit.channels)):
+        if {part, "ddit"} <= parts.keys() and gives != takes:
             raise ValueError(f"{path}: takes {takes} channels from its {PARTS[part]}, this one gives {gives}; "
                              f"give the one that it was trained with (--{part})")
     if tokenizer and (config.ddit.vocab != tokenizer.vocab_size or config.t5.vocab_size < tokenizer.vocab_size):
@@ -529,8 +528,6 @@ def read_part(part, tensors, config, device, dtype):
 def read(tensors, name, device="cpu", dtype=torch.float32, open_file=functools.partial(safe_open, framework="pt")):
     """-> the tensor. dtype None is the file's, but fp8 becomes bf16: nothing computes in fp8."""
     pieces = [open_file(info.file).get_tensor(info.name) for info in tensors[name]]
-    if not pieces[0].is_floating_point():
-        raise ValueError(f"{tensors[name][0].file}: the tensor {name} is of type {pieces[0].dtype}, not floating-point")
     dtype = dtype or (torch.bfloat16 if pieces[0].dtype == torch.float8_e4m3fn else pieces[0].dtype)
     tensor = torch.cat([piece.to(device, dtype) for piece in pieces]) if pieces[1:] else pieces[0].to(device, dtype)
     # Where no MLP follows, diffusers stores (scale, shift), SD3 (shift, scale): in the image head, and in SD3's last
@@ -542,13 +539,12 @@ def read(tensors, name, device="cpu", dtype=torch.float32, open_file=functools.p
 
 
 def from_sd3(tensors, config):
-    """What D-DiT has and SD3 lacks -> {name: tensor}; empty if the file is not SD3. For the same inputs the velocity
-    stays SD3's own with CLIP's pooled vector at zero. (But the inputs differ: SD3 puts CLIP's 77 tokens before T5's,
-    and pads T5's with 0, we with EOS.)
+    """What D-DiT has and SD3 lacks -> {name: tensor}; empty if the file is not SD3.
 
-    The pooled vector enters only as y_embedder(0), a constant, which goes into the last bias of t_embedder. SD3's last
-    block ends its text stream with the attention. What follows here is new and does not touch the velocity; with its
-    gates at zero it passes the text unchanged to the text head, which is new too."""
+    SD3 adds CLIP's pooled vector to the time. With that vector at zero a constant is left, y_embedder(0), which goes
+    into the last bias of t_embedder. SD3's last block ends its text stream with the attention. What follows here is
+    new; its gates are zero, so the text passes unchanged to the text head, which is new too. So for the same latents,
+    time and text states the velocity is SD3's own."""
     new = {}
     if "y_embedder.mlp.0.bias" in tensors:
         b0, w2, b2, bias = (read(tensors, name) for name in ("y_embedder.mlp.0.bias", "y_embedder.mlp.2.weight",
@@ -564,9 +560,6 @@ def from_sd3(tensors, config):
             elif name.startswith(modulation):
                 new[name] = torch.cat([read(tensors, name), tensor[early:]])
     return new
-
-
-# ---------------------------------------------------------------- write
 
 
 def write_file(dd, path, dtype=None):

@@ -26,9 +26,8 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
 import losses
-import model
 from data import EXTENSIONS, load_image, replacing, slices, to_images, to_pixels, warn
-from model import DTYPES, DualDiffusion
+from model import DTYPES, DualDiffusion, missing_parts
 from t5 import unseen_words
 
 
@@ -65,10 +64,9 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
                   noise=None, generator=None, watch=None):
     """Draw one image per prompt -> pixels (B,3,height,width) in [-1,1].
 
-    negative: the text that guidance leads away from; length: tokens that a prompt is padded to; height, width: pixels,
-    multiples of 16; steps: of Euler, 28 is SD3's; cfg: guidance, 1 is none; shift: of the time grid; noise
-    (B,C,H/8,W/8): what to start from; watch(x, t, velocity) is called at every step. Sizes, length, cfg and shift are
-    by default the checkpoint's. Raises ValueError for a size that the model cannot take."""
+    height, width: pixels, multiples of 16; length: tokens that a prompt is padded to; steps: of Euler, 28 is SD3's;
+    cfg: guidance, 1 is none; noise (B,C,H/8,W/8): what to start from; watch(x, t, velocity) is called at every step.
+    What is None is the checkpoint's own. Raises ValueError for a size that the model cannot take."""
     settings, vae = dd.config.settings, dd.config.vae
     height, width, length = height or settings.size, width or settings.size, length or settings.length
     cfg, shift = settings.cfg if cfg is None else cfg, shift or settings.shift
@@ -79,10 +77,9 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
 
 
 def revealed_share(steps):
-    """(steps+1,) float64, from 0 to 1: the share of the masked tokens that sampling has revealed, at each time of an
-    even grid from t = 1 down to 0. It is alpha(t), scaled to begin at 0, as sampling begins fully masked. (By
-    Eq. 5 a token stays masked through a step from t to s with chance (1 - alpha(s)) / (1 - alpha(t)); the product of
-    these over all steps so far is 1 - this share.)"""
+    """(steps+1,) float64: which share of the masked tokens is revealed, at each time of an even grid from t = 1 down to
+    0. It is alpha(t), scaled to begin at 0. (By Eq. 5 a token stays masked through a step from t to s with chance
+    (1 - alpha(s)) / (1 - alpha(t)). Multiply these over the steps so far: 1 - this share.)"""
     readable = losses.alpha(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     return (readable - readable[0]) / (readable[-1] - readable[0])  # Eq. 5
 
@@ -93,18 +90,15 @@ def text_logits(dd, latents, tokens, predict):
     return finite(dd.ddit(latents, times, states, predict=predict, image_rows=0)[1]).cpu()
 
 
-# The orders of unmasking. An order is a generator, which runs the network by `predict_tokens`: positions (B,L) bool ->
-# for each of the N true ones a token, its probability, and the entropy of its distribution. After every such pass it
-# yields which positions to reveal, (B,L) bool, and their tokens (N,). `unmask` writes these into the text and clears
-# them in `masked`, which is the same tensor in both.
+# The orders of unmasking. An order is a generator. It runs the network by `predict_tokens`: positions (B,L) bool -> for
+# each of the N true ones a token, its probability, the entropy of its distribution. After each pass it yields `reveal`,
+# (B,L) bool, and the tokens there, (N,). `unmask` writes these into the text and clears `masked`, which both share.
 
 
 def in_random_order(predict_tokens, masked, steps, generator):
-    """Exact ancestral sampling on a grid of `steps` steps, but with fewer passes.
-
-    Chance alone decides at which step a masked token is revealed, independently for each (Eq. 5). The network only
-    decides what it is, and does not see the time. So all steps can be drawn first. The network then runs only at steps
-    that reveal something, and only for rows in which they do: elsewhere its output would not be used."""
+    """Exact ancestral sampling on a grid of `steps` steps, but with fewer passes. Chance alone decides at which step a
+    token is revealed, independently for each (Eq. 5). The network only decides what it is, and does not see the time.
+    So all steps can be drawn first, and the network runs only at those, and for those rows, that reveal something."""
     u = torch.rand(masked.shape, dtype=torch.float64, generator=generator)
     step_of = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # k, where share[k] <= u < share[k+1]
     for step in range(steps):
@@ -132,11 +126,10 @@ GAMMA = 0.1  # nats; larger: fewer passes and more errors (tests/README.md has a
 
 
 def by_entropy(predict_tokens, masked, steps, generator):
-    """The surest first, and in each pass as many as are nearly independent; `steps` plays no part.
-
-    A pass draws its tokens as if they were independent. The error of that, a divergence in nats, is the sum of their
-    entropies minus their joint entropy. The joint entropy is at least the largest single one. So a pass reveals the
-    tokens of least entropy, as many as keep the sum without the largest within GAMMA."""
+    """The surest first, and in each pass as many as are nearly independent; `steps` plays no part. A pass draws its
+    tokens as if they were independent. The error of that, a divergence in nats, is the sum of their entropies minus
+    their joint entropy, and the joint entropy is at least the largest single one. So a pass reveals the tokens of least
+    entropy, as many as keep the sum without the largest within GAMMA."""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
@@ -152,10 +145,10 @@ ORDERS = {"random": in_random_order, "confidence": by_confidence, "entropy": by_
 def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0, generator=None, watch=None):
     """Draw the maskable tokens given the image and the other tokens -> tokens (B,L), number of forward passes.
 
-    latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; steps: of the time grid;
-    order: one of ORDERS; "random", at temperature 1, is exact ancestral sampling of captions and answers. temperature
-    divides the logits; 0 takes the likeliest (greedy). A text is read up to its first EOS: once that and all before it
-    are revealed, the row's other masks become EOS without a forward pass."""
+    latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; order: one of ORDERS, on a
+    grid of `steps` times; temperature divides the logits, 0 takes the likeliest. "random" at temperature 1 is exact
+    ancestral sampling. A text is read up to its first EOS: once that and all before it are revealed, the row's other
+    masks become EOS without a forward pass."""
     mask_id, eos_id, passes = dd.tokenizer.mask_id, dd.tokenizer.eos_id, 0
     given = ~maskable & (tokens != eos_id)
     before_given = given.flip(1).cumsum(1).flip(1) > 0  # positions from which a given word still follows
@@ -192,32 +185,30 @@ def caption(dd, images, length=None, steps=None, **how):
     """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; "auto": as many as it takes; steps,
     how: see `unmask_texts`. A model that was tuned on answers alone is asked for a caption by `caption_prompt`."""
     texts = [text_ids(dd, "", length)] * len(images)
-    return unmask_texts(dd, images, texts, length, steps or 0, dd.config.settings.caption_steps, **how)
+    return unmask_texts(dd, images, texts, length, steps, dd.config.settings.caption_steps, **how)
 
 
 def answer(dd, images, questions, length=None, steps=None, **how):
     """Answer one question per image -> list of str. length: tokens of question and answer; the rest as for caption."""
     texts = [text_ids(dd, (question, ""), length) for question in questions]
-    return unmask_texts(dd, images, texts, length, steps or 0, dd.config.settings.answer_steps, **how)
+    return unmask_texts(dd, images, texts, length, steps, dd.config.settings.answer_steps, **how)
 
 
 def infill(dd, images, texts, length=None, steps=None, **how):
     """Fill in the blanks of one text per image -> list of str. Every underscore stands for one token."""
     length = dd.config.settings.length if length in (None, "auto") else length
     texts = [dd.tokenizer.blank_ids(text, length) for text in texts]
-    return unmask_texts(dd, images, texts, length, steps or 0, length, whole=True, **how)
+    return unmask_texts(dd, images, texts, length, steps, length, whole=True, **how)
 
 
 @torch.no_grad()
-def unmask_texts(dd, images, texts, length, steps, random_steps, order=None, temperature=0.0, generator=None,
+def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, temperature=0.0, generator=None,
                  watch=None, whole=False):
     """Unmask one text (ids, maskable) per image -> list of str: from the first mask on, or the whole texts. order: by
-    default "random", the paper's, where `steps` are given, else "entropy". Without steps, random order takes
-    `random_steps`, confidence one per token. length "auto": in blocks, until EOS."""
+    default "random", the paper's, if `steps` are given, else "entropy". length "auto": in blocks, until EOS."""
     latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
+    order, steps = order or ("random" if steps else "entropy"), steps or default_steps
     tokens, maskable = (torch.tensor(column) for column in zip(*texts))
-    order = order or ("random" if steps else "entropy")
-    steps = steps or (random_steps if order == "random" else tokens.shape[1])
     method, lines = unmask_in_blocks if length == "auto" else unmask, []
     for part in slices(len(images), *images.shape[2:]):
         latents = dd.encode_image(images[part])
@@ -418,17 +409,6 @@ def text_page(trace):
 # ---------------------------------------------------------------- the program
 
 
-def width_and_height(text):
-    """An argparse type: "512" or "768x512"."""
-    sides = [int(side) for side in text.split("x")]
-    return sides[0], sides[-1]
-
-
-def text_length(text):
-    """An argparse type: a number of tokens, or "auto"."""
-    return text if text == "auto" else int(text)
-
-
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to do").add_argument
@@ -446,10 +426,10 @@ def parse_args():
     add("--offload", action="store_true", help="Keep T5 on the CPU, if GPU memory is short.")
     add = parser.add_argument_group("how to do it", "In brackets what is taken without the flag.").add_argument
     add("--seed", type=int, default=0, help="Seeds all random numbers [0].")
-    add("--steps", type=int, help="Of drawing [28], or of reading in random order [the checkpoint's].")
+    add("--steps", type=int, help="Of drawing [28], or of reading [the checkpoint's; entropy needs none].")
     add("--order", choices=list(ORDERS), help="In which order a text is unmasked [entropy; with --steps random].")
     add("--temperature", type=float, default=0.0, help="Divides the logits of tokens; 0 takes the likeliest [0].")
-    add("--length", type=text_length, help="Tokens of a text; auto: as many as it needs [the checkpoint's].")
+    add("--length", metavar="TOKENS", help="Tokens of a text; auto: as many as it needs [the checkpoint's].")
     add("--options", **more, metavar="ANSWER", help="Rank these answers to --vqa by their probability.")
     add("--suffix", metavar="TEXT", help="Is added to every question [the checkpoint's].")
     add("--num", type=int, default=1, help="Images per prompt [1].")
@@ -457,7 +437,7 @@ def parse_args():
         "model's own reading [1].")
     add("--cfg", type=float, help="Guidance, a factor; 1 is none [the checkpoint's].")
     add("--negative", default="", metavar="TEXT", help="What guidance leads away from [the empty text].")
-    add("--size", type=width_and_height, metavar="SIDES", help="Pixels, 512 or 768x512 [the checkpoint's].")
+    add("--size", metavar="SIDES", help="Pixels, 512 or 768x512 [the checkpoint's].")
     add("--trace", default="", metavar="FILE", help="Also draw how it came about, pass by pass; a .gif moves.")
     add("--out", default="out.png", help="Where to write the image, or the page of all images [out.png].")
     args = parser.parse_args()
@@ -565,14 +545,15 @@ def main():
     reads, dtype = args.vqa + args.caption + args.infill, "bf16" if args.device.type == "cuda" else "fp32"
     dd = DualDiffusion.load(args.ckpt, args.t5, args.vae, args.spiece, args.device, DTYPES[args.dtype or dtype],
                             args.offload)
-    if missing := model.missing_parts(dd):
+    if missing := missing_parts(dd):
         fail(f"{args.ckpt}: holds no {' and no '.join(missing)}")
     if reads and not dd.ddit.text_head.linear.weight.any():
         warn("this model's text head was never trained: it can draw, but what it reads means nothing")
     settings, generator = dd.config.settings, torch.Generator().manual_seed(args.seed)
-    settings.length = args.length if args.length not in (None, "auto") else settings.length
+    args.length = args.length if args.length == "auto" else int(args.length or settings.length)
+    settings.length = settings.length if args.length == "auto" else args.length
     settings.answer_suffix = settings.answer_suffix if args.suffix is None else args.suffix
-    args.size = args.size or (settings.size, settings.size)
+    args.size = [int(side) for side in (args.size or str(settings.size)).split("x") * 2][:2]
     latent_size(dd, *args.size[::-1])  # raises before any work is done in vain
     if reads:
         read_images(dd, args, generator)

@@ -8,6 +8,7 @@ References:
   Kudo & Richardson, SentencePiece, arXiv 1808.06226
 """
 import io
+import itertools
 import math
 import re
 import string
@@ -43,17 +44,10 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """Ids -> text, up to the first EOS. Sentinels are spelt out as T5 does, `<extra_id_7>`."""
-        text, run = [], []
-        for i in [int(i) for i in ids] + [self.eos_id]:
-            if i < len(self.pieces) and i != self.eos_id:
-                run.append(i)
-                continue
-            text.append(self.pieces.decode(run))
-            run = []
-            if i == self.eos_id:
-                break
-            text.append(f"<extra_id_{self.mask_id - i}>")
-        return " ".join(part for part in text if part)
+        text, ids = [], itertools.takewhile(lambda i: i != self.eos_id, map(int, ids))
+        for plain, run in itertools.groupby(ids, lambda i: i < len(self.pieces)):
+            text += [self.pieces.decode(list(run))] if plain else [f"<extra_id_{self.mask_id - i}>" for i in run]
+        return " ".join(filter(None, text))
 
     # How texts become tokens. There is no attention mask: a shorter text is padded with EOS, and to the model this
     # padding is text like any other. It is masked, predicted and counted in the loss; so the model learns where to
@@ -85,8 +79,7 @@ class Tokenizer:
         ids = first
         for part in others:
             ids = ids + [self.mask_id] + (part[1:] if part[:1] == [space] else part)
-        ids = ids[:length - 1]
-        ids += [self.eos_id] * (length - len(ids))
+        ids = ids[:length - 1] + [self.eos_id] * max(1, length - len(ids))
         return ids, [i == self.mask_id for i in ids]
 
 
@@ -182,10 +175,9 @@ class T5Encoder(nn.Module):
     def forward(self, tokens):
         """Tokens (B,L), long -> states (B,L,d_model), on the tokens' device even if T5 itself is on another.
         No attention mask: padding is text too (it is EOS)."""
-        x, bias = self.shared(tokens.to(self.shared.weight.device)), None
-        for block in self.encoder["block"]:
-            if bias is None:
-                bias = block.layer[0]["SelfAttention"].position_bias(tokens.shape[1], x.device)
+        x, blocks = self.shared(tokens.to(self.shared.weight.device)), self.encoder["block"]
+        bias = blocks[0].layer[0]["SelfAttention"].position_bias(tokens.shape[1], x.device)
+        for block in blocks:
             x = block(x, bias)
         return self.encoder["final_layer_norm"](x).to(tokens.device)
 

@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -39,8 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -140,7 +138,7 @@ def train(learner, loader, log, signals, validation, sheet, args, recipe):
             log.losses.append(torch.stack(parts).detach())
         norm = learner.step(step)
 
-        done, stop = step + 1, any_process(signals)
+        done, stop = step + 1, mean_over_processes([torch.tensor(float(len(signals)))])[0] > 0  # all stop together
         save_now = done % args.save_every == 0 or done == recipe.steps or stop
         show_now = done % args.show_every == 0 and done < recipe.steps
         if done % 20 == 0 or save_now or show_now:  # only here does the loop wait for the device
@@ -280,12 +278,6 @@ def make_mesh(device, parallel):
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def checkpoint_activations(module):
-    """Compute the inside of each block again in the backward pass: less memory, a third more time."""
-    for block in [part for part in module.modules() if isinstance(part, JointBlock | t5.Block)]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
 def parallelize(module, mesh, dtype, compiled=False):
     """Share a module out among the processes of a mesh, in place, by FSDP2 (`fully_shard`). From then on its parameters
     are DTensors: `p.to_local()` is what this process holds, which in ddp is all of it.
@@ -302,9 +294,8 @@ def parallelize(module, mesh, dtype, compiled=False):
 def make_optimizers(modules, recipe):
     """modules: {"ddit", "t5" or "vae": module} -> optimizers, [(parameter, view)].
 
-    Muon, where the recipe has it, learns the matrices of linear and convolution layers inside the blocks. AdamW learns
-    all else, with decay for matrices, not for biases, norms and embedding tables. Muon wants plain matrices, so it
-    learns a view of each parameter, on the same memory, a convolution's as (out, in * k * k)."""
+    Muon, where the recipe has it, learns the matrices inside the blocks: a view of each, on the same memory, and a
+    convolution's as (out, in * k * k). AdamW learns all else, with decay for matrices alone."""
     decayed, plain, views, muon_groups = [], [], [], []
     for name, module in modules.items():
         layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
@@ -340,8 +331,8 @@ class Learner:
         self.autocast = dd.device.type == "cuda" and dtype == torch.bfloat16
         self.folder = os.path.join(folder, "checkpoints")
         mesh = make_mesh(dd.device, args.parallel)
-        if args.checkpointing:
-            checkpoint_activations(dd)
+        for block in [m for m in dd.modules() if isinstance(m, JointBlock | t5.Block) and args.checkpointing]:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         for module in modules.values():
             parallelize(module, mesh, dtype, args.compile)
         self.optimizers, self.views = make_optimizers(modules, recipe)
@@ -490,11 +481,6 @@ def mean_over_processes(numbers):
     return (x / dist.get_world_size()).tolist()
 
 
-def any_process(signals):
-    """Has any process been told to stop? All learn it at the same step. On the CPU, so it waits for no GPU."""
-    return mean_over_processes([torch.tensor(float(len(signals)))])[0] > 0
-
-
 @contextmanager
 def noted_signals():
     """-> a list. Ctrl-C and SIGTERM do nothing but add their number to it."""
@@ -569,7 +555,7 @@ def prepare(args, recipe, folder):
             f.writelines(dict.fromkeys(f"{unseen.source.record(i).image}\n" for i in unseen.ids))
     if args.data and args.start == SHIPPED and not args.init and dist.get_rank() == 0:
         warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
-             f"python train.py --stage 0 --data {shlex.join([*args.data, '--out', args.out])}")
+             f"python train.py --stage 0 --data {' '.join(args.data)} --out {args.out}")
     dd, modules = starting_point(args, recipe, texts, args.device, DTYPES[settings["dtype"]])
     if dd.ddit:
         sample.latent_size(dd, recipe.size, recipe.size)  # refuses now what is too large
@@ -599,8 +585,10 @@ def run_stage(args, recipe):
 
     log = Log(folder, ("image_loss", "text_loss") if dd.ddit else ("reconstruction", "kl"), start, recipe.steps)
     batches = data.Batches(images, texts, dd.tokenizer, recipe, args.seed, rows, args.accumulate)
+    quick = images.latents or isinstance(images.source, data.World)  # but a GPU must not wait for one core
+    workers = 0 if device.type == "cpu" and quick else 4
     loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), pin_memory=device.type == "cuda",
-                        num_workers=workers(images, device) if args.workers is None else args.workers,
+                        num_workers=workers if args.workers is None else args.workers,
                         worker_init_fn=own_session)
     if rank == 0:
         with torch.no_grad():
@@ -622,11 +610,6 @@ def run_stage(args, recipe):
     if rank == 0:
         write_model(args, recipe, weights, texts, path)
         print(f"wrote {path}")
-
-
-def workers(images, device):
-    """How many processes make batches: none on a CPU with latents at hand; a GPU must not wait for one core."""
-    return 0 if device.type == "cpu" and (images.latents or isinstance(images.source, data.World)) else 4
 
 
 def write_model(args, recipe, weights, texts, path):
@@ -667,9 +650,6 @@ def check_settings(folder, args, recipe, images, texts):
         with open(path, "w") as f:
             json.dump(settings, f, indent=1)
     return settings
-
-
-# ---------------------------------------------------------------- arguments
 
 
 def add_arguments(parser, recipe):
