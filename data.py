@@ -149,10 +149,9 @@ def refer(thing, things, rng, hide=None):
 
 
 def draw_texts(source, i, rng, recipe):
-    """The texts of one row of a batch -> what its image is drawn from, and what is read from it.
-
-    To be drawn from: a caption, but in a share `drop` of the rows nothing, for guidance needs to know what an image is
-    like without a prompt (Eq. 10). To be read: the same caption, or in a share `questions` a (question, answer)."""
+    """The texts of one row of a batch -> what its image is drawn from, and what is read from it. Drawn from: a caption,
+    but in a share `drop` of the rows nothing, as guidance needs to know what an image is like without a prompt (Eq.
+    10). Read: the same caption, but in a share `questions` a (question, answer)."""
     caption = source.caption(i, rng)
     question = source.question(i, rng) if rng.random() < recipe.questions or caption is None else None
     prompt = "" if caption is None or rng.random() < recipe.drop else caption
@@ -181,7 +180,6 @@ def distance(shape, x, y, r):
 # returns a question and its only right answer, or None if this try finds no question; then it is tried again, up to ten
 # times. So where yes and no should be equally frequent, choose the answer first, then a question that has it. To add a
 # kind, write such a function and list it in KINDS.
-
 
 def ask_color(thing, phrase, things, rng):
     return pick(rng, [f"what color is the {phrase}?", f"what is the color of the {phrase}?"]), thing.color
@@ -381,8 +379,8 @@ def mapped(path):
 class Records:
     """The user's data, from one or several of: a .json list or .jsonl of objects, a folder of images, WebDataset shards
     (.tar). All is read once into an index on disk, which `folder` keeps for the next time. So each record is one seek
-    away, and none lies in memory. captioned, questioned: how many have a caption, a question; fingerprint: of all names
-    and texts, wherever they lie. Raises ValueError or OSError that names a bad line or file."""
+    away, and none lies in memory. captioned, questioned, incomplete: how many have a caption, have a question, were
+    left out; fingerprint: of names and texts, wherever they lie. Raises ValueError or OSError, naming line or file."""
     def __init__(self, paths, size, folder=None):
         self.size, paths = size, [paths] if isinstance(paths, str) else paths
         stamp = [(file, os.stat(file).st_mtime_ns) for path in paths for file in files_of(path)]
@@ -392,7 +390,8 @@ class Records:
         if not os.path.exists(self.lines):
             os.makedirs(folder, exist_ok=True)
             write_index(self.lines, paths)
-        self.fingerprint, self.captioned, self.questioned = json.loads(mapped(self.lines)[self.index[-1, 0]:].tobytes())
+        totals = json.loads(mapped(self.lines)[self.index[-1, 0]:].tobytes())
+        self.fingerprint, self.captioned, self.questioned, self.incomplete = totals
 
     @property
     def index(self):
@@ -457,14 +456,11 @@ def write_index(path, sources):
             if f.tell() == before:
                 raise ValueError(f'{source}: holds no images with "caption", or "question" and "answer"')
         index.extend((f.tell(), 0))
-        f.write(json.dumps([digest.hexdigest()[:12], captioned, questioned]).encode())
+        f.write(json.dumps([digest.hexdigest()[:12], captioned, questioned, incomplete]).encode())
         np.save(f"{path}.npy", np.reshape(index, (-1, 2)))
-    if incomplete:
-        warn(f"{', '.join(sources)}: {incomplete} records have no image, or no text, and are left out")
 
 
 # ---------------------------------------------------------------- what training takes: images or latents, in batches
-
 
 def readable(source, i):
     """Image i (H,W,3); None, and a warning, if it cannot be read."""
@@ -492,9 +488,8 @@ class Subset(NamedTuple):
 
 
 def with_latents(subset, vae, folder, limit):
-    """The subset with its images encoded, if they are at most `limit`. Done once: later stages and runs find the
-    moments in a file whose name is a hash of all that they depend on: texts, image files and when they were changed,
-    the VAE. Bad images are left out of the subset, and NaN in the file. Raises ValueError if none can be read."""
+    """The subset with its images encoded, if they are at most `limit`. Done once: the moments are in a file whose name
+    is a hash of all that they depend on. Images that cannot be read are left out of the subset, NaN in the file."""
     source, ids, _ = subset
     if len(ids) > limit:
         return subset

@@ -87,7 +87,6 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 
 # ---------------------------------------------------------------- images: flow matching
 
-
 def logit_normal_times(n, mean=0.0, std=1.0, generator=None):
     """(n,) image times in (0,1), the sigmoid of a normal: most in the middle. Near t = 1 the best answer is simple,
     towards the mean of all images; near t = 0 what the image shows is settled. The tiny recipe draws later times."""

@@ -576,6 +576,5 @@ def write_file(dd, path, dtype=None):
 
 def missing_parts(dd):
     """What a system still needs to draw and read, in words: ["T5 (--t5)"]; empty when whole."""
-    flags = {"ddit": "", "t5": " (--t5)", "vae": " (--vae)", "tokenizer": " (--spiece)"}
-    names = PARTS | {"tokenizer": "tokenizer"}
-    return [names[part] + flag for part, flag in flags.items() if getattr(dd, part) is None]
+    names = {"ddit": "transformer", "t5": "T5 (--t5)", "vae": "VAE (--vae)", "tokenizer": "tokenizer (--spiece)"}
+    return [name for part, name in names.items() if getattr(dd, part) is None]

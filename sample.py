@@ -408,7 +408,6 @@ def text_page(trace):
 
 # ---------------------------------------------------------------- the program
 
-
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to do").add_argument
@@ -433,8 +432,7 @@ def parse_args():
     add("--options", **more, metavar="ANSWER", help="Rank these answers to --vqa by their probability.")
     add("--suffix", metavar="TEXT", help="Is added to every question [the checkpoint's].")
     add("--num", type=int, default=1, help="Images per prompt [1].")
-    add("--best-of", type=int, default=1, metavar="N", help="Draw N for each image, and keep the best by the "
-        "model's own reading [1].")
+    add("--best-of", type=int, default=1, metavar="N", help="Draw N for each, keep the one that is read best [1].")
     add("--cfg", type=float, help="Guidance, a factor; 1 is none [the checkpoint's].")
     add("--negative", default="", metavar="TEXT", help="What guidance leads away from [the empty text].")
     add("--size", metavar="SIDES", help="Pixels, 512 or 768x512 [the checkpoint's].")

@@ -9,8 +9,7 @@
 With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/ a file for
 sample.py, metrics, sheets of samples, and the checkpoints that the same command resumes from. A step depends on its
 number and the seed alone, so any number of processes (`torchrun --nproc_per_node 8 train.py ...`) repeats it.
-References:
-  Li et al., D-DiT, arXiv 2501.00289, section 4 and Tables 6, 9 and 10
+References: Li et al., D-DiT, arXiv 2501.00289, section 4 and Tables 6, 9, 10
   Jordan et al., Muon, 2024 (torch.optim.Muon); Zhao et al., PyTorch FSDP, arXiv 2304.11277
 """
 import argparse
@@ -178,13 +177,14 @@ def autoencoder_losses(dd, batch, recipe):
 
 # ---------------------------------------------------------------- where a stage starts
 
-
 def subsets(paths, args, recipe):
     """-> data.Subsets of the user's records or of the built-in world: to learn from, and held out."""
     if not paths:
         unseen = data.World(UNSEEN + args.seed), np.arange(min(250, recipe.pool // 20 + 1))
         return data.Subset(data.World(args.seed), np.arange(recipe.pool)), data.Subset(*unseen)
     source, names = data.Records(paths, recipe.size, args.out), " ".join(paths)
+    if source.incomplete and dist.get_rank() == 0:
+        warn(f"{names}: {source.incomplete} records have no image that is there, or no text, and are left out")
     unseen, ids = source.split(250)
     unseen = [i for i in unseen if data.readable(source, i) is not None]
     if not unseen or not len(ids):
@@ -269,7 +269,6 @@ class MaskRow(nn.Module):
 
 # ---------------------------------------------------------------- processes, optimizers, checkpoints
 
-
 def make_mesh(device, parallel):
     """How the processes hold the weights. ddp: every process holds everything. fsdp: the processes of a node share out
     gradients and optimizer state, and gather weights for a step (ZeRO-2); every node holds all of it."""
@@ -324,8 +323,8 @@ def learning_rate(recipe, step):
 
 
 class Learner:
-    """What learns in a stage: the modules, shared out among the processes, with their optimizers, running averages and
-    checkpoints. modules: some of the system dd's, {name: module}."""
+    """What learns in a stage: modules of the system dd, {name: module}, shared out among the processes, with their
+    optimizers, running averages and checkpoints."""
     def __init__(self, dd, modules, recipe, args, dtype, folder):
         self.dd, self.modules, self.recipe, self.keep = dd, modules, recipe, args.keep
         self.autocast = dd.device.type == "cuda" and dtype == torch.bfloat16
@@ -384,8 +383,8 @@ class Learner:
         return {name: get_model_state_dict(module, options=whole) for name, module in self.modules.items()}
 
     def state(self, step):
-        """All that a run must remember, as tensors only. They are the run's own, so loading writes into them. A shard
-        knows its place in the whole, so any number of processes can read what any other number wrote."""
+        """All that a run must remember. Loading writes into these very tensors. A shard knows its place in the whole,
+        so any number of processes can read what any other number wrote."""
         return {"step": torch.tensor(step), "files": torch.tensor(dist.get_world_size()),  # each process writes one
                 "modules": {name: module.state_dict() for name, module in self.modules.items()},
                 "optimizers": {str(k): o.state_dict()["state"] for k, o in enumerate(self.optimizers)},
@@ -440,7 +439,6 @@ def checkpoints(folder):
 
 
 # ---------------------------------------------------------------- what a run says of itself
-
 
 class Log:
     """The progress bar, and metrics.jsonl, in which a run that goes on forgets what came after `start`."""
@@ -500,8 +498,8 @@ def own_session(worker):
 
 
 def show(dd, subset, path=None):
-    """A sheet: eight images drawn from captions, and eight with the model's caption and answer. In stage 0, images
-    beside their reconstructions. All processes must draw, since they gather sharded weights; one with a path writes."""
+    """A sheet: eight images drawn from captions, eight with the model's caption and answer; in stage 0, images beside
+    their reconstructions. All processes must draw, as they gather weights; the one with a path writes."""
     source, rng, generator = subset.source, np.random.default_rng([0, 3]), torch.Generator().manual_seed(0)
     ids = rng.permutation(subset.ids)  # or sorted data would show one class alone
     images = [source.image(i) for i in ids[-8:]]
@@ -532,7 +530,6 @@ def show_batch(dd, batch, path):
 
 
 # ---------------------------------------------------------------- a stage from end to end, and its settings
-
 
 def prepare(args, recipe, folder):
     """What a stage begins with -> dd, its modules that learn, Subsets (to learn from; held out), the run's settings."""
@@ -575,9 +572,12 @@ def run_stage(args, recipe):
     if rank == 0:
         dist.barrier()
     learner = Learner(dd, modules, recipe, args, DTYPES[settings["dtype"]], folder)
-    start = learner.load()
+    start, path = learner.load(), os.path.join(folder, "model.safetensors")
     if start > recipe.steps:
         fail(f"{folder} is already at step {start}, beyond --steps {recipe.steps}")
+    newest = os.path.getmtime(checkpoints(learner.folder)[-1]) if start == recipe.steps else float("inf")
+    if os.path.exists(path) and os.path.getmtime(path) >= newest:  # leave it, for a later stage may have begun with it
+        return print(f"{path} is there") if rank == 0 else None
     if rank == 0:
         print(f"{sum(p.numel() for p in learner.parameters):,} parameters learn from {len(texts.ids):,} records, in "
               f"{settings['dtype']}, on {dist.get_world_size()} x {device.type}"
@@ -605,7 +605,7 @@ def run_stage(args, recipe):
     with noted_signals() as signals:
         train(learner, loader, log, signals, validate,
               lambda done: show(dd, held_out[1], rank == 0 and f"{folder}/samples-{done:06d}.png"), args, recipe)
-    weights, path = learner.weights(), os.path.join(folder, "model.safetensors")
+    weights = learner.weights()
     show(dd, held_out[1], rank == 0 and f"{folder}/samples.png")
     if rank == 0:
         write_model(args, recipe, weights, texts, path)
@@ -635,7 +635,7 @@ def check_settings(folder, args, recipe, images, texts):
         cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     settings = {name: vars(args)[name] for name in ("preset", "text_encoder", "seed")} | asdict(recipe) | {
         "data": [hashlib.sha256(source.fingerprint.encode()).hexdigest()[:12] for source, *_ in (images, texts)],
-        "files": [[os.path.basename(file), os.stat(file).st_size, int(os.stat(file).st_mtime)]
+        "files": [f"{os.path.basename(file)}, {os.stat(file).st_size} bytes, {time.ctime(os.stat(file).st_mtime)}"
                   for path in (args.start, args.t5, args.vae, args.spiece) if path for file in data.files_of(path)],
         "dtype": args.dtype or ("bf16" if fast else "fp32")}
     if os.path.exists(path := os.path.join(folder, "run.json")) and checkpoints(f"{folder}/checkpoints"):
