@@ -36,7 +36,11 @@ from tqdm import tqdm
 SIDE = 64  # pixels; four quarters of 32 x 32, at most one thing in each
 SIZES = {"small": (6.0, 7.0), "large": (10.5, 11.8)}  # radius in pixels, from .. to
 COLORS = {"red": 0, "yellow": 52, "green": 125, "cyan": 180, "blue": 222, "purple": 285}  # hue in degrees
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = {  # the distance, in pixels, of points (x right, y down) from its outline; negative inside; within 1.14 r
+    "circle": lambda x, y, r: np.hypot(x, y) - r,
+    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.88 * r,
+    "triangle": lambda x, y, r: np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r,  # equilateral, point up
+    "cross": lambda x, y, r: np.maximum(np.maximum(abs(x), abs(y)) - r, np.minimum(abs(x), abs(y)) - 0.36 * r)}
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")  # row by row
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1)}  # axis (0 rows), direction
 HELD = {("yellow", "triangle"), ("purple", "circle"), ("cyan", "square")}  # colour-shape pairs kept for testing
@@ -53,17 +57,15 @@ class Thing(NamedTuple):
 
 
 def pick(rng, options):
-    return options[rng.integers(len(options))]
+    return list(options)[rng.integers(len(options))]
 
 
 class World:
-    """Scenes of one to three things, 64x64. Scene i is a function of (seed, pairs, i) alone.
-
-    pairs: "train" never shows a HELD colour-shape pair, "held" shows at least one in every scene. kinds: of questions
-    (see KINDS), all equally often."""
+    """Scenes of one to three things, 64x64. Scene i is a function of (seed, pairs, i) alone. pairs: "train" never shows
+    a HELD colour-shape pair, "held" at least one in every scene. kinds: of questions, some of KINDS, equally often."""
     def __init__(self, seed=0, pairs="train", kinds=None):
         self.seed, self.pairs, self.kinds, self.size = seed, pairs, list(kinds or KINDS), SIDE
-        self.fingerprint = repr((seed, pairs, self.kinds, SIDE, SIZES, COLORS, SHAPES, sorted(HELD)))
+        self.fingerprint = repr((seed, pairs, self.kinds, SIDE, SIZES, COLORS, list(SHAPES), sorted(HELD)))
 
     @functools.lru_cache(maxsize=100_000)  # training comes back to the same scenes
     def scene(self, i):
@@ -73,15 +75,15 @@ class World:
         quarters = rng.permutation(4)
         for k in range(pick(rng, (1, 2, 3))):
             while True:
-                color, shape = pick(rng, list(COLORS)), pick(rng, SHAPES)
+                color, shape = pick(rng, COLORS), pick(rng, SHAPES)
                 held = (color, shape) in HELD
                 if held != (self.pairs == "held") and (held or k == 0):
                     continue
                 if all((color, shape) != (t.color, t.shape) for t in things):
                     break
-            size, quarter = pick(rng, list(SIZES)), int(quarters[k])
+            size, quarter = pick(rng, SIZES), int(quarters[k])
             r = rng.uniform(*SIZES[size])
-            room = min(5.0, 15.5 - 1.14 * r)  # how far from its quarter's centre it may be
+            room = min(5.0, 15.5 - 1.14 * r)  # how far from its quarter's centre it may be, to stay inside
             center = tuple(n * 32 + 16 + rng.uniform(-room, room) for n in (quarter % 2, quarter // 2))
             hue, saturation, value = COLORS[color] + rng.uniform(-6, 6), rng.uniform(.75, .92), rng.uniform(.8, .95)
             things.append(Thing(size, color, shape, quarter))
@@ -95,7 +97,7 @@ class World:
         for thing, ((cx, cy), r, rgb) in zip(things, looks):
             top, left = thing.quarter // 2 * 32, thing.quarter % 2 * 32
             x, y = np.arange(left, left + 32) + 0.5 - cx, np.arange(top, top + 32)[:, None] + 0.5 - cy  # pixel centres
-            inside = np.clip(0.5 - distance(thing.shape, x, y, r), 0, 1)[..., None]
+            inside = np.clip(0.5 - SHAPES[thing.shape](x, y, r), 0, 1)[..., None]
             quarter = canvas[top:top + 32, left:left + 32]
             quarter += inside * (np.array(rgb) - quarter)
         return (canvas * 255 + 0.5).astype(np.uint8)
@@ -149,9 +151,9 @@ def refer(thing, things, rng, hide=None):
 
 
 def draw_texts(source, i, rng, recipe):
-    """The texts of one row of a batch -> what its image is drawn from, and what is read from it. Drawn from: a caption,
-    but in a share `drop` of the rows nothing, as guidance needs to know what an image is like without a prompt (Eq.
-    10). Read: the same caption, but in a share `questions` a (question, answer)."""
+    """The texts of one row of a batch -> prompt, text to read. The prompt is a caption, in a share `drop` of the rows
+    empty, as guidance needs to know what images are like without one (Eq. 10). The text is the same caption, in a share
+    `questions` of the rows a pair (question, answer)."""
     caption = source.caption(i, rng)
     question = source.question(i, rng) if rng.random() < recipe.questions or caption is None else None
     prompt = "" if caption is None or rng.random() < recipe.drop else caption
@@ -159,21 +161,6 @@ def draw_texts(source, i, rng, recipe):
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
-
-
-def distance(shape, x, y, r):
-    """Signed distance in pixels, negative inside, of points (x right, y down) to a shape of radius r at the origin."""
-    if shape == "circle":
-        return np.hypot(x, y) - r
-    if shape == "triangle":  # equilateral, point up, about its centroid
-        return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r
-    x, y = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))  # eight equal parts, folded into one
-    if shape == "square":
-        return x - 0.88 * r
-    if shape == "cross":  # two bars
-        return np.maximum(x - r, y - 0.36 * r)
-    raise ValueError(f"how does a {shape} look? Say so in data.distance")
-
 
 # ---------------------------------------------------------------- kinds of questions
 # Each kind is a function of a thing, a phrase that fits it alone, all things of the scene and a random generator. It
@@ -199,7 +186,7 @@ def ask_where(thing, phrase, things, rng):
 
 
 def ask_count(thing, phrase, things, rng):
-    color, shape = pick(rng, [thing.color, pick(rng, list(COLORS))]), pick(rng, [thing.shape, pick(rng, SHAPES)])
+    color, shape = pick(rng, [thing.color, pick(rng, COLORS)]), pick(rng, [thing.shape, pick(rng, SHAPES)])
     colors, shapes = [o.color for o in things], [o.shape for o in things]
     counts = [("shape", len(things)), (f"{color} shape", colors.count(color)), (shape, shapes.count(shape))]
     name, count = pick(rng, counts)
@@ -207,7 +194,7 @@ def ask_count(thing, phrase, things, rng):
 
 
 def ask_relation(thing, phrase, things, rng):
-    relation = pick(rng, list(RELATIONS))
+    relation = pick(rng, RELATIONS)
     others = [o for o in things if related(o.quarter, relation, thing.quarter)]
     if len(others) == 1 or not others and rng.random() >= .75:
         return f"what is {relation} the {phrase}?", str(others[0]) if others else "nothing"
@@ -215,7 +202,7 @@ def ask_relation(thing, phrase, things, rng):
 
 def ask_exists(thing, phrase, things, rng):
     size, color, shape = ((thing.size, thing.color, thing.shape) if rng.random() < .5 else
-                          (pick(rng, list(SIZES)), pick(rng, list(COLORS)), pick(rng, SHAPES)))
+                          (pick(rng, SIZES), pick(rng, COLORS), pick(rng, SHAPES)))
     if rng.random() < .5 and len(things) > 1:  # the tempting mistake: two things' features mixed
         color, shape = thing.color, pick(rng, things).shape
     size, color = pick(rng, [("", color), (size, color), (size, "")])
@@ -229,7 +216,7 @@ def ask_compare(thing, phrase, things, rng):
     other_phrase = refer(other, things, rng)
     if other is thing or other_phrase is None:
         return None
-    yes, relation, bigger = rng.random() < .5, pick(rng, list(RELATIONS)), pick(rng, ["bigger", "smaller"])
+    yes, relation, bigger = rng.random() < .5, pick(rng, RELATIONS), pick(rng, ["bigger", "smaller"])
     sizes = ("large", "small") if bigger == "bigger" else ("small", "large")
     claims = [(f"is the {phrase} {relation} the {other_phrase}?", related(thing.quarter, relation, other.quarter)),
               (f"is the {phrase} {bigger} than the {other_phrase}?", (thing.size, other.size) == sizes)]

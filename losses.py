@@ -8,9 +8,7 @@ data. Time t runs from 0 (clean) to 1 (nothing left) for both.
 - A text is a row of tokens, and nothing lies between two tokens. So each token turns, at a random time, into one
   special token, the mask, and the network learns to put the tokens back (masked diffusion).
 
-Equation numbers are the D-DiT paper's.
-References:
-  Li et al., Dual Diffusion (D-DiT), arXiv 2501.00289
+References: Li et al., Dual Diffusion (D-DiT), arXiv 2501.00289, whose equation numbers stand here
   Sahoo et al., Masked Diffusion Language Models, arXiv 2406.07524: Eq. 7 and the SUBS parametrisation
   Kingma et al., Variational Diffusion Models, arXiv 2107.00630: antithetic times
   Esser et al., Scaling Rectified Flow Transformers (SD3), arXiv 2403.03206: logit-normal times
@@ -33,11 +31,9 @@ def alpha(t):
 
 
 def reveal_rate(t):
-    """The weight of Eq. 7, -alpha'(t) / (1 - alpha(t)): t (B,) -> (B,). For the straight line, 0.999 / (0.999 t) = 1/t.
-
-    It is the rate at which a masked token is revealed when time runs backwards: from t to t - dt the share of readable
-    tokens grows by -alpha'(t) dt, all taken from the masked share 1 - alpha(t). Autograd finds the slope of any
-    schedule; in float64, as 1 - alpha can be small."""
+    """The weight of Eq. 7, -alpha'(t) / (1 - alpha(t)): t (B,) -> (B,). For the straight line it is 1/t. It is the rate
+    at which a masked token is revealed when time runs backwards: from t to t - dt the readable share grows by
+    -alpha'(t) dt, all taken from the masked share 1 - alpha(t). Autograd finds the slope of any schedule."""
     with torch.enable_grad():
         t = t.detach().double().requires_grad_()
         readable = alpha(t)
@@ -46,9 +42,8 @@ def reveal_rate(t):
 
 
 def stratified_times(n, eps=MIN_TIME, generator=None):
-    """(n,) times in [eps, 1] for the texts of a batch, in random order. One lies in each of n equal strata, all with
-    the same random offset (variational diffusion models call that antithetic). Each time alone is uniform, but a batch
-    has early and late times in equal parts, so its loss varies less."""
+    """(n,) times in [eps, 1] for the texts of a batch, in random order, one in each of n equal strata (antithetic).
+    Each alone is uniform, but a batch has early and late times in equal parts, so its loss varies less."""
     u = torch.rand(1, generator=generator)
     t = (u + torch.randperm(n, generator=generator)) / n
     return eps + (1 - eps) * t
@@ -68,8 +63,8 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 
     At time t only a share t of the tokens is masked and counted. So dividing by t makes the sum an estimate of the cost
     of the whole text, whatever t was drawn. Its mean over t is the cost of writing the text token by token in a random
-    order: an upper bound on its negative log-likelihood, in nats. The bound is the same for every schedule: as t falls,
-    the weight times dt is d(alpha) / (1 - alpha), and what is masked depends on alpha alone, so t is gone from it.
+    order: an upper bound on its negative log-likelihood, in nats. It is the same for every schedule: with a = alpha(t)
+    the weight times dt is da / (1 - a), and what is masked depends on a alone: an integral over a, from 0 to 1.
 
     The sum is divided by batch · length: nats per token of the padded text. (Dividing by the number of masked tokens,
     about t · length, would divide by t twice.) EOS padding costs like any token; a question costs nothing.
@@ -88,8 +83,8 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 # ---------------------------------------------------------------- images: flow matching
 
 def logit_normal_times(n, mean=0.0, std=1.0, generator=None):
-    """(n,) image times in (0,1), the sigmoid of a normal: most in the middle. Near t = 1 the best answer is simple,
-    towards the mean of all images; near t = 0 what the image shows is settled. The tiny recipe draws later times."""
+    """(n,) image times in (0,1), the sigmoid of a normal; with mean 0 most lie in the middle. (Near t = 1 the mean of
+    all images is a good answer; near t = 0 it is settled what the image shows.)"""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
 
 

@@ -4,8 +4,7 @@ It is Stable Diffusion 3's MM-DiT with a second head (Figure 1). Two streams of 
 weights of its own, meet in every block in one joint attention; at the top one head predicts the image's velocity, one
 the masked tokens. `DualDiffusion` is the whole system: transformer, T5, VAE and tokenizer. Modules carry the names of
 SD3's single-file checkpoint, so that its weights need no translation.
-References:
-  Li et al., Dual Diffusion for Unified Image Generation and Understanding (D-DiT), arXiv 2501.00289
+References: Li et al., Dual Diffusion for Unified Image Generation and Understanding (D-DiT), arXiv 2501.00289
   Esser et al., Scaling Rectified Flow Transformers (SD3: MM-DiT), arXiv 2403.03206
   Peebles & Xie, Scalable Diffusion Models with Transformers (DiT: adaLN-Zero), arXiv 2212.09748
 """
@@ -81,8 +80,8 @@ class StreamBlock(nn.Module):
     """A DiT block of one stream, split at the joint attention: what goes into it, and what follows it.
 
     From `vec` (B,width), which says the time, come six vectors: shift, scale and gate for the attention, and for the
-    MLP. Shift and scale change what goes in, the gate how much of the result is added. Gates begin at zero (adaLN-
-    Zero): a new block passes its input on unchanged, and learns from there."""
+    MLP. Shift and scale change what goes in, the gate how much of the result is added. Gates begin at zero (`DDiT`):
+    a new block passes its input on unchanged, and learns from there."""
     def __init__(self, config):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
@@ -139,7 +138,7 @@ class TextHead(nn.Module):
         self.linear = nn.Linear(config.width, config.vocab)
 
     def forward(self, text):
-        """Logits in float32: bf16 has 128 values from 8 to 16, so in one row of a hundred the two largest are equal."""
+        """Logits in float32: in bf16 the two largest would be equal in one row of a hundred."""
         x = self.norm_final(text).float()
         return F.linear(x, self.linear.weight.float(), self.linear.bias.float())
 
@@ -157,6 +156,9 @@ class DDiT(nn.Module):
         self.final_layer = FinalLayer(config)
         self.text_head = TextHead(config)
         init_weights(self)
+        for name, p in self.named_parameters():  # adaLN-Zero: all gates begin at zero, and so do both heads
+            if "adaLN" in name or name.startswith(("final_layer.linear", "text_head.linear")):
+                nn.init.zeros_(p)
 
     def positions(self, h, w):
         """The centred h x w crop of the position table -> (1, h*w, width). Raises ValueError where h or w is larger."""
@@ -233,8 +235,7 @@ class DualDiffusion(nn.Module):
         return cls(config, tokenizer, **{part: make_part(getattr(config, part)) for part in parts})
 
     def encode_image(self, pixels, generator=None):
-        """Pixels (B,3,H,W) in [-1,1] -> the latents the transformer sees. With a generator a sample of the posterior
-        (training), without one its mean."""
+        """Pixels (B,3,H,W) in [-1,1] -> the latents the transformer sees: a sample with a generator, else the mean."""
         mean, logvar = self.vae.encode(pixels.to(self.device))
         noise = torch.randn(mean.shape, generator=generator, device=generator.device) if generator else torch.zeros(1)
         return self.vae.normalize(self.vae.sample(mean, logvar, noise.to(mean)))
@@ -279,16 +280,14 @@ def sincos_table(size, dim):
 
 
 def init_weights(ddit):
-    """DiT's adaLN-Zero: every block starts as the identity, and both heads at zero."""
+    """As DiT does it."""
     if ddit.pos_embed.is_meta:  # a file will give the values
         return
     ddit.pos_embed.copy_(sincos_table(ddit.config.pos_size, ddit.config.width))
-    for name, module in ddit.named_modules():
+    for module in ddit.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(module.weight.flatten(1))
             nn.init.zeros_(module.bias)
-            if "adaLN" in name or name in ("final_layer.linear", "text_head.linear"):
-                nn.init.zeros_(module.weight)
     for i in (0, 2):
         nn.init.normal_(ddit.t_embedder.mlp[i].weight, std=0.02)
 

@@ -6,11 +6,9 @@ an image begins as noise and follows the velocity; a text begins as masks, which
     python sample.py --t2i "a large green triangle left of a small red circle" --num 8 --out out.png
     python sample.py --infill img.png "a _ green _ above a small _ circle and a small green square"
 
-References:
-  Ho & Salimans, Classifier-Free Guidance, arXiv 2207.12598; Esser et al., SD3, arXiv 2403.03206, section 5.3.2
-  Zheng et al., Masked Diffusion Models are Secretly Time-Agnostic Masked Models, arXiv 2409.02908
-  Chang et al., MaskGIT, arXiv 2202.04200: unmasking the most confident first
-  Ben-Hamu et al., Entropy-Bounded Unmasking, arXiv 2505.24857: as many at once as are nearly certain
+References: Esser et al., SD3, arXiv 2403.03206, section 5.3.2; Ho & Salimans, Classifier-Free Guidance, 2207.12598;
+  Zheng et al., Time-Agnostic Masked Models, 2409.02908; Chang et al., MaskGIT, 2202.04200; Ben-Hamu et al.,
+  Entropy-Bounded Unmasking, 2505.24857
 """
 import argparse
 import os
@@ -45,14 +43,19 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
     x, guided = x.to(dd.device), cfg != 1
     texts = [*prompts, *[negative] * len(prompts)] if guided else prompts
     states = dd.t5(torch.tensor([dd.tokenizer.encode(text, length) for text in texts], device=dd.device))
-    grid = time_grid(steps, shift).tolist()
-    for t, t_next in zip(grid, grid[1:]):
+
+    def velocity_at(x, t):
         latents = torch.cat([x, x]) if guided else x
         times = torch.full((len(latents),), t, device=dd.device)
         velocity = dd.ddit(latents, times, states, predict=slice(0))[0].float()  # no logits
         if guided:
             with_prompt, with_negative = velocity.chunk(2)
             velocity = with_negative + cfg * (with_prompt - with_negative)  # Eq. 10
+        return velocity
+
+    grid = time_grid(steps, shift).tolist()
+    for t, t_next in zip(grid, grid[1:]):
+        velocity = velocity_at(x, t)
         if watch:
             watch(x, t, velocity)
         x = x + (t_next - t) * velocity  # Eq. 2
@@ -79,7 +82,7 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
 def revealed_share(steps):
     """(steps+1,) float64: which share of the masked tokens is revealed, at each time of an even grid from t = 1 down to
     0. It is alpha(t), scaled to begin at 0. (By Eq. 5 a token stays masked through a step from t to s with chance
-    (1 - alpha(s)) / (1 - alpha(t)). Multiply these over the steps so far: 1 - this share.)"""
+    (1 - alpha(s)) / (1 - alpha(t)). The product of these chances over the steps so far is 1 minus this share.)"""
     readable = losses.alpha(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     return (readable - readable[0]) / (readable[-1] - readable[0])  # Eq. 5
 
@@ -92,7 +95,7 @@ def text_logits(dd, latents, tokens, predict):
 
 # The orders of unmasking. An order is a generator. It runs the network by `predict_tokens`: positions (B,L) bool -> for
 # each of the N true ones a token, its probability, the entropy of its distribution. After each pass it yields `reveal`,
-# (B,L) bool, and the tokens there, (N,). `unmask` writes these into the text and clears `masked`, which both share.
+# (B,L) bool, and the tokens there, (N,). `unmask` then writes them into the text and clears their places in `masked`.
 
 
 def in_random_order(predict_tokens, masked, steps, generator):
@@ -116,8 +119,8 @@ def by_confidence(predict_tokens, masked, steps, generator):
         candidates = masked & (count > 0)[:, None]
         if candidates.any():
             ids, confidence, _ = predict_tokens(candidates)
-            score = torch.full(masked.shape, -1.0, dtype=torch.float64).masked_scatter(candidates, confidence)
-            rank = score.argsort(1, descending=True).argsort(1)  # 0 for the surest of a row
+            sure = torch.full(masked.shape, -1.0, dtype=torch.float64).masked_scatter(candidates, confidence)
+            rank = sure.argsort(1, descending=True).argsort(1)  # 0 for the surest of a row
             reveal = candidates & (rank < count[:, None])
             yield reveal, ids[reveal[candidates]]
 
@@ -128,8 +131,8 @@ GAMMA = 0.1  # nats; larger: fewer passes and more errors (tests/README.md has a
 def by_entropy(predict_tokens, masked, steps, generator):
     """The surest first, and in each pass as many as are nearly independent; `steps` plays no part. A pass draws its
     tokens as if they were independent. The error of that, a divergence in nats, is the sum of their entropies minus
-    their joint entropy, and the joint entropy is at least the largest single one. So a pass reveals the tokens of least
-    entropy, as many as keep the sum without the largest within GAMMA."""
+    their joint entropy, and the joint entropy is at least the largest single one. So a pass reveals tokens in order of
+    entropy, as long as the entropies of those before sum up to GAMMA at most."""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
@@ -181,6 +184,16 @@ def draw_tokens(logits, temperature, generator):
     return [torch.cat(column) for column in zip(*parts)]
 
 
+def text_ids(dd, text, length=None):
+    """A caption, or a pair (question, answer) -> ids, maskable, as this model was trained on them."""
+    settings = dd.config.settings
+    length = settings.length if length in (None, "auto") else length
+    if isinstance(text, str):
+        prompt = settings.caption_prompt
+        return dd.tokenizer.question_ids(prompt, text, length) if prompt else dd.tokenizer.caption_ids(text, length)
+    return dd.tokenizer.question_ids(f"{text[0]} {settings.answer_suffix}".rstrip(), text[1], length)
+
+
 def caption(dd, images, length=None, steps=None, **how):
     """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; "auto": as many as it takes; steps,
     how: see `unmask_texts`. A model that was tuned on answers alone is asked for a caption by `caption_prompt`."""
@@ -228,16 +241,6 @@ def latent_size(dd, height, width):
         raise ValueError(f"this model wants images with sides that are multiples of {unit}, not {width}x{height}")
     dd.ddit.positions(height // unit, width // unit)  # raises where it has fewer
     return height // factor, width // factor
-
-
-def text_ids(dd, text, length=None):
-    """A caption, or a pair (question, answer) -> ids, maskable, as this model was trained on them."""
-    settings = dd.config.settings
-    length = settings.length if length in (None, "auto") else length
-    if isinstance(text, str):
-        prompt = settings.caption_prompt
-        return dd.tokenizer.question_ids(prompt, text, length) if prompt else dd.tokenizer.caption_ids(text, length)
-    return dd.tokenizer.question_ids(f"{text[0]} {settings.answer_suffix}".rstrip(), text[1], length)
 
 
 def unmask_in_blocks(dd, latents, tokens, maskable, *how, blocks=32):
@@ -426,17 +429,17 @@ def parse_args():
     add = parser.add_argument_group("how to do it", "In brackets what is taken without the flag.").add_argument
     add("--seed", type=int, default=0, help="Seeds all random numbers [0].")
     add("--steps", type=int, help="Of drawing [28], or of reading [the checkpoint's; entropy needs none].")
-    add("--order", choices=list(ORDERS), help="In which order a text is unmasked [entropy; with --steps random].")
+    add("--order", choices=list(ORDERS), help="How a text is unmasked [random if --steps is given, else entropy].")
     add("--temperature", type=float, default=0.0, help="Divides the logits of tokens; 0 takes the likeliest [0].")
-    add("--length", metavar="TOKENS", help="Tokens of a text; auto: as many as it needs [the checkpoint's].")
+    add("--length", metavar="TOKENS", help="How long a text is; auto: as long as it needs [the checkpoint's].")
     add("--options", **more, metavar="ANSWER", help="Rank these answers to --vqa by their probability.")
     add("--suffix", metavar="TEXT", help="Is added to every question [the checkpoint's].")
     add("--num", type=int, default=1, help="Images per prompt [1].")
     add("--best-of", type=int, default=1, metavar="N", help="Draw N for each, keep the one that is read best [1].")
     add("--cfg", type=float, help="Guidance, a factor; 1 is none [the checkpoint's].")
     add("--negative", default="", metavar="TEXT", help="What guidance leads away from [the empty text].")
-    add("--size", metavar="SIDES", help="Pixels, 512 or 768x512 [the checkpoint's].")
-    add("--trace", default="", metavar="FILE", help="Also draw how it came about, pass by pass; a .gif moves.")
+    add("--size", metavar="SIDES", help="In pixels: 512, or WIDTHxHEIGHT [the checkpoint's].")
+    add("--trace", default="", metavar="FILE", help="Also show the drawing or the reading pass by pass; a .gif moves.")
     add("--out", default="out.png", help="Where to write the image, or the page of all images [out.png].")
     args = parser.parse_args()
     for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):

@@ -2,8 +2,7 @@
 
 The encoder knows nothing of diffusion. It takes tokens, the mask token among them (to T5 a token like any other), and
 returns one vector per token. The transformer does the rest.
-References:
-  Raffel et al., T5, arXiv 1910.10683; v1.1 (gated GELU, no weight sharing) after Shazeer, arXiv 2002.05202
+References: Raffel et al., T5, arXiv 1910.10683; v1.1 (gated GELU, no weight sharing), Shazeer, arXiv 2002.05202
   Zhang & Sennrich, RMSNorm, arXiv 1910.07467
   Kudo & Richardson, SentencePiece, arXiv 1808.06226
 """

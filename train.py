@@ -2,13 +2,12 @@
 
     python train.py --stage 0      the tokenizer and the VAE; only where no pretrained parts exist
     python train.py --stage 1      dual diffusion on captions (`torchrun train.py --stage 1` is the same)
-    python train.py --stage 2      the same, with better captions; of T5 only the mask's embedding learns
-    python train.py --stage 2hr    high resolution, with other images for the text loss than for the image loss
+    python train.py --stage 2      the same, in the paper with better captions; of T5 only the mask's embedding learns
+    python train.py --stage 2hr    between 2 and 3, optional: higher resolution, each loss with images of its own
     python train.py --stage 3      question answering, mixed with captions; the image loss stays
 
-With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/ a file for
-sample.py, metrics, sheets of samples, and the checkpoints that the same command resumes from. A step depends on its
-number and the seed alone, so any number of processes (`torchrun --nproc_per_node 8 train.py ...`) repeats it.
+With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/, from where the
+same command goes on. Any number of processes (`torchrun --nproc_per_node 8 train.py ...`) takes the same steps.
 References: Li et al., D-DiT, arXiv 2501.00289, section 4 and Tables 6, 9, 10
   Jordan et al., Muon, 2024 (torch.optim.Muon); Zhao et al., PyTorch FSDP, arXiv 2304.11277
 """
@@ -80,9 +79,9 @@ class Recipe:
     image_weight: float = number(1.0, "of the image loss; 0: the text loss alone, as in Table 10")
     time_mean: float = number(0.0, "of the image times' logit; above 0, training sees more noise")
     time_std: float = number(1.0, "deviation of the image times' logit")
-    drop: float = number(0.1, "share of captions left empty in the image half, for guidance; missing ones always are")
+    drop: float = number(0.1, "share of captions left empty in the image half, for guidance")
     questions: float = number(0.0, "share of the text half that is questions with answers, not captions")
-    learn_t5: str = number("no", "what learns in T5: nothing, the mask token's embedding (mask), or all")
+    learn_t5: str = number("no", "what learns in T5; mask: the mask token's embedding alone")
     pool: int = number(25_000, "images of the built-in world to learn from")
     vocab: int = number(412, "pieces, at most, of the tokenizer that stage 0 makes")
 
@@ -99,15 +98,15 @@ RECIPES = {
              "3": replace(_tiny, steps=3000, questions=0.65, schedule="linear")},
     "sd3-medium": {"1": _paper, "2": replace(_later, steps=200_000, learn_t5="mask"),
                    "2hr": replace(_later, steps=80_000, batch=768, size=512),
-                   "3": replace(_later, steps=50_000, length=128, text_weight=1.0, questions=0.5)},
+                   "3": replace(_later, steps=50_000, length=128, text_weight=1.0, questions=0.5)},  # or 2hr's size
 }
 RECIPES["end-to-end"] = RECIPES["sd3-medium"]
 
 
 def training_losses(dd, batch, recipe):
-    """The losses of a training step -> total, image loss, text loss (scalars). batch: a data.Batch, its images as
-    moments: mean and log-variance of the VAE's Gaussian, stacked. All random numbers come from the step's seed, for the
-    whole batch, and a process uses those of its own rows. So any number of processes takes the same step."""
+    """-> total, image loss, text loss (scalars). batch: a data.Batch, its images as moments: mean and log-variance of
+    the VAE's Gaussian. All random numbers are drawn for the whole batch, from the step's seed, and a process uses those
+    of its own rows. So any number of processes takes the same step."""
     rows, generator = batch.rows, torch.Generator().manual_seed(batch.seed)
     image_t = losses.logit_normal_times(recipe.batch, recipe.time_mean, recipe.time_std, generator)[rows]
     text_t = losses.stratified_times(recipe.batch, generator=generator)[rows]
@@ -115,15 +114,15 @@ def training_losses(dd, batch, recipe):
     noisy, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id,
                                        skip_rows(generator, rows, recipe.length))
 
-    # Copy the inputs to the network's device in the background. (To count masks there would be to wait for it.)
+    # Copy the inputs to the network's device in the background. (Masks are counted here: there it would stall the GPU.)
     captions, tokens, noisy, image_t, text_t, *masked = (x.to(dd.device, non_blocking=True) for x in (
         batch.captions, batch.tokens, noisy, image_t, text_t, *masked.nonzero(as_tuple=True)))
     latents = text_latents = dd.vae.normalize(dd.vae.sample(*batch.images.unbind(1), vae_noise))
     if batch.text_images is not None:  # stage 2hr: the text half is about other images
         text_latents = dd.vae.normalize(dd.vae.sample(*batch.text_images.unbind(1), vae_noise))
-    drawn = len(latents) if recipe.image_weight else 0  # Table 10: no image half
+    n = len(latents) if recipe.image_weight else 0  # Table 10: no image half
     return losses.joint_loss(
-        dd.ddit, dd.t5, losses.ImageHalf(latents[:drawn], captions[:drawn], noise[:drawn], image_t[:drawn]),
+        dd.ddit, dd.t5, losses.ImageHalf(latents[:n], captions[:n], noise[:n], image_t[:n]),
         losses.TextHalf(text_latents, tokens, noisy, tuple(masked), text_t), recipe.text_weight, recipe.image_weight)
 
 
@@ -132,9 +131,9 @@ def train(learner, loader, log, signals, validation, sheet, args, recipe):
     validation() gives the losses on images that are held out; sheet(step) draws samples."""
     for step, batches in zip(log.bar, loader):
         for k, batch in enumerate(batches, 1):  # several, if one does not fit in memory
-            loss, *parts = learner.losses(batch)
+            loss, *parts = learner.forward(batch)
             learner.backward(loss / len(batches), last=k == len(batches))
-            log.losses.append(torch.stack(parts).detach())
+            log.window.append(torch.stack(parts).detach())
         norm = learner.step(step)
 
         done, stop = step + 1, mean_over_processes([torch.tensor(float(len(signals)))])[0] > 0  # all stop together
@@ -152,6 +151,7 @@ def train(learner, loader, log, signals, validation, sheet, args, recipe):
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
 
+BLOCKS = JointBlock, t5.Block, vae.Level, vae.ResnetBlock, vae.AttnBlock
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws
 
 
@@ -298,7 +298,7 @@ def make_optimizers(modules, recipe):
     decayed, plain, views, muon_groups = [], [], [], []
     for name, module in modules.items():
         layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-        blocks = [part for part in module.modules() if isinstance(part, JointBlock | t5.Block | vae.Level | vae.Middle)]
+        blocks = [part for part in module.modules() if isinstance(part, BLOCKS)]
         matrices, in_blocks = {id(layer.weight) for layer in layers}, {id(p) for b in blocks for p in b.parameters()}
         # T5 has neither 1/sqrt(d) on its attention scores nor norms on q and k: at Muon's full rate they explode.
         muon_groups.append({"params": [], "peak": recipe.muon * (0.2 if name == "t5" else 1.0)})
@@ -347,7 +347,7 @@ class Learner:
                 images = torch.stack(self.dd.vae.encode(images), 1)
         return images.float()
 
-    def losses(self, batch):
+    def forward(self, batch):
         """-> the loss to learn from, and two to look at. Nothing here waits for the device."""
         if self.dd.ddit is None:
             return autoencoder_losses(self.dd, batch, self.recipe)
@@ -443,7 +443,7 @@ def checkpoints(folder):
 class Log:
     """The progress bar, and metrics.jsonl, in which a run that goes on forgets what came after `start`."""
     def __init__(self, folder, names, start, steps):
-        self.names, self.losses, self.since = names, [], time.perf_counter()
+        self.names, self.window, self.since = names, [], time.perf_counter()
         self.step, self.rank, self.metrics = start, dist.get_rank(), os.path.join(folder, "metrics.jsonl")
         if self.rank == 0 and os.path.exists(self.metrics):
             with open(self.metrics) as f:
@@ -455,7 +455,7 @@ class Log:
 
     def write(self, done, norm, learner, validation):
         """A line of metrics, means over the steps since the last one. Raises ValueError if a loss is not finite."""
-        *parts, norm = mean_over_processes([*torch.stack(self.losses).mean(0), norm])
+        *parts, norm = mean_over_processes([*torch.stack(self.window).mean(0), norm])
         if not np.isfinite([*parts, norm]).all():
             raise ValueError(f"the loss or its gradient is not a number at step {done}, so nothing of it was saved. "
                              f"Lower --rate or --muon")
@@ -469,7 +469,7 @@ class Log:
         if self.rank == 0:
             with open(self.metrics, "a") as f:
                 f.write(json.dumps(line) + "\n")
-        self.losses, self.step, self.since = [], done, time.perf_counter()
+        self.window, self.step, self.since = [], done, time.perf_counter()
 
 
 def mean_over_processes(numbers):
@@ -586,7 +586,7 @@ def run_stage(args, recipe):
     log = Log(folder, ("image_loss", "text_loss") if dd.ddit else ("reconstruction", "kl"), start, recipe.steps)
     batches = data.Batches(images, texts, dd.tokenizer, recipe, args.seed, rows, args.accumulate)
     quick = images.latents or isinstance(images.source, data.World)  # but a GPU must not wait for one core
-    workers = 0 if device.type == "cpu" and quick else 4
+    workers = 0 if device.type == "cpu" and quick else min(4, os.cpu_count() or 1)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), pin_memory=device.type == "cuda",
                         num_workers=workers if args.workers is None else args.workers,
                         worker_init_fn=own_session)
@@ -599,7 +599,7 @@ def run_stage(args, recipe):
         """Both losses on images that are held out, with the same noise and masks every time and in every run."""
         steps = -(-min(256, len(held_out[1].ids)) // recipe.batch)
         with torch.no_grad():
-            parts = [torch.stack(learner.losses(batch)[1:]) for k in range(steps) for batch in unseen_batches[k]]
+            parts = [torch.stack(learner.forward(batch)[1:]) for k in range(steps) for batch in unseen_batches[k]]
         return mean_over_processes(torch.stack(parts).mean(0))
 
     with noted_signals() as signals:
@@ -668,18 +668,18 @@ def add_arguments(parser, recipe):
     add("--dtype", choices=list(DTYPES), help="What to compute in [bf16 where the hardware has it].")
     add("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp: share out the optimizer's state [ddp].")
     add("--accumulate", type=int, default=1, help="Passes per step; more take less memory [1].")
-    add("--checkpointing", action="store_true", help="Compute activations twice, which takes less memory, too.")
+    add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
     add("--workers", type=int, help="Processes that make batches [4; on a CPU with stored latents 0].")
-    add("--latents", type=int, default=25_000, help="Encode up to so many records once; more, each time [25000].")
+    add("--latents", type=int, default=25_000, help="Store the latents of up to N records; of more, none [25000].")
     add("--save-every", type=int, default=200, help="Steps per checkpoint [200].")
     add("--show-every", type=int, default=500, help="Steps per sheet of samples and validation [500].")
-    add("--keep", type=int, default=3, help="Checkpoints that stay [3].")
+    add("--keep", type=int, default=3, help="How many checkpoints to keep [3].")
     add = parser.add_argument_group("numbers of a stage", "In brackets what this stage and preset have.").add_argument
     choices = {"schedule": ["constant", "linear"], "learn_t5": ["no", "mask", "all"]}
     for f in fields(Recipe):
-        add("--" + f.name.replace("_", "-"), type=f.type, choices=choices.get(f.name), metavar="N",
-            help=f"{f.metadata['help']} [{getattr(recipe, f.name)}]")
+        add("--" + f.name.replace("_", "-"), type=f.type, choices=choices.get(f.name),
+            metavar=None if f.name in choices else "N", help=f"{f.metadata['help']} [{getattr(recipe, f.name)}]")
 
 
 def parse_args():

@@ -2,10 +2,10 @@
 
 An image of 8h x 8w pixels becomes a grid of h x w latents with 16 channels; the transformer works on those. The
 encoder answers with a Gaussian (mean and log-variance), so that training can sample the posterior.
-References:
-  Esser et al., Scaling Rectified Flow Transformers (SD3), arXiv 2403.03206, section 5.2.1
+References: Esser et al., Scaling Rectified Flow Transformers (SD3), arXiv 2403.03206, section 5.2.1
   Rombach et al., Latent Diffusion, arXiv 2112.10752, whose module names SD3's single file still carries
 """
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -87,15 +87,9 @@ class Level(nn.Module):
         return x
 
 
-class Middle(nn.Module):
-    def __init__(self, channels, groups):
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttnBlock(channels, groups)
-        self.block_2 = ResnetBlock(channels, channels, groups)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
+def middle(c, groups):
+    return nn.Sequential(OrderedDict(
+        block_1=ResnetBlock(c, c, groups), attn_1=AttnBlock(c, groups), block_2=ResnetBlock(c, c, groups)))
 
 
 class Encoder(nn.Module):
@@ -106,7 +100,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList(
             Level(widths[max(i - 1, 0)], w, 2, config.groups, **({"downsample": Downsample(w)} if i < last else {}))
             for i, w in enumerate(widths))
-        self.mid = Middle(widths[-1], config.groups)
+        self.mid = middle(widths[-1], config.groups)
         self.norm_out = nn.GroupNorm(config.groups, widths[-1], 1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
@@ -122,7 +116,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths, last = [config.channels * m for m in config.multipliers], len(config.multipliers) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], config.groups)
+        self.mid = middle(widths[-1], config.groups)
         self.up = nn.ModuleList(  # numbered by resolution as `down` is, so it is run from the last to the first
             Level(widths[min(i + 1, last)], w, 3, config.groups, **({"upsample": Upsample(w)} if i > 0 else {}))
             for i, w in enumerate(widths))
