@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_networks import GOLDEN, SHAPES, assert_close
 
 import model
-from model import DualDiffusion, Settings, inspect, read_part
+from model import DualDiffusion, Settings, find_parts, read_part
 from sample import SHIPPED, text_to_image
 from t5 import train_tokenizer
 
@@ -62,7 +62,7 @@ def folder(path, kind, dtype=torch.float32, shards=1):
 
 def load(path, **files):
     """DualDiffusion.load, but for the tokenizer: no random one has the golden vocabulary."""
-    config, parts, _ = inspect(path, **files)
+    config, parts, _ = find_parts(path, **files)
     return DualDiffusion(config, None, **{part: read_part(part, tensors, getattr(config, part), "cpu", torch.float32)
                                           for part, tensors in parts.items()}).eval()
 
@@ -259,8 +259,8 @@ def test_an_older_header(tmp_path, small):
     later = ("qk_norm", "places", "answer_steps")
     old = {part: {name: value for name, value in HEADER[part].items() if name not in later} for part in PARTS}
     save_file(small, tmp_path / "x.safetensors", {"config": json.dumps(old)})
-    config, _, _ = inspect(str(tmp_path / "x.safetensors"))
-    wanted, _, _ = inspect(SHIPPED)
+    config, _, _ = find_parts(str(tmp_path / "x.safetensors"))
+    wanted, _, _ = find_parts(SHIPPED)
     assert config == wanted and config.settings.caption_prompt == "" and isinstance(config.vae.multipliers, tuple)
 
 
@@ -308,17 +308,17 @@ def test_another_model_s_tokenizer(tmp_path):
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c d e"]), model_writer=made, vocab_size=20,
                                              model_type="bpe", hard_vocab_limit=False, minloglevel=2)
     (tmp_path / "spiece.model").write_bytes(made.getvalue())
-    assert "spiece.model: not T5's" in refused(inspect, SHIPPED, tokenizer=str(tmp_path / "spiece.model"))
+    assert "spiece.model: not T5's" in refused(find_parts, SHIPPED, tokenizer=str(tmp_path / "spiece.model"))
 
 
 def test_authors_settings(tmp_path):
     """Their release is to be asked as it was tuned; SD3's folder, and what says otherwise itself, is not."""
     path = folder(tmp_path / "authors", "authors")
-    settings = inspect(path)[0].settings
+    settings = find_parts(path)[0].settings
     assert (settings.size, settings.length, settings.shift) == (512, 128, 2.5)
     assert settings.caption_prompt == "Describe the image concisely."
     assert settings.answer_suffix == "Answer the question using a single word or phrase."
-    assert inspect(folder(tmp_path / "sd3", "sd3"))[0].settings == Settings(shift=2.5)
+    assert find_parts(folder(tmp_path / "sd3", "sd3"))[0].settings == Settings(shift=2.5)
 
 
 def test_an_answer_needs_no_compiler_and_opens_its_file_once(tmp_path):

@@ -112,11 +112,11 @@ def figures(out):
 
 
 def test_the_shipped_model_in_the_world(monkeypatch, capsys):
-    scores = figures(run(monkeypatch, capsys, "world", "--num", 12, "--kinds", "color", "where", "same")[0])
-    assert list(scores) == ["reader, true scenes", "answers", "color", "where", "same", "answers, held-out pairs",
+    scores = figures(run(monkeypatch, capsys, "world", "--num", 12, "--kinds", "color", "where", "count")[0])
+    assert list(scores) == ["reader, true scenes", "answers", "color", "where", "count", "answers, held-out pairs",
                             "captions", "objects drawn", "scenes drawn"]
     assert scores["where"][1] == scores["captions"][1] == scores["scenes drawn"][1] == 12
-    assert scores["answers"] == tuple(map(sum, zip(*(scores[kind] for kind in ("color", "where", "same")))))
+    assert scores["answers"] == tuple(map(sum, zip(*(scores[kind] for kind in ("color", "where", "count")))))
     assert all(right >= 0.75 * total for right, total in scores.values())
 
 
@@ -211,7 +211,7 @@ def test_a_model_of_stage_0_is_judged_by_its_reconstructions(world_on_disk, tmp_
     (["blanks", "--steps", "4"], "leave out --order and --steps"), (["world", "--num", "0"], "--num"),
     (["world", "--seed", "-1"], "--seed"), (["world", "--kinds", "taste"], "--kinds"),
     (["world", "--ckpt", "none.safetensors"], "none.safetensors: no such checkpoint"),
-    (["world", "--ckpt", "half.safetensors"], "half.safetensors: holds no T5; "),
+    (["world", "--ckpt", "half.safetensors"], "half.safetensors: holds no T5 (--t5)"),
     (["data", "--data", "none.jsonl"], "none.jsonl: no such file")])
 def test_mistakes_give_one_line_and_status_2(tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)

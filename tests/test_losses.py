@@ -35,7 +35,7 @@ def test_eq7_agrees_with_exhaustive_enumeration(straight_line):
     batch = tokens.expand(n, L)
     t = losses.stratified_times(n, generator=generator)
     noisy, masked = losses.mask_tokens(batch, t, torch.ones(n, L, dtype=torch.bool), MASK,
-                                       torch.rand(n, L, generator=generator))
+                                       generator)
     logits = toy_logits(noisy)
     estimate = losses.masked_diffusion_loss(logits[masked], batch, masked, t).item()
     assert abs(estimate / exact - 1) < 0.01, (estimate, exact)
@@ -62,7 +62,7 @@ def test_mask_tokens_masks_at_the_stated_rate_and_only_what_may_be(straight_line
     tokens = torch.arange(5).expand(n, 5)
     maskable = torch.tensor([True, True, True, True, False]).expand(n, 5)
     for t in (losses.MIN_TIME, 0.3, 1.0):
-        noisy, masked = losses.mask_tokens(tokens, torch.full((n,), t), maskable, 99, torch.rand(n, 5, generator=generator))
+        noisy, masked = losses.mask_tokens(tokens, torch.full((n,), t), maskable, 99, generator)
         p, rate = (1 - losses.MIN_TIME) * t, masked[:, :4].float().mean().item()
         assert abs(rate - p) < 5 * math.sqrt(p * (1 - p) / (4 * n)) + 1e-9
         assert not masked[:, 4].any()
@@ -102,7 +102,7 @@ def test_the_stacked_pass_has_the_gradients_of_two_passes():
     generator = torch.Generator().manual_seed(1)
     t = losses.stratified_times(8, generator=generator)
     noisy, masked = losses.mask_tokens(tokens, t, torch.ones(8, 6, dtype=torch.bool), 4,
-                                       torch.rand(8, 6, generator=generator))
+                                       generator)
     images = losses.ImageHalf(latents, captions, torch.randn(latents.shape), losses.logit_normal_times(8))
     texts = losses.TextHalf(latents, tokens, noisy, masked.nonzero(as_tuple=True), t)
     total, image, text = losses.joint_loss(ddit, table, images, texts, text_weight=0.2)

@@ -352,7 +352,7 @@ def test_understanding_alone_can_be_trained(tmp_path):
 def test_a_model_without_t5_goes_on_with_longer_texts(without_t5, tmp_path):
     shutil.copytree(without_t5 / "stage1", tmp_path / "stage1")
     dd = DualDiffusion.load(str(without_t5 / "stage1" / "model.safetensors"))
-    assert {name for name, _ in dd.t5.named_parameters()} == {"places", "shared.weight",
+    assert {name for name, _ in dd.t5.named_parameters()} == {"positions", "shared.weight",
                                                               "encoder.final_layer_norm.weight"}
     run("--stage", 2, "--steps", 2, "--out", tmp_path, *SMALL)
 
