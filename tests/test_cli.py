@@ -17,9 +17,8 @@ from safetensors.torch import save_file
 
 import data
 import sample
-import train
 from model import DualDiffusion
-from t5 import Tokenizer, train_tokenizer
+from t5 import Tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCENE = os.path.join(ROOT, "assets", "scene.png")

@@ -253,7 +253,7 @@ def test_names_in_shards(pictures):
     shutil.copy(pictures / "2.png", pictures / "x.tar" / "2.png")
     os.remove(path)
     assert said(data.Records(str(pictures / "x.tar"), 16)) == [(20, ("x.tar",), ())]
-    for wrong, content, message in (("a.json", b"[7]", "want"), 
+    for wrong, content, message in (("a.json", b"[7]", "want"),
                                     ("a.seg.png", image, "a second image, in the sample of a.png")):
         with pytest.raises(ValueError, match=f"s.tar: not a readable .tar shard .{wrong}: {message}"):
             data.Records(make_shard(path, [("a.png", image), (wrong, content)]), 16)
