@@ -38,6 +38,7 @@ def test_eq7_agrees_with_exhaustive_enumeration(straight_line):
                                        generator)
     logits = toy_logits(noisy)
     estimate = losses.masked_diffusion_loss(logits[masked], batch, masked, t).item()
+    assert estimate == losses.masked_diffusion_loss(logits, batch, masked, t).item()
     assert abs(estimate / exact - 1) < 0.01, (estimate, exact)
 
 
@@ -148,15 +149,21 @@ def test_the_weight_follows_the_schedule(monkeypatch, straight_line):
     assert torch.allclose(losses.reveal_rate(t).double(), exact, rtol=1e-5)
 
 
-def test_the_equations_of_the_code_are_those_of_the_readme_s_table():
-    """`# Eq. N` stands in the file that README's table names for it, and nowhere else."""
+def test_the_equations_of_the_code_and_the_lines_of_the_chapters_are_those_of_the_readme_s_table():
+    """`# Eq. N` stands in the file that README's table names for it, and nowhere else; and a chapter has as many lines
+    as the table says."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    in_code = {(os.path.basename(path), int(number)) for path in glob.glob(os.path.join(root, "*.py"))
-               for number in re.findall(r"# Eq\. (\d+)", open(path).read())}
-    in_table = set()
-    for line in open(os.path.join(root, "README.md")):
-        if line.startswith("| Eq. "):
-            numbers, where = line[6:].split(":")[0], re.search(r"`(\w+\.py)`", line)[1]
-            in_table |= {(where, int(number)) for number in numbers.split(",")}
+    in_code, in_table, lines = set(), set(), {}
+    for path in glob.glob(os.path.join(root, "*.py")):
+        code, name = open(path).read(), os.path.basename(path)
+        in_code |= {(name, int(number)) for number in re.findall(r"# Eq\. (\d+)", code)}
+        lines[name] = re.split("# -+ the chapter ends here", code)[0].count("\n")
+    for row in re.findall(r"^\|.*\|$", open(os.path.join(root, "README.md")).read(), re.MULTILINE):
+        file, numbers, count = (re.search(pattern, row) for pattern in (
+            r"`(\w+\.py)`", r"Eq\. (\d+(?:, ?\d+)*)", r"\| (\d+) \|"))
+        if file and numbers:
+            in_table |= {(file[1], int(number)) for number in numbers[1].split(",")}
+        if file and count and file[1] in lines:
+            assert lines[file[1]] == int(count[1]), row
     assert in_code == in_table
     assert {number for _, number in in_code} == set(range(1, 11)) - {4}  # 4, the Markov chain itself, is only described
