@@ -495,6 +495,8 @@ def check_files(args):
             fail(f"{args.benchmark} wants --{name} (--help shows how)")
     if args.benchmark != "world" and (args.order or args.steps):
         fail(f"{args.benchmark} has no use for it: leave out --order and --steps")
+    if args.num is not None and args.num < 1:
+        fail(f"--num {args.num} is nothing to judge on")
     if args.results and args.num:
         fail("--results are scored whole: leave out --num")
 

@@ -310,7 +310,8 @@ def test_the_readme_s_commands_that_use_the_model(tmp_path, monkeypatch, capsys)
         printed += out.splitlines()
     known = {"a _ green _ above": "a large green triangle above a small red circle and a small green square",
              "--options": "red (100.0%), green (0.0%), blue (0.0%)",
-             "A: top _": "Q: where is the triangle? A: top left", "_ _? A:": "Q: where is the small red? A: bottom left"}
+             "A: top _": "Q: where is the triangle? A: top left",
+             "where is the _ _?": "Q: where is the small red? A: bottom left"}
     typed = "\n".join(map(shlex.join, commands))
     assert all(line in printed for words, line in known.items() if words in typed)
     for block in re.findall(r"^```\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL):
@@ -324,7 +325,7 @@ def test_the_readme_s_commands_that_use_the_model(tmp_path, monkeypatch, capsys)
 def test_the_readme_s_other_commands_are_understood(monkeypatch):
     """Training and judging take too long to be run here: but every flag exists."""
     others = [line for line in readme_commands()[1] if re.search(r"(train|evaluate)\.py", " ".join(line))]
-    assert len(others) > 10
+    assert len(others) > 5
     for line in others:
         script = next(k for k, word in enumerate(line) if word.endswith(".py"))
         program = importlib.import_module(os.path.basename(line[script])[:-3])

@@ -180,7 +180,7 @@ def world_on_disk(tmp_path):
 
 def test_images_of_the_user(world_on_disk, monkeypatch, capsys):
     out, err = run(monkeypatch, capsys, "data", "--data", world_on_disk)
-    assert "1 images cannot be read and are left out, the first: " in err and "7.png: cannot be read as an image" in err
+    assert "7.png: cannot be read as an image" in err and err.count("\n") == 1
     scores = figures(out)
     assert scores["answers"] == (19, 19) and scores["captions"][1] == 29
     assert figures(run(monkeypatch, capsys, "data", "--data", world_on_disk, "--num", 5)[0])["captions"][1] in (4, 5)
@@ -209,10 +209,10 @@ def test_a_model_of_stage_0_is_judged_by_its_reconstructions(world_on_disk, tmp_
     ([], "benchmark"), (["chess"], "invalid choice: 'chess'"), (["data"], "data wants --data"),
     (["world", "--data", "x.jsonl"], "leave out --data"),
     (["blanks", "--steps", "4"], "leave out --order and --steps"), (["world", "--num", "0"], "--num"),
-    (["world", "--seed", "-1"], "--seed"), (["world", "--kinds", "taste"], "--kinds"),
-    (["world", "--ckpt", "none.safetensors"], "none.safetensors: no such checkpoint"),
+    (["world", "--kinds", "taste"], "--kinds"),
+    (["world", "--ckpt", "none.safetensors"], "No such file or directory: none.safetensors"),
     (["world", "--ckpt", "half.safetensors"], "half.safetensors: holds no T5 (--t5)"),
-    (["data", "--data", "none.jsonl"], "none.jsonl: no such file")])
+    (["data", "--data", "none.jsonl"], "none.jsonl: No such file")])
 def test_mistakes_give_one_line_and_status_2(tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
     if "half.safetensors" in args:
