@@ -287,9 +287,10 @@ def random_halves(config, recipe, batch, device):
     captions, tokens = torch.randint(vocab - 1, (2, batch, recipe.length))
     t = stratified_times(batch)
     noisy, masked = mask_tokens(tokens, t, torch.ones_like(tokens, dtype=torch.bool), vocab - 1)
-    images = ImageHalf(latents, captions, torch.randn(latents.shape), logit_normal_times(batch))
-    texts = TextHalf(latents, tokens, noisy, masked.nonzero(as_tuple=True), t)
-    return ImageHalf(*(x.to(device) for x in images)), TextHalf(*(x.to(device) for x in texts))
+    captions, noise, image_t, tokens, noisy, t, *masked = (x.to(device) for x in (
+        captions, torch.randn(latents.shape), logit_normal_times(batch), tokens, noisy, t,
+        *masked.nonzero(as_tuple=True)))
+    return ImageHalf(latents, captions, noise, image_t), TextHalf(latents, tokens, noisy, tuple(masked), t)
 
 
 def peak_memory(run, device):

@@ -170,7 +170,8 @@ def make_wrong(tmp_path, name):
     path, file = tmp_path / name, states("single")["single"]
     file = {PREFIX["single"] + n: w for n, w in file.items()}
     bias = PREFIX["single"] + "joint_blocks.1.x_block.mlp.fc1.bias"
-    more = {"lora": "joint_blocks.0.x_block.lora_A.weight", "sd35m": PREFIX["single"] + "joint_blocks.0.x_block.attn2.qkv.weight"}
+    more = {"lora": "joint_blocks.0.x_block.lora_A.weight",
+            "sd35m": PREFIX["single"] + "joint_blocks.0.x_block.attn2.qkv.weight"}
     kind = name.split(".")[0]
     if kind in ("shardless", "pickled", "config"):
         folder(path, "sd3", shards=3)
