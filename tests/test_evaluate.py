@@ -85,12 +85,6 @@ def test_scenes_are_those_that_training_never_draws():
     assert evaluate.UNSEEN == train.UNSEEN
 
 
-def test_every_benchmark_says_what_it_measures():
-    for benchmark in evaluate.BENCHMARKS.values():
-        first, empty, *rest = benchmark.__doc__.splitlines()
-        assert first.endswith((".", ":")) and not empty and rest
-
-
 def run(monkeypatch, capsys, *args, status=None):
     """tests/evaluate.py as if typed -> what it printed, its errors."""
     monkeypatch.setattr(sys, "argv", [evaluate.__file__, *map(str, args)])

@@ -452,15 +452,6 @@ def test_a_page_of_tiles(count, columns, size):
         (k, 0, 0) for k in range(count)]
 
 
-def test_what_is_not_the_papers_is_said():
-    assert "SD3" in sample.text_to_image.__doc__ and "SD3" in sample.time_grid.__doc__
-    assert "at temperature 1" in sample.unmask.__doc__ and "greedy" in sample.unmask.__doc__
-
-
-def test_fp32_is_float32_on_a_gpu():
-    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
-
-
 def test_a_text_that_fills_its_length_goes_on_in_blocks():
     """A network that knows texts of 0 to 29 words by heart, word k after word k-1, writes each to its end, in a window
     of eight tokens, after a prompt of one."""

@@ -290,6 +290,17 @@ def test_a_folder_holds_one_run(uninterrupted, tmp_path):
     assert json.load(open(tmp_path / "stage1" / "run.json"))["steps"] == 7
 
 
+def test_a_stage_goes_on_with_the_file_that_it_began_with(uninterrupted, tmp_path):
+    """The stage before it, started again when it is done, leaves that file as it is. Another in its place is refused."""
+    shutil.copytree(uninterrupted / "stage1", tmp_path / "stage1")
+    args, model = ["--out", tmp_path, *SMALL, "--steps"], tmp_path / "stage1" / "model.safetensors"
+    run(*args, 1, "--stage", 2)
+    for steps, stage in ((6, 1), (1, 2)):
+        assert f"stage{stage}/model.safetensors is there" in run(*args, steps, "--stage", stage)[0]
+    os.utime(model, (1, 1))
+    assert "stage2 holds a run with other settings (files" in run(*args, 1, "--stage", 2, status=2)[1]
+
+
 def test_a_full_disk_costs_no_checkpoint(uninterrupted, tmp_path):
     """Simulated by a limit on the size of files, which is met in the middle of writing the second checkpoint."""
     args = ["--stage", 1, "--steps", 6, "--save-every", 2, "--out", tmp_path, *SMALL]
