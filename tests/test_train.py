@@ -291,7 +291,7 @@ def test_a_folder_holds_one_run(uninterrupted, tmp_path):
 
 
 def test_a_stage_goes_on_with_the_file_that_it_began_with(uninterrupted, tmp_path):
-    """The stage before it, started again when it is done, leaves that file as it is. Another in its place is refused."""
+    """The stage before it, started again when done, leaves that file as it is. Another in its place is refused."""
     shutil.copytree(uninterrupted / "stage1", tmp_path / "stage1")
     args, model = ["--out", tmp_path, *SMALL, "--steps"], tmp_path / "stage1" / "model.safetensors"
     run(*args, 1, "--stage", 2)
