@@ -412,7 +412,6 @@ def caption_holds(text, things):
     return False
 
 
-
 Y, X = np.mgrid[0:data.SIDE, 0:data.SIDE] + 0.5  # the centres of the pixels
 
 
@@ -496,6 +495,8 @@ def check_files(args):
             fail(f"{args.benchmark} wants --{name} (--help shows how)")
     if args.benchmark != "world" and (args.order or args.steps):
         fail(f"{args.benchmark} has no use for it: leave out --order and --steps")
+    if args.num is not None and args.num < 1:
+        fail(f"--num {args.num} is nothing to judge on")
     if args.results and args.num:
         fail("--results are scored whole: leave out --num")
 
@@ -522,8 +523,8 @@ def parse_args():
     parser.add_argument("--results", metavar="FILE", help="score these results, without a model")
     parser.add_argument("--num", type=int, help="images to judge on, at most, or of the published "
                         "benchmarks how many of the first questions, images, prompts; default: 1000, or all")
-    parser.add_argument("--kinds", nargs="+", choices=[*data.KINDS, "same"], default=list(data.KINDS), metavar="KIND",
-                        help="of questions in the built-in world, as train.py's; default: all but same")
+    parser.add_argument("--kinds", nargs="+", choices=list(data.KINDS), default=list(data.KINDS), metavar="KIND",
+                        help="of questions in the built-in world; default: all")
     parser.add_argument("--order", nargs="+", choices=list(ORDERS), help="of world: the orders of unmasking to compare")
     parser.add_argument("--steps", nargs="+", type=int, help="of world: the numbers of steps to "
                         "compare, of those orders that take them")
@@ -546,8 +547,7 @@ def load_model(args):
     dd = DualDiffusion.load(args.ckpt, args.t5, args.vae, args.spiece, args.device, dtype)
     autoencoder_alone = args.benchmark in JUDGED and dd.vae and not dd.ddit and not dd.t5  # what stage 0 leaves
     if (missing := missing_parts(dd)) and not autoencoder_alone:
-        fail(f"{args.ckpt}: holds no {' and no '.join(missing)}"
-             f"tells what it holds")
+        fail(f"{args.ckpt}: holds no {' and no '.join(missing)}")
     return dd
 
 

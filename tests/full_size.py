@@ -19,15 +19,15 @@ from safetensors.torch import save_file
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import make_golden  # noqa: E402
 
-from model import MODULES, PREFIXES, PRESETS, DDiTConfig, DualDiffusion  # noqa: E402
+from model import PARTS, PREFIXES, PRESETS, DDiTConfig, DualDiffusion, make_part  # noqa: E402
 from sample import unmask  # noqa: E402
 
 
 def write(folder):
     config = PRESETS["sd3-medium"]
     with torch.device("meta"):
-        shapes = {part: {name: tuple(w.shape) for name, w in MODULES[part](getattr(config, part)).state_dict().items()}
-                  for part in MODULES}
+        shapes = {part: {name: tuple(w.shape) for name, w in make_part(getattr(config, part)).state_dict().items()}
+                  for part in PARTS}
     shapes["ddit"] = {name: tuple(w.shape) for name, w in make_golden.sd3_part(
         {name: torch.empty(shape, device="meta") for name, shape in shapes["ddit"].items()}, DDiTConfig()).items()}
     shapes["ddit"] |= make_golden.y_embedder(1536)

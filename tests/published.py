@@ -166,7 +166,7 @@ def parse(raw, where, kind, form="an object"):
     `where`, and `form`, what a value of that kind looks like here. Raises ValueError with one line."""
     try:
         value = str(raw, "utf-8-sig") if kind is str else json.loads(raw)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{where}: not valid {'UTF-8' if kind is str else 'JSON'} ({data.one_line(error)})") from None
     if not isinstance(value, kind):
         raise ValueError(f"{where}: want {form}")

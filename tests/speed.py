@@ -53,14 +53,14 @@ from losses import (
     noise_latents,
     stratified_times,
 )
-from model import DTYPES, PRESETS, Config, DDiT, DDiTConfig, DualDiffusion, inspect
+from model import DTYPES, PRESETS, Config, DDiT, DDiTConfig, DualDiffusion, find_parts
 from sample import SHIPPED, answer, caption, text_to_image
 from t5 import T5Config, T5Encoder
 from train import RECIPES, make_mesh, parallelize
 from vae import VAE, VAEConfig
 
 TOP = Path(__file__).resolve().parents[1]
-TINY = inspect(SHIPPED)[0]  # the preset, with the shipped tokenizer's vocabulary
+TINY = find_parts(SHIPPED)[0]  # the preset, with the shipped tokenizer's vocabulary
 MIDDLE = Config(DDiTConfig(depth=8, width=512, heads=8, text_dim=512, pos_size=64),
                 T5Config(d_model=512, num_layers=6, num_heads=8, d_kv=64, d_ff=1024))
 SIZES = {"tiny": (TINY, replace(RECIPES["tiny"]["1"], learn_t5="no"), 64),
@@ -244,12 +244,11 @@ def same_work(device, dtype):
         return torch.randn(shape, device=device, dtype=dtype)
     x, text, pooled, t = random(2, 16, 32, 32), random(2, 256, 4096), random(2, 2048), torch.rand(2, device=device)
     tokens, pixels, z = torch.randint(32000, (2, 256), device=device), random(1, 3, 128, 128), random(1, 16, 16, 16)
-    no_logits = torch.zeros(0).long()
     yield ("`DDiT`, forward and backward: `SD3Transformer2DModel`",
-           lambda: ddit(x, t, text, no_logits)[0].mean().backward(),
+           lambda: ddit(x, t, text, slice(0))[0].mean().backward(),
            lambda: sd3(x, text, pooled, 1000 * t).sample.mean().backward())
     with torch.no_grad():
-        yield ("`DDiT`: `SD3Transformer2DModel`", lambda: ddit(x, t, text, no_logits),
+        yield ("`DDiT`: `SD3Transformer2DModel`", lambda: ddit(x, t, text, slice(0)),
                lambda: sd3(x, text, pooled, 1000 * t))
         yield "`T5Encoder`: `T5EncoderModel`", lambda: t5(tokens), lambda: their_t5(tokens)
         yield "`VAE.encode`: `AutoencoderKL`", lambda: vae.encode(pixels), lambda: their_vae.encode(pixels)
@@ -287,10 +286,11 @@ def random_halves(config, recipe, batch, device):
     latents = torch.randn(batch, config.vae.latent_channels, side, side, device=device)
     captions, tokens = torch.randint(vocab - 1, (2, batch, recipe.length))
     t = stratified_times(batch)
-    noisy, masked = mask_tokens(tokens, t, torch.ones_like(tokens, dtype=torch.bool), vocab - 1, torch.rand(tokens.shape))
-    images = ImageHalf(latents, captions, torch.randn(latents.shape), logit_normal_times(batch))
-    texts = TextHalf(latents, tokens, noisy, masked.nonzero(as_tuple=True), t)
-    return ImageHalf(*(x.to(device) for x in images)), TextHalf(*(x.to(device) for x in texts))
+    noisy, masked = mask_tokens(tokens, t, torch.ones_like(tokens, dtype=torch.bool), vocab - 1)
+    captions, noise, image_t, tokens, noisy, t, *masked = (x.to(device) for x in (
+        captions, torch.randn(latents.shape), logit_normal_times(batch), tokens, noisy, t,
+        *masked.nonzero(as_tuple=True)))
+    return ImageHalf(latents, captions, noise, image_t), TextHalf(latents, tokens, noisy, tuple(masked), t)
 
 
 def peak_memory(run, device):

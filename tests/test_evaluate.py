@@ -85,12 +85,6 @@ def test_scenes_are_those_that_training_never_draws():
     assert evaluate.UNSEEN == train.UNSEEN
 
 
-def test_every_benchmark_says_what_it_measures():
-    for benchmark in evaluate.BENCHMARKS.values():
-        first, empty, *rest = benchmark.__doc__.splitlines()
-        assert first.endswith((".", ":")) and not empty and rest
-
-
 def run(monkeypatch, capsys, *args, status=None):
     """tests/evaluate.py as if typed -> what it printed, its errors."""
     monkeypatch.setattr(sys, "argv", [evaluate.__file__, *map(str, args)])
@@ -112,11 +106,11 @@ def figures(out):
 
 
 def test_the_shipped_model_in_the_world(monkeypatch, capsys):
-    scores = figures(run(monkeypatch, capsys, "world", "--num", 12, "--kinds", "color", "where", "same")[0])
-    assert list(scores) == ["reader, true scenes", "answers", "color", "where", "same", "answers, held-out pairs",
+    scores = figures(run(monkeypatch, capsys, "world", "--num", 12, "--kinds", "color", "where", "count")[0])
+    assert list(scores) == ["reader, true scenes", "answers", "color", "where", "count", "answers, held-out pairs",
                             "captions", "objects drawn", "scenes drawn"]
     assert scores["where"][1] == scores["captions"][1] == scores["scenes drawn"][1] == 12
-    assert scores["answers"] == tuple(map(sum, zip(*(scores[kind] for kind in ("color", "where", "same")))))
+    assert scores["answers"] == tuple(map(sum, zip(*(scores[kind] for kind in ("color", "where", "count")))))
     assert all(right >= 0.75 * total for right, total in scores.values())
 
 
@@ -180,7 +174,7 @@ def world_on_disk(tmp_path):
 
 def test_images_of_the_user(world_on_disk, monkeypatch, capsys):
     out, err = run(monkeypatch, capsys, "data", "--data", world_on_disk)
-    assert "1 images cannot be read and are left out, the first: " in err and "7.png: cannot be read as an image" in err
+    assert "7.png: cannot be read as an image" in err and err.count("\n") == 1
     scores = figures(out)
     assert scores["answers"] == (19, 19) and scores["captions"][1] == 29
     assert figures(run(monkeypatch, capsys, "data", "--data", world_on_disk, "--num", 5)[0])["captions"][1] in (4, 5)
@@ -209,10 +203,10 @@ def test_a_model_of_stage_0_is_judged_by_its_reconstructions(world_on_disk, tmp_
     ([], "benchmark"), (["chess"], "invalid choice: 'chess'"), (["data"], "data wants --data"),
     (["world", "--data", "x.jsonl"], "leave out --data"),
     (["blanks", "--steps", "4"], "leave out --order and --steps"), (["world", "--num", "0"], "--num"),
-    (["world", "--seed", "-1"], "--seed"), (["world", "--kinds", "taste"], "--kinds"),
-    (["world", "--ckpt", "none.safetensors"], "none.safetensors: no such checkpoint"),
-    (["world", "--ckpt", "half.safetensors"], "half.safetensors: holds no T5; "),
-    (["data", "--data", "none.jsonl"], "none.jsonl: no such file")])
+    (["world", "--kinds", "taste"], "--kinds"),
+    (["world", "--ckpt", "none.safetensors"], "No such file or directory: none.safetensors"),
+    (["world", "--ckpt", "half.safetensors"], "half.safetensors: holds no T5 (--t5)"),
+    (["data", "--data", "none.jsonl"], "none.jsonl: No such file")])
 def test_mistakes_give_one_line_and_status_2(tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
     if "half.safetensors" in args:

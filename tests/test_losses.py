@@ -35,9 +35,10 @@ def test_eq7_agrees_with_exhaustive_enumeration(straight_line):
     batch = tokens.expand(n, L)
     t = losses.stratified_times(n, generator=generator)
     noisy, masked = losses.mask_tokens(batch, t, torch.ones(n, L, dtype=torch.bool), MASK,
-                                       torch.rand(n, L, generator=generator))
+                                       generator)
     logits = toy_logits(noisy)
     estimate = losses.masked_diffusion_loss(logits[masked], batch, masked, t).item()
+    assert estimate == losses.masked_diffusion_loss(logits, batch, masked, t).item()
     assert abs(estimate / exact - 1) < 0.01, (estimate, exact)
 
 
@@ -62,7 +63,7 @@ def test_mask_tokens_masks_at_the_stated_rate_and_only_what_may_be(straight_line
     tokens = torch.arange(5).expand(n, 5)
     maskable = torch.tensor([True, True, True, True, False]).expand(n, 5)
     for t in (losses.MIN_TIME, 0.3, 1.0):
-        noisy, masked = losses.mask_tokens(tokens, torch.full((n,), t), maskable, 99, torch.rand(n, 5, generator=generator))
+        noisy, masked = losses.mask_tokens(tokens, torch.full((n,), t), maskable, 99, generator)
         p, rate = (1 - losses.MIN_TIME) * t, masked[:, :4].float().mean().item()
         assert abs(rate - p) < 5 * math.sqrt(p * (1 - p) / (4 * n)) + 1e-9
         assert not masked[:, 4].any()
@@ -102,7 +103,7 @@ def test_the_stacked_pass_has_the_gradients_of_two_passes():
     generator = torch.Generator().manual_seed(1)
     t = losses.stratified_times(8, generator=generator)
     noisy, masked = losses.mask_tokens(tokens, t, torch.ones(8, 6, dtype=torch.bool), 4,
-                                       torch.rand(8, 6, generator=generator))
+                                       generator)
     images = losses.ImageHalf(latents, captions, torch.randn(latents.shape), losses.logit_normal_times(8))
     texts = losses.TextHalf(latents, tokens, noisy, masked.nonzero(as_tuple=True), t)
     total, image, text = losses.joint_loss(ddit, table, images, texts, text_weight=0.2)
@@ -148,15 +149,21 @@ def test_the_weight_follows_the_schedule(monkeypatch, straight_line):
     assert torch.allclose(losses.reveal_rate(t).double(), exact, rtol=1e-5)
 
 
-def test_the_equations_of_the_code_are_those_of_the_readme_s_table():
-    """`# Eq. N` stands in the file that README's table names for it, and nowhere else."""
+def test_the_equations_of_the_code_and_the_lines_of_the_chapters_are_those_of_the_readme_s_table():
+    """`# Eq. N` stands in the file that README's table names for it, and nowhere else; and a chapter has as many lines
+    as the table says."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    in_code = {(os.path.basename(path), int(number)) for path in glob.glob(os.path.join(root, "*.py"))
-               for number in re.findall(r"# Eq\. (\d+)", open(path).read())}
-    in_table = set()
-    for line in open(os.path.join(root, "README.md")):
-        if line.startswith("| Eq. "):
-            numbers, where = line[6:].split(":")[0], re.search(r"`(\w+\.py)`", line)[1]
-            in_table |= {(where, int(number)) for number in numbers.split(",")}
+    in_code, in_table, lines = set(), set(), {}
+    for path in glob.glob(os.path.join(root, "*.py")):
+        code, name = open(path).read(), os.path.basename(path)
+        in_code |= {(name, int(number)) for number in re.findall(r"# Eq\. (\d+)", code)}
+        lines[name] = re.split("# -+ the chapter ends here", code)[0].count("\n")
+    for row in re.findall(r"^\|.*\|$", open(os.path.join(root, "README.md")).read(), re.MULTILINE):
+        file, numbers, count = (re.search(pattern, row) for pattern in (
+            r"`(\w+\.py)`", r"Eq\. (\d+(?:, ?\d+)*)", r"\| (\d+) \|"))
+        if file and numbers:
+            in_table |= {(file[1], int(number)) for number in numbers[1].split(",")}
+        if file and count and file[1] in lines:
+            assert lines[file[1]] == int(count[1]), row
     assert in_code == in_table
     assert {number for _, number in in_code} == set(range(1, 11)) - {4}  # 4, the Markov chain itself, is only described

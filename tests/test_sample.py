@@ -85,8 +85,7 @@ def test_masking_and_unmasking_follow_one_schedule(monkeypatch, schedule):
     left, passes = tokens == 0, 0
     for reveal, _ in sample.in_random_order(lambda reveal: (None,), left, steps, generator):
         left, passes = left & ~reveal, passes + 1
-        _, masked = losses.mask_tokens(tokens, torch.tensor([1 - passes / steps]), tokens == 0, MASK,
-                                       torch.rand(tokens.shape, generator=generator))
+        _, masked = losses.mask_tokens(tokens, torch.tensor([1 - passes / steps]), tokens == 0, MASK, generator)
         assert abs(masked.sum() - left.sum()) < 4 * n ** 0.5
     assert passes == steps and not left.any()
 
@@ -445,21 +444,12 @@ def test_a_sheet(tmp_path):
 
 
 @pytest.mark.parametrize("count, columns, size", [(1, 1, (10, 6)), (3, 2, (22, 14)), (4, 4, (46, 6))])
-def test_a_grid(count, columns, size):
+def test_a_page_of_tiles(count, columns, size):
     images = [Image.new("RGB", (10, 6), (k, 0, 0)) for k in range(count)]
-    page = sample.grid(images, columns)
+    page = sample.tile(images, columns)
     assert page.size == size
     assert [page.getpixel((k % columns * 12, k // columns * 8)) for k in range(count)] == [
         (k, 0, 0) for k in range(count)]
-
-
-def test_what_is_not_the_papers_is_said():
-    assert "SD3" in sample.text_to_image.__doc__ and "SD3" in sample.time_grid.__doc__
-    assert "at temperature 1" in sample.unmask.__doc__ and "greedy" in sample.unmask.__doc__
-
-
-def test_fp32_is_float32_on_a_gpu():
-    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_a_text_that_fills_its_length_goes_on_in_blocks():

@@ -1,10 +1,8 @@
 """Training: resuming, processes, what learns in which stage, the user's own data."""
 import contextlib
-import glob
 import io
 import json
 import os
-import pickle
 import random
 import re
 import resource
@@ -21,10 +19,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.fsdp import FSDPModule
 
 import data
 import sample
@@ -81,17 +77,30 @@ def checkpoints(out, stage=1):
     return train.checkpoints(os.path.join(out, f"stage{stage}", "checkpoints"))
 
 
+def shards(path):
+    """The files of a checkpoint; none of them is a pickle, which could run a program when it is read."""
+    names = sorted(os.listdir(path))
+    assert names and all(name.endswith(".safetensors") for name in names)
+    return [os.path.join(path, name) for name in names]
+
+
 def state(out, stage=1):
-    """The newest checkpoint, whole: {name: tensor} of the weights and their running averages."""
-    dcp_to_torch_save(checkpoints(out, stage)[-1], os.path.join(out, "state.pt"))
-    saved = torch.load(os.path.join(out, "state.pt"))
-    groups = saved["modules"] | {"average": saved["averages"]}
-    return {f"{group}.{name}": tensor for group, names in groups.items() for name, tensor in names.items()}
+    """The newest checkpoint, put together: {name: tensor} of the weights and their running averages."""
+    pieces = {}
+    for file in shards(checkpoints(out, stage)[-1]):
+        with safe_open(file, "pt") as f:
+            at = json.loads(f.metadata()["DCP_SHARDING_INFO"])
+            for name in f.keys():
+                if name.startswith(("modules.", "averages.")):
+                    parts = pieces.setdefault(name.removeprefix("modules."), {})
+                    parts[at[name]["saved_offsets"][0]] = f.get_tensor(name)
+    return {name: torch.cat([piece for _, piece in sorted(parts.items())]) for name, parts in pieces.items()}
 
 
 def losses(out, stage=1):
-    lines = map(json.loads, open(os.path.join(out, f"stage{stage}", "metrics.jsonl")))
-    lines = [line for _, line in sorted({line["step"]: line for line in lines}.items())]
+    lines = [*map(json.loads, open(os.path.join(out, f"stage{stage}", "metrics.jsonl")))]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps))  # each once, also after a kill
     return [(line["step"], *(line[k] for k in line if k.endswith(("loss", "reconstruction", "kl")))) for line in lines]
 
 
@@ -171,7 +180,7 @@ def test_a_killed_run_ends_with_the_same_weights(uninterrupted, tmp_path):
     assert not result.exists() and left[0].endswith("step-00000002") and len(left) <= 2
     half = tmp_path / "stage1" / "checkpoints" / "step-00000005.partial"  # as a kill may leave behind
     half.mkdir(exist_ok=True)
-    (half / "__0_0.distcp").write_bytes(b"half a checkpoint")
+    (half / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half a checkpoint")
 
     err = run(*args)[1]
     assert re.search("going on from step [24]\n.*[24]/6", err, re.DOTALL)  # not anew
@@ -209,20 +218,26 @@ def test_kills_at_random_on_one_and_two_processes_ddp_and_fsdp_in_turn(tmp_path,
 @pytest.mark.parametrize("stage", ["1"] + [pytest.param(stage, marks=SLOW) for stage in ("0", "2", "2hr", "3")])
 def test_two_processes_learn_what_one_does(tmp_path, pictures, stage):
     """ddp; fsdp, going on from where one process left, in several passes a step: the same losses and weights, after 10
-    steps, as one process alone."""
+    steps, as one process alone. And so does one that goes on from where they left, and to which of their newest
+    checkpoint a file is missing: that is noticed, and the one before it used."""
     start = [] if stage == "0" else ["--init", SHIPPED]
     split = ["--image-data", pictures / "a.jsonl", "--text-data", pictures / "b.jsonl"] if stage == "2hr" else []
-    args = ["--stage", stage, "--steps", 10, "--muon", 0, "--rate", 5e-5, "--save-every", 5,
+    args = ["--stage", stage, "--steps", 10, "--muon", 0, "--rate", 5e-5, "--save-every", 3,
             "--show-every", 8, *start, *split, *(OWN if split else SMALL)]
     run(*args, "--out", tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "fsdp")
-    shutil.rmtree(checkpoints(tmp_path / "fsdp", stage)[-1])
-    for flags in (["--parallel", "ddp"], ["--parallel", "fsdp", "--accumulate", 2, "--checkpointing"]):
-        name = flags[1]
-        run(*args, *flags, "--out", tmp_path / name, processes=2)
-        far = apart(state(tmp_path / "one", stage), state(tmp_path / name, stage))
-        print(f"stage {stage}, {name}: weights apart {far:.1e}")
-        assert far < 1e-5
+    for path in checkpoints(tmp_path / "fsdp", stage)[1:]:
+        shutil.rmtree(path)
+    for lost, (name, *flags) in enumerate((["ddp"], ["fsdp", "--accumulate", 2, "--checkpointing"])):
+        run(*args, "--parallel", name, *flags, "--out", tmp_path / name, processes=2)
+        far = [apart(state(tmp_path / "one", stage), state(tmp_path / name, stage))]
+        newest = checkpoints(tmp_path / name, stage)[-1]
+        os.remove(shards(newest)[lost])
+        err = run(*args, "--out", tmp_path / name)[1]
+        assert f"{newest}: cannot be read" in err and "going on from step 9" in err
+        far.append(apart(state(tmp_path / "one", stage), state(tmp_path / name, stage)))
+        print(f"stage {stage}, {name}: weights apart {far}")
+        assert max(far) < 1e-5
         assert (tmp_path / name / f"stage{stage}" / "samples-000008.png").exists()
         assert np.allclose(losses(tmp_path / "one", stage)[-1], losses(tmp_path / name, stage)[-1], rtol=1e-5)
 
@@ -234,12 +249,12 @@ def test_the_average_of_the_weights(tmp_path):
     two = state(tmp_path)
     shutil.rmtree(checkpoints(tmp_path)[-1])
     first, one, left, prefix = load_file(SHIPPED), state(tmp_path), weights(tmp_path), "model.diffusion_model."
-    learned = [name for name in two if name.startswith(("ddit.", "t5.")) and "pos_embed" not in name]
-    assert learned[0] == "ddit.x_embedder.proj.weight" and len(learned) == sum("average" in name for name in two)
+    learned = [name for name, _ in DualDiffusion.load(SHIPPED).named_parameters() if not name.startswith("vae.")]
+    assert learned[0] == "ddit.x_embedder.proj.weight" and len(learned) == sum("averages" in name for name in two)
     for k, name in enumerate(learned):
         here = name.replace("ddit.", prefix, 1).replace("t5.", "text_encoders.t5xxl.transformer.", 1)
         mean = first[here].float() / 4 + one[name] / 4 + two[name] / 2
-        assert torch.allclose(two[f"average.{k}"], mean, rtol=0, atol=1e-6), name
+        assert torch.allclose(two[f"averages.{k}"], mean, rtol=0, atol=1e-6), name
         assert torch.allclose(left[here].float(), mean, rtol=1e-3, atol=1e-6), name  # stored in half precision
         assert not torch.equal(mean, two[name])
 
@@ -267,6 +282,7 @@ def test_stage_2_changes_one_row_of_t5(uninterrupted):
 def test_a_folder_holds_one_run(uninterrupted, tmp_path):
     """Other settings are refused; more steps are not, and are noted."""
     args = ["--stage", 1, "--out", uninterrupted, *SMALL, "--steps"]
+    assert "rate 0.002 is now 0.1" in run(*args, 6, "--rate", 0.1, status=2)[1]
     assert "seed 0 is now 5" in run(*args, 6, "--seed", 5, status=2)[1]
     assert "dtype fp32 is now bf16" in run(*args, 6, "--dtype", "bf16", status=2)[1]
     shutil.copytree(uninterrupted / "stage1", tmp_path / "stage1")
@@ -274,23 +290,15 @@ def test_a_folder_holds_one_run(uninterrupted, tmp_path):
     assert json.load(open(tmp_path / "stage1" / "run.json"))["steps"] == 7
 
 
-def test_a_checkpoint_that_cannot_be_read_is_named_and_the_one_before_it_used(uninterrupted, tmp_path):
+def test_a_stage_goes_on_with_the_file_that_it_began_with(uninterrupted, tmp_path):
+    """The stage before it, started again when done, leaves that file as it is. Another in its place is refused."""
     shutil.copytree(uninterrupted / "stage1", tmp_path / "stage1")
-    args = ["--stage", 1, "--steps", 6, "--save-every", 2, "--out", tmp_path, *SMALL]
-    newest = checkpoints(tmp_path)[-1]
-    (part,) = glob.glob(f"{newest}/*.distcp")
-    os.truncate(part, os.path.getsize(part) // 2)
-    err = run(*args)[1]
-    assert f"{newest}: cannot be read" in err and "4/6" in err
-    assert apart(state(tmp_path), state(uninterrupted)) == 0
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
+    args, model = ["--out", tmp_path, *SMALL, "--steps"], tmp_path / "stage1" / "model.safetensors"
+    run(*args, 1, "--stage", 2)
+    for steps, stage in ((6, 1), (1, 2)):
+        assert f"stage{stage}/model.safetensors is there" in run(*args, steps, "--stage", stage)[0]
+    os.utime(model, (1, 1))
+    assert "stage2 holds a run with other settings (files" in run(*args, 1, "--stage", 2, status=2)[1]
 
 
 def test_a_full_disk_costs_no_checkpoint(uninterrupted, tmp_path):
@@ -316,18 +324,28 @@ def test_every_stage_runs_on_the_users_own_images(pictures, tmp_path):
     for stage in ("0", "1", "2", "3"):
         _, err = run("--stage", stage, *source, "--steps", 2, "--batch", 16, "--out", out)
         assert stage != "0" or "a7.jpg: cannot be read as an image" in err  # a bad one is left out, and named once
-    assert Image.open(out / "stage3" / "data.png").size[0] > 200
-    assert Image.open(out / "stage3" / "samples.png").size[0] > 200
+        for name in ("data.png", "samples.png"):
+            assert Image.open(out / f"stage{stage}" / name).size[0] > 200
     model = out / "stage3" / "model.safetensors"
     run("--ckpt", model, "--vqa", pictures / "a0.jpg", "what color?", program="sample.py")
     assert "/6" in run("data", "--ckpt", model, *source, "--num", 6, program="tests/evaluate.py")[0]
 
 
 def test_images_too_many_to_keep_are_read_as_they_come_by_other_processes(pictures, tmp_path):
-    args = ["--stage", 1, "--init", SHIPPED, "--data", pictures / "a.jsonl", "--steps", 6, *OWN, "--batch", 8,
-            "--latents", 8]
+    """And SIGTERM to all of them, as a cluster's scheduler sends it, lets the step end and saves it."""
+    args = ["--stage", 1, "--init", SHIPPED, "--data", pictures / "a.jsonl", "--steps", 8, *OWN, "--batch", 8,
+            "--latents", 8, "--save-every", 1]
     run(*args, "--out", tmp_path / "none", "--workers", 0)
-    run(*args, "--out", tmp_path / "two", "--workers", 2)
+    args += ["--out", tmp_path / "two", "--workers", 2]
+    running = subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not checkpoints(tmp_path / "two") and running.poll() is None:
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGTERM)
+    err = running.communicate(timeout=60)[1]
+    step = int(checkpoints(tmp_path / "two")[-1][-8:])
+    assert running.returncode == 128 + signal.SIGTERM and step < 8
+    assert f"train.py: stopped after step {step}; the same command goes on" in err and "Traceback" not in err
+    assert f"going on from step {step}" in run(*args)[1]
     assert apart(state(tmp_path / "none"), state(tmp_path / "two")) == 0
 
 
@@ -352,7 +370,7 @@ def test_understanding_alone_can_be_trained(tmp_path):
 def test_a_model_without_t5_goes_on_with_longer_texts(without_t5, tmp_path):
     shutil.copytree(without_t5 / "stage1", tmp_path / "stage1")
     dd = DualDiffusion.load(str(without_t5 / "stage1" / "model.safetensors"))
-    assert {name for name, _ in dd.t5.named_parameters()} == {"places", "shared.weight",
+    assert {name for name, _ in dd.t5.named_parameters()} == {"positions", "shared.weight",
                                                               "encoder.final_layer_norm.weight"}
     run("--stage", 2, "--steps", 2, "--out", tmp_path, *SMALL)
 
@@ -434,26 +452,6 @@ def test_a_step_waits_for_nothing():
     assert all(loss.shape == () and loss.device.type == "meta" for loss in losses)
 
 
-def test_one_mesh_and_no_gradient_between_steps(tmp_path, monkeypatch):
-    meshes, views, reshards, make = [], [], [], train.init_device_mesh
-
-    def optimizers(*args, made=train.make_optimizers):
-        made = made(*args)
-        views.extend(view for _, view in made[1])
-        return made
-
-    def save(*args, saved=train.Learner.save):
-        assert views and all(view.grad is None for view in views)
-        saved(*args)
-    monkeypatch.setattr(train, "make_optimizers", optimizers)
-    monkeypatch.setattr(train.Learner, "save", save)
-    monkeypatch.setattr(train, "init_device_mesh", lambda *args, **named: meshes.append(args) or make(*args, **named))
-    monkeypatch.setattr(FSDPModule, "set_reshard_after_backward", lambda module, reshard: reshards.append(reshard))
-    in_process(monkeypatch, "--stage", 1, "--steps", 2, "--out", tmp_path, *SMALL, "--accumulate", 2)
-    assert len(meshes) == 1
-    assert reshards == [False, False, True, True] * 2  # of both modules, after the last of two passes, in two steps
-
-
 def test_kept_latents_are_those_of_float32(tmp_path):
     """A rounding there would stay for good."""
     for dtype in ("fp32", "bf16"):
@@ -525,18 +523,12 @@ def test_what_cannot_be_read_is_moved_aside_and_does_not_count(uninterrupted, tm
     shutil.copytree(uninterrupted / "stage1", tmp_path / "stage1")
     folder = tmp_path / "stage1" / "checkpoints"
     (folder / "step-00000099").mkdir()
-    (part,) = glob.glob(f"{checkpoints(tmp_path)[2]}/*.distcp")
+    (part,) = shards(checkpoints(tmp_path)[2])
     os.truncate(part, os.path.getsize(part) // 2)
     err = run("--stage", 1, "--steps", 6, "--save-every", 2, "--out", tmp_path, *SMALL, "--keep", 1)[1]
     assert "step-00000099: cannot be read" in err and "step-00000006: cannot be read" in err and "4/6" in err
     assert sorted(os.listdir(folder)) == ["step-00000006", "step-00000006.unreadable", "step-00000099.unreadable"]
     assert apart(state(tmp_path), state(uninterrupted)) == 0
-
-
-def test_other_settings_are_another_run(uninterrupted, tmp_path):
-    shutil.copytree(uninterrupted / "stage1", tmp_path / "stage1")
-    err = run("--stage", 1, "--out", tmp_path, *SMALL, "--steps", 6, "--rate", 0.1, status=2)[1]
-    assert "rate 0.002 is now 0.1" in err
 
 
 def test_learning_rate_rises_then_holds_or_falls():
