@@ -452,7 +452,7 @@ def patches(foreground):
 def fit_outline(patch, y, x):
     """The shape whose outline of equal area, about the patch's middle, covers it best -> its name, its radius."""
     def covers(shape, y, x, radius):
-        return data.distance(shape, X - x, Y - y, radius) < 0
+        return data.SHAPES[shape](X - x, Y - y, radius) < 0
 
     area = patch.sum()
     best, shape, radius = 0.7, "unknown", (area / 3.0) ** 0.5
