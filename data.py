@@ -36,7 +36,7 @@ from tqdm import tqdm
 SIDE = 64  # pixels; four quarters of 32 x 32, at most one thing in each
 SIZES = {"small": (6.0, 7.0), "large": (10.5, 11.8)}  # radius in pixels, from .. to
 COLORS = {"red": 0, "yellow": 52, "green": 125, "cyan": 180, "blue": 222, "purple": 285}  # hue in degrees
-SHAPES = {  # the distance, in pixels, of points (x right, y down) from its outline; negative inside; within 1.14 r
+SHAPES = {  # distance of points (x right, y down) from the outline, negative inside; it may reach out to 1.14 r
     "circle": lambda x, y, r: np.hypot(x, y) - r,
     "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.88 * r,
     "triangle": lambda x, y, r: np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r,  # equilateral, point up
@@ -65,7 +65,7 @@ class World:
     a HELD colour-shape pair, "held" at least one in every scene. kinds: of questions, some of KINDS, equally often."""
     def __init__(self, seed=0, pairs="train", kinds=None):
         self.seed, self.pairs, self.kinds, self.size = seed, pairs, list(kinds or KINDS), SIDE
-        self.fingerprint = repr((seed, pairs, self.kinds, SIDE, SIZES, COLORS, list(SHAPES), sorted(HELD)))
+        self.fingerprint = repr((seed, pairs, self.kinds, [zlib.crc32(self.image(i)) for i in range(20)]))
 
     @functools.lru_cache(maxsize=100_000)  # training comes back to the same scenes
     def scene(self, i):
@@ -151,9 +151,9 @@ def refer(thing, things, rng, hide=None):
 
 
 def draw_texts(source, i, rng, recipe):
-    """The texts of one row of a batch -> prompt, text to read. The prompt is a caption, in a share `drop` of the rows
-    empty, as guidance needs to know what images are like without one (Eq. 10). The text is the same caption, in a share
-    `questions` of the rows a pair (question, answer)."""
+    """The texts of one row of a batch -> prompt, text to read. The prompt is a caption, left empty with probability
+    `drop`, as guidance needs the velocity without a prompt, too (Eq. 10). The text to read is the same caption or, with
+    probability `questions`, a pair (question, answer)."""
     caption = source.caption(i, rng)
     question = source.question(i, rng) if rng.random() < recipe.questions or caption is None else None
     prompt = "" if caption is None or rng.random() < recipe.drop else caption

@@ -42,7 +42,7 @@ def reveal_rate(t):
 
 
 def stratified_times(n, eps=MIN_TIME, generator=None):
-    """(n,) times in [eps, 1] for the texts of a batch, in random order, one in each of n equal strata (antithetic).
+    """(n,) times in [eps, 1] for the texts of a batch, in random order, one in each of n equal strata.
     Each alone is uniform, but a batch has early and late times in equal parts, so its loss varies less."""
     u = torch.rand(1, generator=generator)
     t = (u + torch.randperm(n, generator=generator)) / n
@@ -61,10 +61,9 @@ def mask_tokens(tokens, t, maskable, mask_id, generator=None):
 def masked_diffusion_loss(logits, tokens, masked, t):
     """Eq. 7: the cross-entropy of the masked tokens, weighted by `reveal_rate`, which for the straight line is 1/t.
 
-    At time t only a share t of the tokens is masked and counted. So dividing by t makes the sum an estimate of the cost
-    of the whole text, whatever t was drawn. Its mean over t is the cost of writing the text token by token in a random
-    order: an upper bound on its negative log-likelihood, in nats. It is the same for every schedule: with a = alpha(t)
-    the weight times dt is da / (1 - a), and what is masked depends on a alone: an integral over a, from 0 to 1.
+    At time t only a share t of the tokens is masked and counted; dividing by t scales the sum up to the whole text.
+    Averaged over t it is the cost of writing the text token by token in a random order: an upper bound on its negative
+    log-likelihood, in nats. Any schedule has the same bound; it only decides how often training draws many masks.
 
     The sum is divided by batch · length: nats per token of the padded text. (Dividing by the number of masked tokens,
     about t · length, would divide by t twice.) EOS padding costs like any token; a question costs nothing.

@@ -156,7 +156,7 @@ class DDiT(nn.Module):
         self.final_layer = FinalLayer(config)
         self.text_head = TextHead(config)
         init_weights(self)
-        for name, p in self.named_parameters():  # adaLN-Zero: all gates begin at zero, and so do both heads
+        for name, p in self.named_parameters():  # adaLN-Zero: gates, shifts, scales and both heads begin at zero
             if "adaLN" in name or name.startswith(("final_layer.linear", "text_head.linear")):
                 nn.init.zeros_(p)
 
@@ -172,8 +172,8 @@ class DDiT(nn.Module):
     def forward(self, latents, t, text, predict=None, image_rows=None):
         """latents (B,C,H,W), H and W multiples of the patch; t (B,) in [0,1]; text (B,L,text_dim), T5's states.
 
-        -> velocity (B,C,H,W) and logits (B,L,V). With `predict`, an index of (B,L), logits only there, (N,V); slice(0)
-        is nowhere. With `image_rows` n, velocity only of the first n rows."""
+        -> velocity (B,C,H,W) and logits (B,L,V). With `predict`, an index of (B,L), logits only there, (N,V); slice(0):
+        none. With `image_rows` n, velocity only of the first n rows."""
         p, h, w = self.config.patch, latents.shape[2] // self.config.patch, latents.shape[3] // self.config.patch
         vec = self.t_embedder(t)
         x = rearrange(self.x_embedder["proj"](latents.to(vec.dtype)), "b d h w -> b (h w) d")
@@ -541,9 +541,9 @@ def from_sd3(tensors, config):
     """What D-DiT has and SD3 lacks -> {name: tensor}; empty if the file is not SD3.
 
     SD3 adds CLIP's pooled vector to the time. With that vector at zero a constant is left, y_embedder(0), which goes
-    into the last bias of t_embedder. SD3's last block ends its text stream with the attention. What follows here is
-    new; its gates are zero, so the text passes unchanged to the text head, which is new too. So for the same latents,
-    time and text states the velocity is SD3's own."""
+    into the last bias of t_embedder. SD3's last block ends its text stream with the attention. What follows there is
+    new, and so is the text head; the velocity does not depend on them. With gates at zero the text passes unchanged.
+    So for the same latents, time and text states the velocity is SD3's own."""
     new = {}
     if "y_embedder.mlp.0.bias" in tensors:
         b0, w2, b2, bias = (read(tensors, name) for name in ("y_embedder.mlp.0.bias", "y_embedder.mlp.2.weight",

@@ -81,7 +81,7 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
 
 def revealed_share(steps):
     """(steps+1,) float64: which share of the masked tokens is revealed, at each time of an even grid from t = 1 down to
-    0. It is alpha(t), scaled to begin at 0. (By Eq. 5 a token stays masked through a step from t to s with chance
+    0: alpha(t), scaled to run from 0 to 1. (By Eq. 5 a token stays masked through a step from t to s with chance
     (1 - alpha(s)) / (1 - alpha(t)). The product of these chances over the steps so far is 1 minus this share.)"""
     readable = losses.alpha(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     return (readable - readable[0]) / (readable[-1] - readable[0])  # Eq. 5
@@ -93,9 +93,9 @@ def text_logits(dd, latents, tokens, predict):
     return finite(dd.ddit(latents, times, states, predict=predict, image_rows=0)[1]).cpu()
 
 
-# The orders of unmasking. An order is a generator. It runs the network by `predict_tokens`: positions (B,L) bool -> for
-# each of the N true ones a token, its probability, the entropy of its distribution. After each pass it yields `reveal`,
-# (B,L) bool, and the tokens there, (N,). `unmask` then writes them into the text and clears their places in `masked`.
+# The orders of unmasking. Each runs the network by `predict_tokens`, which takes positions (B,L) bool and returns, for
+# the N true ones, tokens, their probabilities, and entropies. After each pass it yields `reveal`, (B,L) bool, and the
+# tokens there, (N,). `unmask` then writes them into the text and clears their places in `masked`.
 
 
 def in_random_order(predict_tokens, masked, steps, generator):
@@ -129,14 +129,13 @@ GAMMA = 0.1  # nats; larger: fewer passes and more errors (tests/README.md has a
 
 
 def by_entropy(predict_tokens, masked, steps, generator):
-    """The surest first, and in each pass as many as are nearly independent; `steps` plays no part. A pass draws its
-    tokens as if they were independent. The error of that, a divergence in nats, is the sum of their entropies minus
-    their joint entropy, and the joint entropy is at least the largest single one. So a pass reveals tokens in order of
-    entropy, as long as the entropies of those before sum up to GAMMA at most."""
+    """The surest first, and in each pass as many as are nearly independent; `steps` plays no part. To draw tokens
+    as if they were independent is an error, in nats, of at most the sum of their entropies without the largest. So a
+    pass reveals tokens in order of entropy, each one as long as the entropies before it sum up to GAMMA at most."""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
-        within = nats.cumsum(1) - nats <= GAMMA  # for each, the sum of all surer ones
+        within = nats.cumsum(1) - nats <= GAMMA  # for each, the sum of all surer ones (inf - inf is never within)
         reveal = masked & within.gather(1, order.argsort(1))
         yield reveal, ids[reveal[masked]]
 
@@ -435,7 +434,7 @@ def parse_args():
     add("--options", **more, metavar="ANSWER", help="Rank these answers to --vqa by their probability.")
     add("--suffix", metavar="TEXT", help="Is added to every question [the checkpoint's].")
     add("--num", type=int, default=1, help="Images per prompt [1].")
-    add("--best-of", type=int, default=1, metavar="N", help="Draw N for each, keep the one that is read best [1].")
+    add("--best-of", type=int, default=1, metavar="N", help="Of N drawings keep the likeliest by its reading [1].")
     add("--cfg", type=float, help="Guidance, a factor; 1 is none [the checkpoint's].")
     add("--negative", default="", metavar="TEXT", help="What guidance leads away from [the empty text].")
     add("--size", metavar="SIDES", help="In pixels: 512, or WIDTHxHEIGHT [the checkpoint's].")
@@ -530,7 +529,7 @@ def draw_page(dd, args, generator):
         pixels = keep_likeliest(dd, pixels, prompts, args.best_of)
     chunks, name = PngImagePlugin.PngInfo(), os.path.splitext(os.path.basename(args.ckpt.rstrip("/")))[0]
     chunks.add_text("parameters", "\n".join([
-        *texts, *[f"Negative prompt: {args.negative}"] * bool(args.negative), f"Steps: {steps}, Sampler: Euler, "
+        *texts, *[f"Negative prompt: {args.negative}"] * bool(args.negative), f"Steps: {steps}, "
         f"CFG scale: {cfg}, Seed: {args.seed}, Size: {width}x{height}, Model: {name}"]))
     columns = args.num if len(texts) > 1 else round(args.num ** 0.5 + 0.4)
     save_image(args.out, [tile([Image.fromarray(image) for image in to_images(pixels)], columns)], chunks)

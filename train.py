@@ -6,8 +6,8 @@
     python train.py --stage 2hr    between 2 and 3, optional: higher resolution, each loss with images of its own
     python train.py --stage 3      question answering, mixed with captions; the image loss stays
 
-With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/, from where the
-same command goes on. Any number of processes (`torchrun --nproc_per_node 8 train.py ...`) takes the same steps.
+With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/, and the same
+command goes on from there. Any number of processes (`torchrun --nproc_per_node 8 train.py ...`) takes the same steps.
 References: Li et al., D-DiT, arXiv 2501.00289, section 4 and Tables 6, 9, 10
   Jordan et al., Muon, 2024 (torch.optim.Muon); Zhao et al., PyTorch FSDP, arXiv 2304.11277
 """
@@ -68,16 +68,16 @@ class Recipe:
     rate: float = number(5e-5, "AdamW's learning rate after the warm-up")
     muon: float = number(0.0, "Muon's learning rate, for the matrices inside the blocks; 0: AdamW learns them too")
     warmup: int = number(5000, "steps in which the rates rise from 0")
-    schedule: str = number("constant", "of the rates after the warm-up; linear falls to nearly 0 at the last step")
+    schedule: str = number("constant", "of the rates beside the warm-up; linear: they fall to nearly 0")
     beta2: float = number(0.999, "AdamW's decay of the squared gradients, per step")
-    weight_decay: float = number(1e-2, "of matrices, times the rate, per step")
+    weight_decay: float = number(1e-2, "decay of matrices per step, times the rate")
     clip: float = number(2.0, "largest norm of the gradient")
     ema: float = number(0.0, "decay per step of the weights' running average, saved as the result; 0: none")
-    size: int = number(256, "side of the images, in pixels")
-    length: int = number(64, "of a text, in tokens")
-    text_weight: float = number(0.2, "of the text loss in Eq. 9")
-    image_weight: float = number(1.0, "of the image loss; 0: the text loss alone, as in Table 10")
-    time_mean: float = number(0.0, "of the image times' logit; above 0, training sees more noise")
+    size: int = number(256, "pixels of an image's side")
+    length: int = number(64, "tokens of a text")
+    text_weight: float = number(0.2, "weight of the text loss in Eq. 9")
+    image_weight: float = number(1.0, "weight of the image loss; 0: the text loss alone, as in Table 10")
+    time_mean: float = number(0.0, "mean of the image times' logit; above 0: more noise")
     time_std: float = number(1.0, "deviation of the image times' logit")
     drop: float = number(0.1, "share of captions left empty in the image half, for guidance")
     questions: float = number(0.0, "share of the text half that is questions with answers, not captions")
@@ -538,7 +538,8 @@ def prepare(args, recipe, folder):
         start = find_parts(args.start, args.t5, args.vae, args.spiece)[0].settings
         if args.stage == "3" and args.size is None and (args.data or args.image_data):  # after stage 2hr: 512
             recipe.size = start.size
-        if args.length is None and start.length != recipe.length and dist.get_rank() == 0:
+        lengths = {recipe.length for recipe in RECIPES[args.preset].values()}
+        if args.length is None and start.length not in lengths and dist.get_rank() == 0:
             warn(f"{args.start} was trained at --length {start.length}; this stage takes {recipe.length}")
     images, unseen_images = subsets(args.image_data or args.data, args, recipe)
     texts, unseen = images, unseen_images
@@ -671,7 +672,7 @@ def add_arguments(parser, recipe):
     add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
     add("--workers", type=int, help="Processes that make batches [4; on a CPU with stored latents 0].")
-    add("--latents", type=int, default=25_000, help="Store the latents of up to N records; of more, none [25000].")
+    add("--latents", type=int, default=25_000, help="Store latents of up to N records; encode more anew [25000].")
     add("--save-every", type=int, default=200, help="Steps per checkpoint [200].")
     add("--show-every", type=int, default=500, help="Steps per sheet of samples and validation [500].")
     add("--keep", type=int, default=3, help="How many checkpoints to keep [3].")
@@ -684,7 +685,7 @@ def add_arguments(parser, recipe):
 
 def parse_args():
     parser = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
-    parser.add_argument("--stage", choices=["0", "1", "2", "2hr", "3"], help="Has to be given.")
+    parser.add_argument("--stage", choices=["0", "1", "2", "2hr", "3"], help="Which stage to train; needed.")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="Sizes of networks and stages [tiny].")
     first, _ = parser.parse_known_args()  # --help shows the numbers of this stage
     parser.add_argument("-h", "--help", action="help")
