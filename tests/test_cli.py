@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import data
 import sample
+import train
 from model import DualDiffusion
 from t5 import Tokenizer
 
@@ -257,6 +258,15 @@ def test_ends_of_a_program(monkeypatch, capsys, main, status, message):
     with pytest.raises(SystemExit) as end:
         sample.run_program(main, stopped="so far", lower="--batch")
     assert end.value.code == status and capsys.readouterr().err == f"train.py: {message}\n"
+
+
+@pytest.mark.parametrize("args, steps", [(["--stage", "2"], 40), (["--preset", "sd3-medium", "--stage=2hr"], 80_000)])
+def test_help_has_the_numbers_of_the_stage(monkeypatch, capsys, args, steps):
+    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--help"])
+    with pytest.raises(SystemExit) as end:
+        train.parse_args()
+    out = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and f"optimizer steps [{steps}]" in out and "--checkpointing" in out
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
