@@ -63,7 +63,7 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 
     At time t only a share t of the tokens is masked and counted; dividing by t scales the sum up to the whole text.
     Averaged over t it is the cost of writing the text token by token in a random order: an upper bound on its negative
-    log-likelihood, in nats. Any schedule has the same bound; it only decides how often training draws many masks.
+    log-likelihood, in nats. The schedule only decides how often training draws many masks.
 
     The sum is divided by batch · length: nats per token of the padded text. (Dividing by the number of masked tokens,
     about t · length, would divide by t twice.) EOS padding costs like any token; a question costs nothing.

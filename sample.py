@@ -130,8 +130,8 @@ GAMMA = 0.1  # nats; larger: fewer passes and more errors (tests/README.md has a
 
 def by_entropy(predict_tokens, masked, steps, generator):
     """The surest first, and in each pass as many as are nearly independent; `steps` plays no part. To draw tokens
-    as if they were independent is an error, in nats, of at most the sum of their entropies without the largest. So a
-    pass reveals tokens in order of entropy, each one as long as the entropies before it sum up to GAMMA at most."""
+    as if they were independent costs at most, in nats, the sum of their entropies minus the largest. So a pass takes
+    tokens in order of entropy, until those taken sum up to more than GAMMA."""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
@@ -417,7 +417,7 @@ def parse_args():
     add("--vqa", **more, action="append", metavar="IMAGE ... QUESTION", help="Answer a question about each image.")
     add("--caption", **more, action="extend", metavar="IMAGE", help="Describe each image.")
     add("--t2i", **more, action="extend", metavar="TEXT", help="Draw each text.")
-    add("--infill", **more, action="append", metavar="IMAGE ... TEXT", help="Fill in each underscore, a token.")
+    add("--infill", **more, action="append", metavar="IMAGE ... TEXT", help="Fill in: one token per underscore.")
     group = parser.add_argument_group("the model")
     add = group.add_argument
     add("--ckpt", metavar="FILE", default=SHIPPED, help="Ours, SD3's, or a diffusers folder [the shipped model].")
@@ -427,18 +427,18 @@ def parse_args():
     add("--offload", action="store_true", help="Keep T5 on the CPU, if GPU memory is short.")
     add = parser.add_argument_group("how to do it", "In brackets what is taken without the flag.").add_argument
     add("--seed", type=int, default=0, help="Seeds all random numbers [0].")
-    add("--steps", type=int, help="Of drawing [28], or of reading [the checkpoint's; entropy needs none].")
+    add("--steps", type=int, help="Of drawing [28]. Of reading: switches to random order.")
     add("--order", choices=list(ORDERS), help="How a text is unmasked [random if --steps is given, else entropy].")
     add("--temperature", type=float, default=0.0, help="Divides the logits of tokens; 0 takes the likeliest [0].")
     add("--length", metavar="TOKENS", help="How long a text is; auto: as long as it needs [the checkpoint's].")
     add("--options", **more, metavar="ANSWER", help="Rank these answers to --vqa by their probability.")
     add("--suffix", metavar="TEXT", help="Is added to every question [the checkpoint's].")
     add("--num", type=int, default=1, help="Images per prompt [1].")
-    add("--best-of", type=int, default=1, metavar="N", help="Of N drawings keep the likeliest by its reading [1].")
+    add("--best-of", type=int, default=1, metavar="N", help="Draw N, keep the one that best reads as the prompt [1].")
     add("--cfg", type=float, help="Guidance, a factor; 1 is none [the checkpoint's].")
     add("--negative", default="", metavar="TEXT", help="What guidance leads away from [the empty text].")
     add("--size", metavar="SIDES", help="In pixels: 512, or WIDTHxHEIGHT [the checkpoint's].")
-    add("--trace", default="", metavar="FILE", help="Also show the drawing or the reading pass by pass; a .gif moves.")
+    add("--trace", default="", metavar="FILE", help="Also show it pass by pass; a drawing in a .gif moves.")
     add("--out", default="out.png", help="Where to write the image, or the page of all images [out.png].")
     args = parser.parse_args()
     for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):

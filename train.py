@@ -72,7 +72,7 @@ class Recipe:
     beta2: float = number(0.999, "AdamW's decay of the squared gradients, per step")
     weight_decay: float = number(1e-2, "decay of matrices per step, times the rate")
     clip: float = number(2.0, "largest norm of the gradient")
-    ema: float = number(0.0, "decay per step of the weights' running average, saved as the result; 0: none")
+    ema: float = number(0.9995, "decay per step of the weights' running average, saved as the result; 0: none")
     size: int = number(256, "pixels of an image's side")
     length: int = number(64, "tokens of a text")
     text_weight: float = number(0.2, "weight of the text loss in Eq. 9")
@@ -87,18 +87,18 @@ class Recipe:
 
 
 # Plain shapes stay readable under much noise: the layout is settled at t > 0.9, which mean 0 rarely draws.
-_tiny = Recipe(steps=600, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, size=64, length=24, text_weight=1.0,
-               time_mean=1.5, time_std=1.2, learn_t5="all")
-_paper = Recipe(ema=0.9995)
-_later = replace(_paper, rate=3e-5, warmup=1000, length=256)
+_tiny = Recipe(steps=600, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, ema=0.0, size=64, length=24,
+               text_weight=1.0, time_mean=1.5, time_std=1.2, learn_t5="all")
+_later = Recipe(rate=3e-5, warmup=1000)
 RECIPES = {
     "tiny": {"0": replace(_tiny, steps=2000, batch=16, schedule="linear"), "1": _tiny,
-             "2": replace(_tiny, steps=40, learn_t5="mask"),  # all of it warm-up: a gentle stage
+             "2": replace(_tiny, steps=40, learn_t5="mask"),  # short: it ends before the warm-up does
              "2hr": replace(_tiny, steps=300),
              "3": replace(_tiny, steps=3000, questions=0.65, schedule="linear")},
-    "sd3-medium": {"1": _paper, "2": replace(_later, steps=200_000, learn_t5="mask"),
-                   "2hr": replace(_later, steps=80_000, batch=768, size=512),
-                   "3": replace(_later, steps=50_000, length=128, text_weight=1.0, questions=0.5)},  # or 2hr's size
+    "sd3-medium": {"1": Recipe(),  # whose defaults are the paper's
+                   "2": replace(_later, steps=200_000, length=256, learn_t5="mask"),
+                   "2hr": replace(_later, steps=80_000, length=256, batch=768, size=512),
+                   "3": replace(_later, steps=50_000, length=128, text_weight=1.0, questions=0.5)},  # or size 512
 }
 RECIPES["end-to-end"] = RECIPES["sd3-medium"]
 
@@ -114,7 +114,7 @@ def training_losses(dd, batch, recipe):
     noisy, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id,
                                        skip_rows(generator, rows, recipe.length))
 
-    # Copy the inputs to the network's device in the background. (Masks are counted here: there it would stall the GPU.)
+    # Copy the inputs to the network's device in the background. (Masks are counted here; there the GPU would wait.)
     captions, tokens, noisy, image_t, text_t, *masked = (x.to(dd.device, non_blocking=True) for x in (
         batch.captions, batch.tokens, noisy, image_t, text_t, *masked.nonzero(as_tuple=True)))
     latents = text_latents = dd.vae.normalize(dd.vae.sample(*batch.images.unbind(1), vae_noise))
@@ -663,8 +663,8 @@ def add_arguments(parser, recipe):
     add("--text-encoder", choices=["t5", "none"], default="t5", help="none: embeddings that learn, as in Table 9 [t5].")
     add("--out", default="runs", metavar="DIR", help="Where stageN/ folders are made [runs].")
     add("--seed", type=int, default=0, help="Seeds all random numbers [0].")
-    add = parser.add_argument_group("how it runs", "Nothing here changes what is learned, but for rounding and, from "
-                                    "a CPU to a GPU, the noise.").add_argument
+    add = parser.add_argument_group("how it runs", "These change only rounding and, between CPU and GPU, the noise."
+                                    ).add_argument
     add("--device", type=sample.existing_device, default=sample.default_device(), help="[the GPU, if there is one].")
     add("--dtype", choices=list(DTYPES), help="What to compute in [bf16 where the hardware has it].")
     add("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp: share out the optimizer's state [ddp].")
@@ -672,7 +672,7 @@ def add_arguments(parser, recipe):
     add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
     add("--workers", type=int, help="Processes that make batches [4; on a CPU with stored latents 0].")
-    add("--latents", type=int, default=25_000, help="Store latents of up to N records; encode more anew [25000].")
+    add("--latents", type=int, default=25_000, help="Store latents if there are at most N records [25000].")
     add("--save-every", type=int, default=200, help="Steps per checkpoint [200].")
     add("--show-every", type=int, default=500, help="Steps per sheet of samples and validation [500].")
     add("--keep", type=int, default=3, help="How many checkpoints to keep [3].")
