@@ -36,7 +36,7 @@ from tqdm import tqdm
 SIDE = 64  # pixels; four quarters of 32 x 32, at most one thing in each
 SIZES = {"small": (6.0, 7.0), "large": (10.5, 11.8)}  # radius in pixels, from .. to
 COLORS = {"red": 0, "yellow": 52, "green": 125, "cyan": 180, "blue": 222, "purple": 285}  # hue in degrees
-SHAPES = {  # x right, y down of the centre -> distance to the outline, negative inside; no outline exceeds 1.14 r
+SHAPES = {  # x, y: pixels right of and below the centre -> distance to the outline, negative inside. Stay within 1.14 r
     "circle": lambda x, y, r: np.hypot(x, y) - r,
     "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.88 * r,
     "triangle": lambda x, y, r: np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r,  # equilateral, point up
@@ -76,10 +76,9 @@ class World:
         for k in range(pick(rng, (1, 2, 3))):
             while True:
                 color, shape = pick(rng, COLORS), pick(rng, SHAPES)
-                held = (color, shape) in HELD  # in "held" scenes the first thing has to be one, the others may
-                if held != (self.pairs == "held") and (held or k == 0):
-                    continue
-                if all((color, shape) != (t.color, t.shape) for t in things):
+                held = (color, shape) in HELD
+                allowed = not held if self.pairs == "train" else held or k > 0  # in "held" scenes the first has to be
+                if allowed and all((color, shape) != (t.color, t.shape) for t in things):
                     break
             size, quarter = pick(rng, SIZES), int(quarters[k])
             r = rng.uniform(*SIZES[size])

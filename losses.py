@@ -10,7 +10,7 @@ data. Time t runs from 0 (clean) to 1 (nothing left) for both.
 
 References: Li et al., Dual Diffusion (D-DiT), arXiv 2501.00289, whose equation numbers stand here
   Sahoo et al., Masked Diffusion Language Models, arXiv 2406.07524: Eq. 7 and the SUBS parametrisation
-  Kingma et al., Variational Diffusion Models, arXiv 2107.00630: antithetic times
+  Kingma et al., Variational Diffusion Models, arXiv 2107.00630: stratified times
   Esser et al., Scaling Rectified Flow Transformers (SD3), arXiv 2403.03206: logit-normal times
 """
 from typing import NamedTuple
@@ -63,10 +63,10 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 
     At time t only a share t of the tokens is masked and counted; dividing by t scales the sum up to the whole text.
     Averaged over t it is the cost of writing the text token by token in a random order: an upper bound on its negative
-    log-likelihood, in nats. The schedule only decides how often training draws many masks.
+    log-likelihood, in nats. Another schedule has the same bound; it only draws many masks more or less often.
 
     The sum is divided by batch · length: nats per token of the padded text. (Dividing by the number of masked tokens,
-    about t · length, would divide by t twice.) EOS padding costs like any token; a question costs nothing.
+    about t · length, already divides by t.) EOS padding costs like any token; a question costs nothing.
 
     SUBS, two facts that the network need not learn: the mask token, the last of the V, is never right, so its logit is
     left out; and a token that is not masked is known, so it costs nothing.
@@ -103,14 +103,14 @@ def flow_matching_loss(velocity, latents, noise):
 
 class ImageHalf(NamedTuple):
     """For the image loss: images, to be drawn from their captions."""
-    latents: torch.Tensor   # (B,C,H,W) clean
+    latents: torch.Tensor   # (B,C,H,W) clean; `joint_loss` adds the noise
     captions: torch.Tensor  # (B,L) tokens, clean
     noise: torch.Tensor     # (B,C,H,W)
     t: torch.Tensor         # (B,)
 
 
 class TextHalf(NamedTuple):
-    """For the text loss: texts, to be written from their images."""
+    """For the text loss: texts, to be read from their images."""
     latents: torch.Tensor   # (B,C,H,W) clean
     tokens: torch.Tensor    # (B,L) clean
     noisy: torch.Tensor     # (B,L) the same, some of them masked

@@ -119,7 +119,7 @@ class JointBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The image head, SD3's: shift, then scale."""
+    """The image head, SD3's. Its two vectors are shift and scale, in this order."""
     def __init__(self, config):
         super().__init__()
         self.norm_final = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
@@ -131,7 +131,7 @@ class FinalLayer(nn.Module):
 
 
 class TextHead(nn.Module):
-    """The one part that SD3 does not have: a logit for every token of the vocabulary."""
+    """The part that SD3 does not have: a logit for every token of the vocabulary."""
     def __init__(self, config):
         super().__init__()
         self.norm_final = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)

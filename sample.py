@@ -93,9 +93,9 @@ def text_logits(dd, latents, tokens, predict):
     return finite(dd.ddit(latents, times, states, predict=predict, image_rows=0)[1]).cpu()
 
 
-# The orders of unmasking. Each runs the network by `predict_tokens`, which takes positions (B,L) bool and returns, for
-# the N true ones, tokens, their probabilities, and entropies. After each pass it yields `reveal`, (B,L) bool, and the
-# tokens there, (N,). `unmask` then writes them into the text and clears their places in `masked`.
+# The orders of unmasking. An order runs the network by `predict_tokens`: given positions, (B,L) bool, it returns for
+# each true one a token, its probability, and the entropy. After every pass the order yields `reveal`, (B,L) bool, with
+# a token for each true one. `unmask` writes these into the text and clears their places in `masked`.
 
 
 def in_random_order(predict_tokens, masked, steps, generator):
@@ -130,8 +130,8 @@ GAMMA = 0.1  # nats; larger: fewer passes and more errors (tests/README.md has a
 
 def by_entropy(predict_tokens, masked, steps, generator):
     """The surest first, and in each pass as many as are nearly independent; `steps` plays no part. To draw tokens
-    as if they were independent costs at most, in nats, the sum of their entropies minus the largest. So a pass takes
-    tokens in order of entropy, until those taken sum up to more than GAMMA."""
+    as if they were independent is an error of at most the sum of their entropies minus the largest. So a pass takes
+    tokens in order of entropy, while those already taken sum up to at most GAMMA."""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
@@ -153,7 +153,7 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
     masks become EOS without a forward pass."""
     mask_id, eos_id, passes = dd.tokenizer.mask_id, dd.tokenizer.eos_id, 0
     given = ~maskable & (tokens != eos_id)
-    before_given = given.flip(1).cumsum(1).flip(1) > 0  # positions from which a given word still follows
+    before_given = given.flip(1).cumsum(1).flip(1) > 0  # up to the last given word
 
     def predict_tokens(positions):
         rows = positions.any(1)
@@ -438,7 +438,7 @@ def parse_args():
     add("--cfg", type=float, help="Guidance, a factor; 1 is none [the checkpoint's].")
     add("--negative", default="", metavar="TEXT", help="What guidance leads away from [the empty text].")
     add("--size", metavar="SIDES", help="In pixels: 512, or WIDTHxHEIGHT [the checkpoint's].")
-    add("--trace", default="", metavar="FILE", help="Also show it pass by pass; a drawing in a .gif moves.")
+    add("--trace", default="", metavar="FILE", help="Write the steps as a picture, too; a .gif moves.")
     add("--out", default="out.png", help="Where to write the image, or the page of all images [out.png].")
     args = parser.parse_args()
     for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):

@@ -1,9 +1,9 @@
 """Training: the stages of the paper, one after another, in one loop.
 
     python train.py --stage 0      the tokenizer and the VAE; only where no pretrained parts exist
-    python train.py --stage 1      dual diffusion on captions (`torchrun train.py --stage 1` is the same)
+    python train.py --stage 1      dual diffusion on captions
     python train.py --stage 2      the same, in the paper with better captions; of T5 only the mask's embedding learns
-    python train.py --stage 2hr    between 2 and 3, optional: higher resolution, each loss with images of its own
+    python train.py --stage 2hr    between 2 and 3, optional: higher resolution, or other data for each loss
     python train.py --stage 3      question answering, mixed with captions; the image loss stays
 
 With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/, and the same
@@ -54,7 +54,7 @@ from model import DTYPES, PRESETS, DualDiffusion, JointBlock, find_parts, missin
 from sample import SHIPPED, fail
 
 
-def number(default, meaning):
+def setting(default, meaning):
     return field(default=default, metadata={"help": meaning})
 
 
@@ -63,27 +63,27 @@ class Recipe:
     """The numbers of one stage. A flag of the same name overrides each. Table 6 has steps, batch, rate, warmup,
     weight_decay, size, length and text_weight. Clipping, the running average, the empty captions and the text length of
     stage 3 are the authors' scripts'. Muon and the linear schedule are ours."""
-    steps: int = number(60_000, "optimizer steps")
-    batch: int = number(512, "rows per step, over all processes")
-    rate: float = number(5e-5, "AdamW's learning rate after the warm-up")
-    muon: float = number(0.0, "Muon's learning rate, for the matrices inside the blocks; 0: AdamW learns them too")
-    warmup: int = number(5000, "steps in which the rates rise from 0")
-    schedule: str = number("constant", "of the rates beside the warm-up; linear: they fall to nearly 0")
-    beta2: float = number(0.999, "AdamW's decay of the squared gradients, per step")
-    weight_decay: float = number(1e-2, "decay of matrices per step, times the rate")
-    clip: float = number(2.0, "largest norm of the gradient")
-    ema: float = number(0.9995, "decay per step of the weights' running average, saved as the result; 0: none")
-    size: int = number(256, "pixels of an image's side")
-    length: int = number(64, "tokens of a text")
-    text_weight: float = number(0.2, "weight of the text loss in Eq. 9")
-    image_weight: float = number(1.0, "weight of the image loss; 0: the text loss alone, as in Table 10")
-    time_mean: float = number(0.0, "mean of the image times' logit; above 0: more noise")
-    time_std: float = number(1.0, "deviation of the image times' logit")
-    drop: float = number(0.1, "share of captions left empty in the image half, for guidance")
-    questions: float = number(0.0, "share of the text half that is questions with answers, not captions")
-    learn_t5: str = number("no", "what learns in T5; mask: the mask token's embedding alone")
-    pool: int = number(25_000, "images of the built-in world to learn from")
-    vocab: int = number(412, "pieces, at most, of the tokenizer that stage 0 makes")
+    steps: int = setting(60_000, "optimizer steps")
+    batch: int = setting(512, "rows per step, over all processes")
+    rate: float = setting(5e-5, "AdamW's learning rate after the warm-up")
+    muon: float = setting(0.0, "Muon's learning rate, for the matrices inside the blocks; 0: AdamW learns them too")
+    warmup: int = setting(5000, "steps in which the rates rise from 0")
+    schedule: str = setting("constant", "of the rates after the warm-up; linear: falling to nearly 0")
+    beta2: float = setting(0.999, "AdamW's decay of the squared gradients, per step")
+    weight_decay: float = setting(1e-2, "AdamW's, of matrices alone")
+    clip: float = setting(2.0, "largest norm of the gradient")
+    ema: float = setting(0.9995, "decay per step of the weights' running average, which is saved; 0: none")
+    size: int = setting(256, "pixels of an image's side")
+    length: int = setting(64, "tokens of a text")
+    text_weight: float = setting(0.2, "weight of the text loss in Eq. 9")
+    image_weight: float = setting(1.0, "weight of the image loss; 0: the text loss alone, as in Table 10")
+    time_mean: float = setting(0.0, "mean of the image times' logit; above 0: more noise")
+    time_std: float = setting(1.0, "deviation of the image times' logit")
+    drop: float = setting(0.1, "share of captions left empty in the image half, for guidance")
+    questions: float = setting(0.0, "share of the text half that is questions with answers, not captions")
+    learn_t5: str = setting("no", "what learns in T5; mask: the mask token's embedding alone")
+    pool: int = setting(25_000, "images of the built-in world to learn from")
+    vocab: int = setting(412, "pieces, at most, of the tokenizer that stage 0 makes")
 
 
 # Plain shapes stay readable under much noise: the layout is settled at t > 0.9, which mean 0 rarely draws.
@@ -92,14 +92,14 @@ _tiny = Recipe(steps=600, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98,
 _later = Recipe(rate=3e-5, warmup=1000)
 RECIPES = {
     "tiny": {"0": replace(_tiny, steps=2000, batch=16, schedule="linear"), "1": _tiny,
-             "2": replace(_tiny, steps=40, learn_t5="mask"),  # short: it ends before the warm-up does
+             "2": replace(_tiny, steps=40, learn_t5="mask"),  # short and gentle: the rates still rise
              "2hr": replace(_tiny, steps=300),
              "3": replace(_tiny, steps=3000, questions=0.65, schedule="linear")},
     "sd3-medium": {"1": Recipe(),  # whose defaults are the paper's
                    "2": replace(_later, steps=200_000, length=256, learn_t5="mask"),
                    "2hr": replace(_later, steps=80_000, length=256, batch=768, size=512),
-                   "3": replace(_later, steps=50_000, length=128, text_weight=1.0, questions=0.5)},  # or size 512
-}
+                   "3": replace(_later, steps=50_000, length=128, text_weight=1.0, questions=0.5)},
+}  # (after 2hr, stage 3 keeps its size)
 RECIPES["end-to-end"] = RECIPES["sd3-medium"]
 
 
@@ -114,7 +114,7 @@ def training_losses(dd, batch, recipe):
     noisy, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id,
                                        skip_rows(generator, rows, recipe.length))
 
-    # Copy the inputs to the network's device in the background. (Masks are counted here; there the GPU would wait.)
+    # Copy the inputs to the network's device in the background. (On a GPU, `nonzero` would force a wait.)
     captions, tokens, noisy, image_t, text_t, *masked = (x.to(dd.device, non_blocking=True) for x in (
         batch.captions, batch.tokens, noisy, image_t, text_t, *masked.nonzero(as_tuple=True)))
     latents = text_latents = dd.vae.normalize(dd.vae.sample(*batch.images.unbind(1), vae_noise))
@@ -127,7 +127,7 @@ def training_losses(dd, batch, recipe):
 
 
 def train(learner, loader, log, signals, validation, sheet, args, recipe):
-    """The loop, to the last step. loader gives each step's data.Batches; signals are those that have come in;
+    """The loop, to the last step. loader gives a list of data.Batch for each; signals are those that have come in;
     validation() gives the losses on images that are held out; sheet(step) draws samples."""
     for step, batches in zip(log.bar, loader):
         for k, batch in enumerate(batches, 1):  # several, if one does not fit in memory
@@ -672,7 +672,7 @@ def add_arguments(parser, recipe):
     add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
     add("--workers", type=int, help="Processes that make batches [4; on a CPU with stored latents 0].")
-    add("--latents", type=int, default=25_000, help="Store latents if there are at most N records [25000].")
+    add("--latents", type=int, default=25_000, metavar="N", help="Store latents of at most N records [25000].")
     add("--save-every", type=int, default=200, help="Steps per checkpoint [200].")
     add("--show-every", type=int, default=500, help="Steps per sheet of samples and validation [500].")
     add("--keep", type=int, default=3, help="How many checkpoints to keep [3].")
