@@ -175,7 +175,7 @@ def test_a_drawing_tells_how_it_was_drawn(monkeypatch, capsys, tmp_path):
          2, "--cfg", 1.5, "--negative", "a square", "--size", "64x48", "--out", first)
     image = Image.open(first)
     assert image.text["parameters"].startswith("a red circle\n-- é \u6f22\nNegative prompt: a square\nSteps: 2, "
-                                               "Sampler: Euler, CFG scale: 1.5, Seed: 5, Size: 64x48, Model: tiny")
+                                               "CFG scale: 1.5, Seed: 5, Size: 64x48, Model: tiny")
 
 
 def test_a_trace_of_a_text(monkeypatch, capsys, tmp_path):
