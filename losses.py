@@ -63,10 +63,10 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 
     At time t only a share t of the tokens is masked and counted; dividing by t scales the sum up to the whole text.
     Averaged over t it is the cost of writing the text token by token in a random order: an upper bound on its negative
-    log-likelihood, in nats. Another schedule has the same bound; it only draws many masks more or less often.
+    log-likelihood, in nats. Another schedule has the same bound; it only draws some times more often.
 
-    The sum is divided by batch · length: nats per token of the padded text. (Dividing by the number of masked tokens,
-    about t · length, already divides by t.) EOS padding costs like any token; a question costs nothing.
+    The sum is divided by batch · length: nats per token of the padded text. (Not by the number of masked tokens, about
+    t · length: that would divide by t again.) EOS padding costs like any token; a question costs nothing.
 
     SUBS, two facts that the network need not learn: the mask token, the last of the V, is never right, so its logit is
     left out; and a token that is not masked is known, so it costs nothing.
@@ -103,7 +103,7 @@ def flow_matching_loss(velocity, latents, noise):
 
 class ImageHalf(NamedTuple):
     """For the image loss: images, to be drawn from their captions."""
-    latents: torch.Tensor   # (B,C,H,W) clean; `joint_loss` adds the noise
+    latents: torch.Tensor   # (B,C,H,W) clean; `joint_loss` adds the noise, while texts come masked
     captions: torch.Tensor  # (B,L) tokens, clean
     noise: torch.Tensor     # (B,C,H,W)
     t: torch.Tensor         # (B,)

@@ -53,8 +53,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        """t (B,) in [0,1] -> (B,width). Cosines, then sines, of 1000 t at 128 frequencies from 1 down to 1/10000. (They
-        were made for step numbers up to 1000. Of t itself, from 0 to 1, they would hardly tell times apart.)"""
+        """t (B,) in [0,1] -> (B,width). Cosines, then sines, of 1000 t at 128 frequencies from 1 to nearly 1/10000.
+        (They were made for step numbers up to 1000. Of t itself, from 0 to 1, they would hardly tell times apart.)"""
         omega = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
         angle = 1000 * t.float()[:, None] * omega
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))
@@ -172,8 +172,8 @@ class DDiT(nn.Module):
     def forward(self, latents, t, text, predict=None, image_rows=None):
         """latents (B,C,H,W), H and W multiples of the patch; t (B,) in [0,1]; text (B,L,text_dim), T5's states.
 
-        -> velocity (B,C,H,W) and logits (B,L,V). With `predict`, an index of (B,L), logits only there, (N,V); slice(0):
-        none. With `image_rows` n, velocity only of the first n rows."""
+        -> velocity (B,C,H,W) and logits (B,L,V). With `predict`, an index of (B,L), logits only there, (N,V); slice(0)
+        gives none. With `image_rows` n, velocity only of the first n rows."""
         p, h, w = self.config.patch, latents.shape[2] // self.config.patch, latents.shape[3] // self.config.patch
         vec = self.t_embedder(t)
         x = rearrange(self.x_embedder["proj"](latents.to(vec.dtype)), "b d h w -> b (h w) d")

@@ -129,9 +129,9 @@ GAMMA = 0.1  # nats; larger: fewer passes and more errors (tests/README.md has a
 
 
 def by_entropy(predict_tokens, masked, steps, generator):
-    """The surest first, and in each pass as many as are nearly independent; `steps` plays no part. To draw tokens
-    as if they were independent is an error of at most the sum of their entropies minus the largest. So a pass takes
-    tokens in order of entropy, while those already taken sum up to at most GAMMA."""
+    """The surest first, and in each pass as many as are nearly independent; `steps` plays no part. A pass draws
+    its tokens independently. That diverges from their joint distribution by at most the sum of their entropies minus
+    the largest. So a pass takes tokens in order of entropy, while those already taken sum up to at most GAMMA."""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
@@ -165,7 +165,7 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
     for passes, (reveal, ids) in enumerate(ORDERS[order](predict_tokens, masked, steps, generator), 1):
         tokens[reveal] = ids
         beginning = (masked & ~reveal).cumsum(1) == 0  # of each row, all before its first mask
-        masked &= ~reveal & ~(beginning & (tokens == eos_id)).any(1, keepdim=True)
+        masked &= ~reveal & ~(beginning & (tokens == eos_id)).any(1, keepdim=True)  # a text with its EOS is done
         if watch:
             watch(tokens, reveal)
     return torch.where(tokens == mask_id, eos_id, tokens), passes
@@ -173,8 +173,8 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
 
 def draw_tokens(logits, temperature, generator):
     """logits (N,V) -> tokens (N,), their probabilities, the entropies (nats) of their distributions. In float64, for
-    float32 noise would silently lower the temperature; and so 256 rows at a time. The mask token, the last of the V, is
-    never drawn."""
+    float32 noise would silently lower the temperature; 256 rows at a time, to save memory. The mask token, the last of
+    the V, is never drawn."""
     parts = []
     for part in logits.split(256):
         probs = torch.softmax(part[:, :-1].double() / (temperature or 1.0), dim=1)
@@ -484,7 +484,9 @@ def save_image(path, frames, chunks=None):
 
 def read_images(dd, args, generator):
     """--vqa, --caption, --infill: print what is read, a line per image and text; of a trace a row per pass."""
-    (width, height), room, trace = args.size, dd.config.settings.length - 1, []
+    (width, height), length, trace = args.size, dd.config.settings.length, []
+    frame = dd.tokenizer.prompt_ids(dd.config.settings.answer_suffix, 10 * length)  # "Q:", the suffix, "A:"
+    question_room = length - min(8, length // 3) - len(frame)
 
     def watch(tokens, reveal):
         trace.append((words_of(dd.tokenizer, tokens[0]), reveal[0]))
@@ -496,17 +498,18 @@ def read_images(dd, args, generator):
             tqdm.write("\n".join(reader(dd, images, *texts, **how)))
             sys.stdout.flush()
 
-    def with_text(jobs):  # one job per image
+    def with_text(jobs, room):  # one job per image
         return [(path, prepare_text(dd, text, room)) for *paths, text in jobs for path in paths]
 
     how = {"length": args.length, "steps": args.steps, "order": args.order, "temperature": args.temperature,
            "generator": generator, "watch": watch if args.trace else None}
     if args.options:
-        read(rank, with_text(args.vqa), options=[prepare_text(dd, text, room) for text in args.options])
+        options = [prepare_text(dd, text, length) for text in args.options]
+        read(rank, with_text(args.vqa, question_room), options=options)
     else:
-        read(answer, with_text(args.vqa), **how)
+        read(answer, with_text(args.vqa, question_room), **how)
     read(caption, [(path,) for path in args.caption], **how)
-    read(infill, with_text(args.infill), **how)
+    read(infill, with_text(args.infill, length - 1), **how)
     if trace:
         save_image(args.trace, [text_page(trace)])
 

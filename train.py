@@ -89,17 +89,18 @@ class Recipe:
 # Plain shapes stay readable under much noise: the layout is settled at t > 0.9, which mean 0 rarely draws.
 _tiny = Recipe(steps=600, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, ema=0.0, size=64, length=24,
                text_weight=1.0, time_mean=1.5, time_std=1.2, learn_t5="all")
-_later = Recipe(rate=3e-5, warmup=1000)
 RECIPES = {
-    "tiny": {"0": replace(_tiny, steps=2000, batch=16, schedule="linear"), "1": _tiny,
-             "2": replace(_tiny, steps=40, learn_t5="mask"),  # short and gentle: the rates still rise
+    "tiny": {"0": replace(_tiny, steps=2000, batch=16, schedule="linear"),
+             "1": _tiny,
+             "2": replace(_tiny, steps=40, learn_t5="mask"),
              "2hr": replace(_tiny, steps=300),
              "3": replace(_tiny, steps=3000, questions=0.65, schedule="linear")},
     "sd3-medium": {"1": Recipe(),  # whose defaults are the paper's
-                   "2": replace(_later, steps=200_000, length=256, learn_t5="mask"),
-                   "2hr": replace(_later, steps=80_000, length=256, batch=768, size=512),
-                   "3": replace(_later, steps=50_000, length=128, text_weight=1.0, questions=0.5)},
-}  # (after 2hr, stage 3 keeps its size)
+                   "2": Recipe(steps=200_000, rate=3e-5, warmup=1000, length=256, learn_t5="mask"),
+                   "2hr": Recipe(steps=80_000, batch=768, rate=3e-5, warmup=1000, length=256, size=512),
+                   # at 256 pixels or, after 2hr, at 512
+                   "3": Recipe(steps=50_000, rate=3e-5, warmup=1000, length=128, text_weight=1.0, questions=0.5)},
+}
 RECIPES["end-to-end"] = RECIPES["sd3-medium"]
 
 
@@ -136,7 +137,8 @@ def train(learner, loader, log, signals, validation, sheet, args, recipe):
             log.window.append(torch.stack(parts).detach())
         norm = learner.step(step)
 
-        done, stop = step + 1, mean_over_processes([torch.tensor(float(len(signals)))])[0] > 0  # all stop together
+        done = step + 1
+        stop = mean_over_processes([torch.tensor(float(len(signals)))])[0] > 0  # all processes stop together
         save_now = done % args.save_every == 0 or done == recipe.steps or stop
         show_now = done % args.show_every == 0 and done < recipe.steps
         if done % 20 == 0 or save_now or show_now:  # only here does the loop wait for the device
@@ -198,12 +200,14 @@ def subsets(paths, args, recipe):
 
 def starting_file(args):
     """The checkpoint that a stage begins with: what the stage before left; for stage 1, else, the shipped file."""
-    if args.init or args.stage == "0":
-        return args.init or ""
-    for stage in {"1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}[args.stage]:
+    for stage in {"0": [], "1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}[args.stage]:
         before = os.path.join(args.out, f"stage{stage}", "model.safetensors")
         if os.path.exists(before):
-            return before
+            if args.init and not os.path.samefile(before, args.init) and dist.get_rank() == 0:
+                warn(f"--init {args.init} is taken, not {before}")
+            return args.init or before
+    if args.init or args.stage == "0":
+        return args.init or ""
     if args.stage != "1":
         fail(f"{before}: no such checkpoint; run the stage before it with the same --out, or give --init")
     if args.preset != "tiny" and not (args.text_encoder == "none" and args.vae):
@@ -663,8 +667,7 @@ def add_arguments(parser, recipe):
     add("--text-encoder", choices=["t5", "none"], default="t5", help="none: embeddings that learn, as in Table 9 [t5].")
     add("--out", default="runs", metavar="DIR", help="Where stageN/ folders are made [runs].")
     add("--seed", type=int, default=0, help="Seeds all random numbers [0].")
-    add = parser.add_argument_group("how it runs", "These change only rounding and, between CPU and GPU, the noise."
-                                    ).add_argument
+    add = parser.add_argument_group("how it runs; what is learned is the same, beyond rounding").add_argument
     add("--device", type=sample.existing_device, default=sample.default_device(), help="[the GPU, if there is one].")
     add("--dtype", choices=list(DTYPES), help="What to compute in [bf16 where the hardware has it].")
     add("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp: share out the optimizer's state [ddp].")
@@ -672,8 +675,8 @@ def add_arguments(parser, recipe):
     add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
     add("--workers", type=int, help="Processes that make batches [4; on a CPU with stored latents 0].")
-    add("--latents", type=int, default=25_000, metavar="N", help="Store latents of at most N records [25000].")
-    add("--save-every", type=int, default=200, help="Steps per checkpoint [200].")
+    add("--latents", type=int, default=25_000, metavar="N", help="Store latents, if N records at most [25000].")
+    add("--save-every", type=int, default=200, help="Save every N steps [200].")
     add("--show-every", type=int, default=500, help="Steps per sheet of samples and validation [500].")
     add("--keep", type=int, default=3, help="How many checkpoints to keep [3].")
     add = parser.add_argument_group("numbers of a stage", "In brackets what this stage and preset have.").add_argument
