@@ -63,7 +63,7 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 
     At time t only a share t of the tokens is masked and counted; dividing by t scales the sum up to the whole text.
     Averaged over t it is the cost of writing the text token by token in a random order: an upper bound on its negative
-    log-likelihood, in nats. Another schedule has the same bound; it only draws some times more often.
+    log-likelihood, in nats.
 
     The sum is divided by batch · length: nats per token of the padded text. (Not by the number of masked tokens, about
     t · length: that would divide by t again.) EOS padding costs like any token; a question costs nothing.
@@ -96,14 +96,14 @@ def noise_latents(latents, noise, t):
 
 def flow_matching_loss(velocity, latents, noise):
     """The mean squared error against the line's direction, noise - latents; all (B,C,H,W). An empty batch costs 0.
-    (The authors' script weights by t^2, as if comparing the predicted image, x_t - t velocity.)"""
+    (The authors' script weights by t^2: the predicted image, x_t - t · velocity, is wrong by t times the error.)"""
     error = velocity.float() - (noise - latents)
     return error.square().sum() / max(1, error.numel())  # Eq. 3
 
 
 class ImageHalf(NamedTuple):
     """For the image loss: images, to be drawn from their captions."""
-    latents: torch.Tensor   # (B,C,H,W) clean; `joint_loss` adds the noise, while texts come masked
+    latents: torch.Tensor   # (B,C,H,W) clean; `joint_loss` adds the noise
     captions: torch.Tensor  # (B,L) tokens, clean
     noise: torch.Tensor     # (B,C,H,W)
     t: torch.Tensor         # (B,)

@@ -172,8 +172,8 @@ class DDiT(nn.Module):
     def forward(self, latents, t, text, predict=None, image_rows=None):
         """latents (B,C,H,W), H and W multiples of the patch; t (B,) in [0,1]; text (B,L,text_dim), T5's states.
 
-        -> velocity (B,C,H,W) and logits (B,L,V). With `predict`, an index of (B,L), logits only there, (N,V); slice(0)
-        gives none. With `image_rows` n, velocity only of the first n rows."""
+        -> velocity (B,C,H,W) and logits (B,L,V). With `predict`, an index of (B,L), logits only there, (N,V); an empty
+        slice gives none. With `image_rows` n, velocity only of the first n rows."""
         p, h, w = self.config.patch, latents.shape[2] // self.config.patch, latents.shape[3] // self.config.patch
         vec = self.t_embedder(t)
         x = rearrange(self.x_embedder["proj"](latents.to(vec.dtype)), "b d h w -> b (h w) d")

@@ -98,7 +98,6 @@ RECIPES = {
     "sd3-medium": {"1": Recipe(),  # whose defaults are the paper's
                    "2": Recipe(steps=200_000, rate=3e-5, warmup=1000, length=256, learn_t5="mask"),
                    "2hr": Recipe(steps=80_000, batch=768, rate=3e-5, warmup=1000, length=256, size=512),
-                   # at 256 pixels or, after 2hr, at 512
                    "3": Recipe(steps=50_000, rate=3e-5, warmup=1000, length=128, text_weight=1.0, questions=0.5)},
 }
 RECIPES["end-to-end"] = RECIPES["sd3-medium"]
@@ -128,7 +127,7 @@ def training_losses(dd, batch, recipe):
 
 
 def train(learner, loader, log, signals, validation, sheet, args, recipe):
-    """The loop, to the last step. loader gives a list of data.Batch for each; signals are those that have come in;
+    """The loop, to the last step. loader gives a list of data.Batch per step; signals are those that have come in;
     validation() gives the losses on images that are held out; sheet(step) draws samples."""
     for step, batches in zip(log.bar, loader):
         for k, batch in enumerate(batches, 1):  # several, if one does not fit in memory
@@ -203,8 +202,9 @@ def starting_file(args):
     for stage in {"0": [], "1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}[args.stage]:
         before = os.path.join(args.out, f"stage{stage}", "model.safetensors")
         if os.path.exists(before):
-            if args.init and not os.path.samefile(before, args.init) and dist.get_rank() == 0:
-                warn(f"--init {args.init} is taken, not {before}")
+            for other in filter(None, (args.init, args.t5, args.vae, args.spiece)):
+                if dist.get_rank() == 0 and not os.path.samefile(before, other):
+                    warn(f"{other} is taken, not what {before} holds")
             return args.init or before
     if args.init or args.stage == "0":
         return args.init or ""
@@ -667,15 +667,15 @@ def add_arguments(parser, recipe):
     add("--text-encoder", choices=["t5", "none"], default="t5", help="none: embeddings that learn, as in Table 9 [t5].")
     add("--out", default="runs", metavar="DIR", help="Where stageN/ folders are made [runs].")
     add("--seed", type=int, default=0, help="Seeds all random numbers [0].")
-    add = parser.add_argument_group("how it runs; what is learned is the same, beyond rounding").add_argument
-    add("--device", type=sample.existing_device, default=sample.default_device(), help="[the GPU, if there is one].")
+    add = parser.add_argument_group("how it runs; what is learned is the same, up to rounding").add_argument
+    add("--device", type=sample.existing_device, default=sample.default_device(), help="Where [the GPU, if any].")
     add("--dtype", choices=list(DTYPES), help="What to compute in [bf16 where the hardware has it].")
-    add("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp: share out the optimizer's state [ddp].")
+    add("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp: split gradients and optimizer state [ddp].")
     add("--accumulate", type=int, default=1, help="Passes per step; more take less memory [1].")
     add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
     add("--workers", type=int, help="Processes that make batches [4; on a CPU with stored latents 0].")
-    add("--latents", type=int, default=25_000, metavar="N", help="Store latents, if N records at most [25000].")
+    add("--latents", type=int, default=25_000, metavar="N", help="Encode images once, if at most N [25000].")
     add("--save-every", type=int, default=200, help="Save every N steps [200].")
     add("--show-every", type=int, default=500, help="Steps per sheet of samples and validation [500].")
     add("--keep", type=int, default=3, help="How many checkpoints to keep [3].")
@@ -689,7 +689,7 @@ def add_arguments(parser, recipe):
 def parse_args():
     parser = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
     parser.add_argument("--stage", choices=["0", "1", "2", "2hr", "3"], help="Which stage to train; needed.")
-    parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="Sizes of networks and stages [tiny].")
+    parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="Model and training numbers [tiny].")
     first, _ = parser.parse_known_args()  # --help shows the numbers of this stage
     parser.add_argument("-h", "--help", action="help")
     add_arguments(parser, RECIPES[first.preset].get(first.stage) or RECIPES[first.preset]["1"])
