@@ -312,13 +312,16 @@ def read_list(path):
 
 
 def read_folder(path):
-    """The records of a folder: its metadata.jsonl's; or of images, each with its .txt, or else its folder's name."""
+    """The records of a folder: its metadata.jsonl's; or of images, each with its .txt or, if there is none at all, with
+    its folder's name. None for an image without text."""
     if os.path.exists(metadata := os.path.join(path, "metadata.jsonl")):
         yield from read_list(metadata)
         return
-    for image in (file for file in files_of(path) if file.lower().endswith(EXTENSIONS)):
-        caption = os.path.basename(os.path.dirname(os.path.abspath(image))).replace("_", " ")
-        if os.path.exists(text := os.path.splitext(image)[0] + ".txt"):
+    images = [file for file in files_of(path) if file.lower().endswith(EXTENSIONS)]
+    texts = {stem: f"{stem}.txt" for stem, _ in map(os.path.splitext, images) if os.path.exists(f"{stem}.txt")}
+    for image in images:
+        caption = "" if texts else os.path.basename(os.path.dirname(os.path.abspath(image))).replace("_", " ")
+        if text := texts.get(os.path.splitext(image)[0]):
             with open(text, encoding="utf-8-sig", errors="replace") as f:
                 caption = f.read().strip()
         yield Record.read({"image": image, "caption": caption}, "", image)

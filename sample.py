@@ -65,12 +65,12 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
 @torch.no_grad()
 def text_to_image(dd, prompts, negative="", height=None, width=None, length=None, steps=28, cfg=None, shift=None,
                   noise=None, generator=None, watch=None):
-    """Draw one image per prompt -> pixels (B,3,height,width) in [-1,1].
+    """Draw one image per prompt, of a list -> pixels (B,3,height,width) in [-1,1].
 
     height, width: pixels, multiples of 16; length: tokens that a prompt is padded to; steps: of Euler, 28 is SD3's;
     cfg: guidance, 1 is none; noise (B,C,H/8,W/8): what to start from; watch(x, t, velocity) is called at every step.
     What is None is the checkpoint's own. Raises ValueError for a size that the model cannot take."""
-    settings, vae = dd.config.settings, dd.config.vae
+    settings, vae, prompts = dd.config.settings, dd.config.vae, [prompts] if isinstance(prompts, str) else prompts
     height, width, length = height or settings.size, width or settings.size, length or settings.length
     cfg, shift = settings.cfg if cfg is None else cfg, shift or settings.shift
     if noise is None:
@@ -219,6 +219,8 @@ def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, te
     """Unmask one text (ids, maskable) per image -> list of str: from the first mask on, or the whole texts. order: by
     default "random", the paper's, if `steps` are given, else "entropy". length "auto": in blocks, until EOS."""
     latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
+    if len(texts) != len(images):
+        raise ValueError(f"{len(images)} images want as many texts, not {len(texts)}")
     order, steps = order or ("random" if steps else "entropy"), steps or default_steps
     tokens, maskable = (torch.tensor(column) for column in zip(*texts))
     method, lines = unmask_in_blocks if length == "auto" else unmask, []
@@ -446,7 +448,7 @@ def parse_args():
             fail(f"--{name} wants an image and then {what}: --{name} img.png \"...\"")
     for paths in (args.caption, *(paths for *paths, _ in args.vqa + args.infill)):
         if missing := [path for path in paths if not os.path.exists(path)]:
-            fail(f"{missing[0]}: no such image{' (a question goes in quotes)' * (len(paths) > 1)}")
+            fail(f"{missing[0]}: no such image{' (one question per --vqa, in quotes)' * (len(paths) > 1)}")
     if any("_" not in text for *_, text in args.infill):
         fail("--infill's text has no blank: each underscore stands for one token to fill in")
     texts = len(args.caption) + sum(len(job) - 1 for job in args.infill + ([] if args.options else args.vqa))

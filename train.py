@@ -513,12 +513,12 @@ def show(dd, subset, path=None):
             decoded = data.to_images(dd.vae(pixels.to(dd.device), torch.zeros(()))[0])  # of the mean, without noise
         cells = [cell for pair in zip(images, decoded) for cell in zip(pair, ("image", "reconstruction"))]
     else:
-        texts = [source.caption(i, rng) or "" for i in ids[:8]]
-        drawn = sample.text_to_image(dd, texts, generator=generator)
+        prompts = [source.caption(i, rng) or "" for i in ids[:8]]
+        drawn = sample.text_to_image(dd, prompts, generator=generator)
         questions = [(source.question(i, rng) or ("what is this?",))[0] for i in ids[-8:]]
         captions = sample.caption(dd, pixels, generator=generator)
         answers = sample.answer(dd, pixels, questions, generator=generator)
-        texts += map("{}\n{}\n> {}".format, captions, questions, answers)
+        texts = [*map("drawn: {}".format, prompts), *map("read: {}\n{}\n> {}".format, captions, questions, answers)]
         cells = [*zip([*data.to_images(drawn), *images], texts)]
     if path:
         sample.sheet(path, cells)
@@ -529,7 +529,7 @@ def show_batch(dd, batch, path):
     images, say = batch.images if batch.text_images is None else batch.text_images, dd.tokenizer.decode
     if images.ndim == 5:  # stored moments
         images = dd.decode_image(dd.vae.normalize(images[:16, 0].to(dd.device).float()))
-    sample.sheet(path, [(image, f"{say(ids[~free])} [{say(ids[free])}]") for image, ids, free in zip(
+    sample.sheet(path, [(image, f"{say(ids[~free])} [{say(ids[free])}]".strip()) for image, ids, free in zip(
         data.to_images(images[:16]), batch.tokens, batch.maskable)])
 
 
@@ -582,7 +582,7 @@ def run_stage(args, recipe):
         fail(f"{folder} is already at step {start}, beyond --steps {recipe.steps}")
     newest = os.path.getmtime(checkpoints(learner.folder)[-1]) if start == recipe.steps else float("inf")
     if os.path.exists(path) and os.path.getmtime(path) >= newest:  # leave it, for a later stage may have begun with it
-        return print(f"{path} is there") if rank == 0 else None
+        return print(f"finished: {path}") if rank == 0 else None
     if rank == 0:
         print(f"{sum(p.numel() for p in learner.parameters):,} parameters learn from {len(texts.ids):,} records, in "
               f"{settings['dtype']}, on {dist.get_world_size()} x {device.type}"
