@@ -26,7 +26,7 @@ MIN_TIME = 1e-3  # the smallest time of a text in training; there the weight of 
 def alpha(t):
     """The schedule: the share of tokens still readable at time t (a tensor). All else follows from it: what is masked,
     the weight of the loss, and at which steps sampling reveals tokens. This one is the paper's, a straight line, which
-    leaves a thousandth readable at t = 1. (Papers that write alpha = exp(-sigma) call it log-linear.)"""
+    leaves a thousandth readable at t = 1."""
     return 1 - 0.999 * t
 
 

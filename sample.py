@@ -5,7 +5,6 @@ an image begins as noise and follows the velocity; a text begins as masks, which
     python sample.py --caption img.png
     python sample.py --t2i "a large green triangle left of a small red circle" --num 8 --out out.png
     python sample.py --infill img.png "a _ green _ above a small _ circle and a small green square"
-
 References: Esser et al., SD3, arXiv 2403.03206, section 5.3.2; Ho & Salimans, Classifier-Free Guidance, 2207.12598;
   Zheng et al., Time-Agnostic Masked Models, 2409.02908; Chang et al., MaskGIT, 2202.04200; Ben-Hamu et al.,
   Entropy-Bounded Unmasking, 2505.24857
@@ -130,8 +129,8 @@ GAMMA = 0.1  # nats; larger: fewer passes and more errors (tests/README.md has a
 
 def by_entropy(predict_tokens, masked, steps, generator):
     """The surest first, and in each pass as many as are nearly independent; `steps` plays no part. A pass draws
-    its tokens independently. The error of that, a KL divergence, is at most the sum of their entropies without the
-    largest. So a pass takes the tokens of least entropy, as many as keep this sum within GAMMA."""
+    its tokens independently. The error (a KL divergence) is at most the sum of their entropies minus the largest.
+    So a pass takes the tokens of least entropy, as many as keep this within GAMMA."""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
@@ -202,7 +201,7 @@ def caption(dd, images, length=None, steps=None, **how):
 
 def answer(dd, images, questions, length=None, steps=None, **how):
     """Answer one question per image -> list of str. length: tokens of question and answer; the rest as for caption."""
-    texts = [text_ids(dd, (question, ""), length) for question in questions]
+    texts = [text_ids(dd, (question, ""), length) for question in questions]  # no answer: EOS in all its places
     return unmask_texts(dd, images, texts, length, steps, dd.config.settings.answer_steps, **how)
 
 
@@ -219,10 +218,10 @@ def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, te
     """Unmask one text (ids, maskable) per image -> list of str: from the first mask on, or the whole texts. order: by
     default "random", the paper's, if `steps` are given, else "entropy". length "auto": in blocks, until EOS."""
     latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
-    if len(texts) != len(images):
-        raise ValueError(f"{len(images)} images want as many texts, not {len(texts)}")
     order, steps = order or ("random" if steps else "entropy"), steps or default_steps
     tokens, maskable = (torch.tensor(column) for column in zip(*texts))
+    if len(tokens) != len(images):
+        raise ValueError(f"{len(images)} images want as many texts, not {len(tokens)}")
     method, lines = unmask_in_blocks if length == "auto" else unmask, []
     for part in slices(len(images), *images.shape[2:]):
         latents = dd.encode_image(images[part])
@@ -429,7 +428,7 @@ def parse_args():
     add("--offload", action="store_true", help="Keep T5 on the CPU, if GPU memory is short.")
     add = parser.add_argument_group("how to do it", "In brackets what is taken without the flag.").add_argument
     add("--seed", type=int, default=0, help="Seeds all random numbers [0].")
-    add("--steps", type=int, help="Of drawing [28]; when reading: passes, in random order.")
+    add("--steps", type=int, help="Of drawing [28]; of reading, then in random order.")
     add("--order", choices=list(ORDERS), help="How a text is unmasked [random if --steps is given, else entropy].")
     add("--temperature", type=float, default=0.0, help="Divides the logits of tokens; 0 takes the likeliest [0].")
     add("--length", metavar="TOKENS", help="How long a text is; auto: as long as it needs [the checkpoint's].")

@@ -8,8 +8,7 @@
 
 With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/, and the same
 command goes on from there. Any number of processes (`torchrun --nproc_per_node 8 train.py ...`) takes the same steps.
-References: Li et al., D-DiT, arXiv 2501.00289, section 4 and Tables 6, 9, 10
-  Jordan et al., Muon, 2024 (torch.optim.Muon); Zhao et al., PyTorch FSDP, arXiv 2304.11277
+References: Li et al., D-DiT, 2501.00289, section 4; Jordan et al., Muon, 2024; Zhao et al., FSDP, 2304.11277
 """
 import argparse
 import copy
@@ -68,12 +67,12 @@ class Recipe:
     rate: float = setting(5e-5, "AdamW's learning rate after the warm-up")
     muon: float = setting(0.0, "Muon's learning rate, for the matrices inside the blocks; 0: AdamW learns them too")
     warmup: int = setting(5000, "steps in which the rates rise from 0")
-    schedule: str = setting("constant", "of the rates after the warm-up; linear: falling to nearly 0")
+    schedule: str = setting("constant", "of the rates; linear: falling to nearly 0")
     beta2: float = setting(0.999, "AdamW's decay of the squared gradients, per step")
-    weight_decay: float = setting(1e-2, "AdamW's, of matrices alone")
+    weight_decay: float = setting(1e-2, "weight decay of matrices")
     clip: float = setting(2.0, "largest norm of the gradient")
     ema: float = setting(0.9995, "decay per step of the weights' running average, which is saved; 0: none")
-    size: int = setting(256, "pixels of an image's side")
+    size: int = setting(256, "pixels of an image's side; in stage 3 of --data: the stage before's")
     length: int = setting(64, "tokens of a text")
     text_weight: float = setting(0.2, "weight of the text loss in Eq. 9")
     image_weight: float = setting(1.0, "weight of the image loss; 0: the text loss alone, as in Table 10")
@@ -230,6 +229,8 @@ def starting_point(args, recipe, texts, device, dtype):
     dtypes = {"ddit": torch.float32, "t5": torch.float32 if learns_all else dtype, "vae": dtype and torch.float32}
     dd = DualDiffusion.load(args.start, args.t5, args.vae, args.spiece, device, dtypes)
     anew = args.stage == "1" and args.start in (args.vae, SHIPPED) and not args.init or dd.ddit is dd.t5 is None
+    if args.stage == "1" and args.text_encoder == "none" and not anew:
+        fail("--text-encoder none starts from nothing: give --vae and --spiece, but no --init")
     if anew and dd.tokenizer:  # tokenizer and VAE are taken, the rest starts at random
         if args.text_encoder == "none":
             positions = max(recipe.length, preset.settings.length)  # for the longest texts of any stage
@@ -675,7 +676,7 @@ def add_arguments(parser, recipe):
     add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
     add("--workers", type=int, help="Processes that make batches [4; on a CPU with stored latents 0].")
-    add("--latents", type=int, default=25_000, metavar="N", help="Encode images once, if at most N [25000].")
+    add("--latents", type=int, default=25_000, metavar="N", help="Encode once, if N images at most [25000].")
     add("--save-every", type=int, default=200, help="Save every N steps [200].")
     add("--show-every", type=int, default=500, help="Steps per sheet of samples and validation [500].")
     add("--keep", type=int, default=3, help="How many checkpoints to keep [3].")
