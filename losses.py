@@ -96,7 +96,7 @@ def noise_latents(latents, noise, t):
 
 def flow_matching_loss(velocity, latents, noise):
     """The mean squared error against the line's direction, noise - latents; all (B,C,H,W). An empty batch costs 0.
-    (The authors' script weights by t^2: the predicted image, x_t - t · velocity, is wrong by t times the error.)"""
+    (The authors' script weights by t^2: the predicted image, x_t - t · velocity, is off by t times the error.)"""
     error = velocity.float() - (noise - latents)
     return error.square().sum() / max(1, error.numel())  # Eq. 3
 

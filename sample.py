@@ -129,8 +129,8 @@ GAMMA = 0.1  # nats; larger: fewer passes and more errors (tests/README.md has a
 
 def by_entropy(predict_tokens, masked, steps, generator):
     """The surest first, and in each pass as many as are nearly independent; `steps` plays no part. A pass draws
-    its tokens independently. The error (a KL divergence) is at most the sum of their entropies minus the largest.
-    So a pass takes the tokens of least entropy, as many as keep this within GAMMA."""
+    its tokens independently. The error of that, a KL divergence, is at most the sum of the entropies but the largest.
+    So a pass takes the tokens of least entropy, as many as keep this sum within GAMMA."""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
@@ -428,7 +428,7 @@ def parse_args():
     add("--offload", action="store_true", help="Keep T5 on the CPU, if GPU memory is short.")
     add = parser.add_argument_group("how to do it", "In brackets what is taken without the flag.").add_argument
     add("--seed", type=int, default=0, help="Seeds all random numbers [0].")
-    add("--steps", type=int, help="Of drawing [28]; of reading, then in random order.")
+    add("--steps", type=int, help="Steps of drawing [28], or of reading in random order.")
     add("--order", choices=list(ORDERS), help="How a text is unmasked [random if --steps is given, else entropy].")
     add("--temperature", type=float, default=0.0, help="Divides the logits of tokens; 0 takes the likeliest [0].")
     add("--length", metavar="TOKENS", help="How long a text is; auto: as long as it needs [the checkpoint's].")

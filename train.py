@@ -72,7 +72,7 @@ class Recipe:
     weight_decay: float = setting(1e-2, "weight decay of matrices")
     clip: float = setting(2.0, "largest norm of the gradient")
     ema: float = setting(0.9995, "decay per step of the weights' running average, which is saved; 0: none")
-    size: int = setting(256, "pixels of an image's side; in stage 3 of --data: the stage before's")
+    size: int = setting(256, "pixels of an image's side")
     length: int = setting(64, "tokens of a text")
     text_weight: float = setting(0.2, "weight of the text loss in Eq. 9")
     image_weight: float = setting(1.0, "weight of the image loss; 0: the text loss alone, as in Table 10")
@@ -541,11 +541,11 @@ def prepare(args, recipe, folder):
     args.start = starting_file(args)
     if args.stage not in ("0", "1"):
         start = find_parts(args.start, args.t5, args.vae, args.spiece)[0].settings
-        if args.stage == "3" and args.size is None and (args.data or args.image_data):  # after stage 2hr: 512
-            recipe.size = start.size
         lengths = {recipe.length for recipe in RECIPES[args.preset].values()}
         if args.length is None and start.length not in lengths and dist.get_rank() == 0:
             warn(f"{args.start} was trained at --length {start.length}; this stage takes {recipe.length}")
+        if args.size is None and start.size > recipe.size and dist.get_rank() == 0:
+            warn(f"{args.start} was trained at --size {start.size}; this stage takes {recipe.size}")
     images, unseen_images = subsets(args.image_data or args.data, args, recipe)
     texts, unseen = images, unseen_images
     if args.image_data or args.text_data:
@@ -676,7 +676,7 @@ def add_arguments(parser, recipe):
     add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
     add("--workers", type=int, help="Processes that make batches [4; on a CPU with stored latents 0].")
-    add("--latents", type=int, default=25_000, metavar="N", help="Encode once, if N images at most [25000].")
+    add("--latents", type=int, default=25_000, metavar="N", help="Store latents of N records at most [25000].")
     add("--save-every", type=int, default=200, help="Save every N steps [200].")
     add("--show-every", type=int, default=500, help="Steps per sheet of samples and validation [500].")
     add("--keep", type=int, default=3, help="How many checkpoints to keep [3].")
