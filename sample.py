@@ -79,8 +79,8 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
 
 
 def revealed_share(steps):
-    """(steps+1,) float64: which share of the masked tokens is revealed, at each time of an even grid from t = 1 down to
-    0: alpha(t), scaled to run from 0 to 1. (By Eq. 5 a token stays masked through a step from t to s with chance
+    """(steps+1,) float64: the share of tokens that are revealed at each time of an even grid from t = 1 down to 0:
+    alpha(t), scaled to run from 0 to 1. (By Eq. 5 a token stays masked through a step from t to s with chance
     (1 - alpha(s)) / (1 - alpha(t)). The product of these chances over the steps so far is 1 minus this share.)"""
     readable = losses.alpha(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     return (readable - readable[0]) / (readable[-1] - readable[0])  # Eq. 5
@@ -129,8 +129,8 @@ GAMMA = 0.1  # nats; larger: fewer passes and more errors (tests/README.md has a
 
 def by_entropy(predict_tokens, masked, steps, generator):
     """The surest first, and in each pass as many as are nearly independent; `steps` plays no part. A pass draws
-    its tokens independently. The error of that, a KL divergence, is at most the sum of the entropies but the largest.
-    So a pass takes the tokens of least entropy, as many as keep this sum within GAMMA."""
+    its tokens independently. The error of that, a KL divergence, is at most the sum of all entropies except the
+    largest. So a pass takes the tokens of least entropy, as many as keep this sum within GAMMA."""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
@@ -428,7 +428,7 @@ def parse_args():
     add("--offload", action="store_true", help="Keep T5 on the CPU, if GPU memory is short.")
     add = parser.add_argument_group("how to do it", "In brackets what is taken without the flag.").add_argument
     add("--seed", type=int, default=0, help="Seeds all random numbers [0].")
-    add("--steps", type=int, help="Steps of drawing [28], or of reading in random order.")
+    add("--steps", type=int, help="Steps of drawing [28], or of reading (see --order).")
     add("--order", choices=list(ORDERS), help="How a text is unmasked [random if --steps is given, else entropy].")
     add("--temperature", type=float, default=0.0, help="Divides the logits of tokens; 0 takes the likeliest [0].")
     add("--length", metavar="TOKENS", help="How long a text is; auto: as long as it needs [the checkpoint's].")

@@ -113,7 +113,7 @@ def training_losses(dd, batch, recipe):
     noisy, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id,
                                        skip_rows(generator, rows, recipe.length))
 
-    # Copy the inputs to the network's device in the background. (On a GPU, `nonzero` would force a wait.)
+    # Copy the inputs to the network's device in the background. (`nonzero` comes before: on a GPU it would wait.)
     captions, tokens, noisy, image_t, text_t, *masked = (x.to(dd.device, non_blocking=True) for x in (
         batch.captions, batch.tokens, noisy, image_t, text_t, *masked.nonzero(as_tuple=True)))
     latents = text_latents = dd.vae.normalize(dd.vae.sample(*batch.images.unbind(1), vae_noise))
@@ -676,7 +676,8 @@ def add_arguments(parser, recipe):
     add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
     add("--workers", type=int, help="Processes that make batches [4; on a CPU with stored latents 0].")
-    add("--latents", type=int, default=25_000, metavar="N", help="Store latents of N records at most [25000].")
+    add("--latents", type=int, default=25_000, metavar="N", help="Store latents of --data, if there are at most N "
+        "records [25000].")
     add("--save-every", type=int, default=200, help="Save every N steps [200].")
     add("--show-every", type=int, default=500, help="Steps per sheet of samples and validation [500].")
     add("--keep", type=int, default=3, help="How many checkpoints to keep [3].")
