@@ -36,8 +36,8 @@ from tqdm import tqdm
 SIDE = 64  # pixels; four quarters of 32 x 32, at most one thing in each
 SIZES = {"small": (6.0, 7.0), "large": (10.5, 11.8)}  # radius in pixels, from .. to
 COLORS = {"red": 0, "yellow": 52, "green": 125, "cyan": 180, "blue": 222, "purple": 285}  # hue in degrees
-# f(x, y, r) -> the distance to a shape's outline, roughly; negative inside. x (a row) and y (a column): pixels right of
-# and below the shape's centre; r: its radius. It must stay within |x|, |y| < 1.14 r, the room of its quarter.
+# A shape is a function of x, y and its radius r. x (32,) and y (32,1) are pixels right of and below its centre. It
+# gives about the distance to the outline, negative inside. In no point of a shape may |x| or |y| be more than 1.14 r.
 SHAPES = {
     "circle": lambda x, y, r: np.hypot(x, y) - r,
     "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.88 * r,

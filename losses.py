@@ -65,8 +65,8 @@ def masked_diffusion_loss(logits, tokens, masked, t):
     Averaged over t it is the cost of writing the text token by token in a random order: an upper bound on its negative
     log-likelihood, in nats.
 
-    The sum is divided by batch · length: nats per token of the padded text. (Not by the number of masked tokens, about
-    t · length: that would divide by t again.) EOS padding costs like any token; a question costs nothing.
+    The sum is divided by batch · length: nats per token of the padded text. EOS padding costs like any token, a
+    question nothing.
 
     SUBS, two facts that the network need not learn: the mask token, the last of the V, is never right, so its logit is
     left out; and a token that is not masked is known, so it costs nothing.
@@ -94,11 +94,11 @@ def noise_latents(latents, noise, t):
     return (1 - t) * latents + t * noise  # Eq. 1
 
 
-def flow_matching_loss(velocity, latents, noise):
+def flow_matching_loss(velocity, latents, noise, weight=1.0):
     """The mean squared error against the line's direction, noise - latents; all (B,C,H,W). An empty batch costs 0.
-    (The authors' script weights by t^2: the predicted image, x_t - t · velocity, is off by t times the error.)"""
+    weight: 1, or (B,1,1,1). (The authors' script has t^2, the error of the predicted image, x_t - t · velocity.)"""
     error = velocity.float() - (noise - latents)
-    return error.square().sum() / max(1, error.numel())  # Eq. 3
+    return (weight * error.square()).sum() / max(1, error.numel())  # Eq. 3
 
 
 class ImageHalf(NamedTuple):

@@ -67,7 +67,7 @@ class Recipe:
     rate: float = setting(5e-5, "AdamW's learning rate after the warm-up")
     muon: float = setting(0.0, "Muon's learning rate, for the matrices inside the blocks; 0: AdamW learns them too")
     warmup: int = setting(5000, "steps in which the rates rise from 0")
-    schedule: str = setting("constant", "of the rates; linear: falling to nearly 0")
+    schedule: str = setting("constant", "of the learning rates; linear: falling to nearly 0")
     beta2: float = setting(0.999, "AdamW's decay of the squared gradients, per step")
     weight_decay: float = setting(1e-2, "weight decay of matrices")
     clip: float = setting(2.0, "largest norm of the gradient")
@@ -130,7 +130,7 @@ def train(learner, loader, log, signals, validation, sheet, args, recipe):
     validation() gives the losses on images that are held out; sheet(step) draws samples."""
     for step, batches in zip(log.bar, loader):
         for k, batch in enumerate(batches, 1):  # several, if one does not fit in memory
-            loss, *parts = learner.forward(batch)
+            loss, *parts = learner.forward(batch)  # encodes images, if they are not yet, and calls training_losses
             learner.backward(loss / len(batches), last=k == len(batches))
             log.window.append(torch.stack(parts).detach())
         norm = learner.step(step)
@@ -679,7 +679,7 @@ def add_arguments(parser, recipe):
     add("--latents", type=int, default=25_000, metavar="N", help="Store latents of --data, if there are at most N "
         "records [25000].")
     add("--save-every", type=int, default=200, help="Save every N steps [200].")
-    add("--show-every", type=int, default=500, help="Steps per sheet of samples and validation [500].")
+    add("--show-every", type=int, default=500, help="Draw samples and validate every N steps [500].")
     add("--keep", type=int, default=3, help="How many checkpoints to keep [3].")
     add = parser.add_argument_group("numbers of a stage", "In brackets what this stage and preset have.").add_argument
     choices = {"schedule": ["constant", "linear"], "learn_t5": ["no", "mask", "all"]}
