@@ -36,8 +36,8 @@ from tqdm import tqdm
 SIDE = 64  # pixels; four quarters of 32 x 32, at most one thing in each
 SIZES = {"small": (6.0, 7.0), "large": (10.5, 11.8)}  # radius in pixels, from .. to
 COLORS = {"red": 0, "yellow": 52, "green": 125, "cyan": 180, "blue": 222, "purple": 285}  # hue in degrees
-# A shape is a function of x, y and its radius r. x (32,) and y (32,1) are pixels right of and below its centre. It
-# gives about the distance to the outline, negative inside. In no point of a shape may |x| or |y| be more than 1.14 r.
+# A shape is a function of x, y and its radius r. x (32,) and y (32,1) are pixels right of and below its centre. The
+# result is about the distance to its outline, negative inside. No point may have |x| or |y| above 1.14 r.
 SHAPES = {
     "circle": lambda x, y, r: np.hypot(x, y) - r,
     "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.88 * r,
@@ -520,7 +520,7 @@ def encode_images(source, ids, vae, shape, path):
 class Batch(NamedTuple):
     """What one process computes in one pass of a step."""
     images: torch.Tensor              # (B,2,C,h,w) moments or (B,3,H,W) pixels, for the image loss
-    text_images: torch.Tensor | None  # the same for the text loss, where that is about other images (stage 2hr)
+    text_images: torch.Tensor | None  # the same for the text loss, where that is about other images (--text-data)
     captions: torch.Tensor            # (B,L) tokens for the image loss
     tokens: torch.Tensor              # (B,L) for the text loss
     maskable: torch.Tensor            # (B,L) bool, which of them may be masked
@@ -554,7 +554,7 @@ class Batches(torch.utils.data.Dataset):
         i, image = self.record(self.images, n)
         caption, text = draw_texts(self.images.source, i, rng, recipe)
         text_image = image
-        if self.texts is not self.images:  # stage 2hr
+        if self.texts is not self.images:  # --text-data
             j, text_image = self.record(self.texts, n)
             text = draw_texts(self.texts.source, j, rng, recipe)[1]
         ids, maskable = (tokenizer.caption_ids(text, recipe.length) if isinstance(text, str) else

@@ -65,8 +65,8 @@ def masked_diffusion_loss(logits, tokens, masked, t):
     Averaged over t it is the cost of writing the text token by token in a random order: an upper bound on its negative
     log-likelihood, in nats.
 
-    The sum is divided by batch · length: nats per token of the padded text. EOS padding costs like any token, a
-    question nothing.
+    The sum is divided by batch · length: nats per token of the padded text. EOS padding costs like any token; the
+    tokens of a question cost nothing.
 
     SUBS, two facts that the network need not learn: the mask token, the last of the V, is never right, so its logit is
     left out; and a token that is not masked is known, so it costs nothing.
@@ -96,7 +96,7 @@ def noise_latents(latents, noise, t):
 
 def flow_matching_loss(velocity, latents, noise, weight=1.0):
     """The mean squared error against the line's direction, noise - latents; all (B,C,H,W). An empty batch costs 0.
-    weight: 1, or (B,1,1,1). (The authors' script has t^2, the error of the predicted image, x_t - t · velocity.)"""
+    weight: 1, or (B,1,1,1). (The authors' script has t^2. That makes it the error of the image, x_t - t · velocity.)"""
     error = velocity.float() - (noise - latents)
     return (weight * error.square()).sum() / max(1, error.numel())  # Eq. 3
 

@@ -92,7 +92,7 @@ def text_logits(dd, latents, tokens, predict):
     return finite(dd.ddit(latents, times, states, predict=predict, image_rows=0)[1]).cpu()
 
 
-# The orders of unmasking. An order runs the network by `predict_tokens`: given positions, (B,L) bool, it returns for
+# The orders of unmasking. An order runs the network by `predict_tokens`: for positions, (B,L) bool, this returns at
 # each true one a token, its probability, and the entropy. After every pass the order yields `reveal`, (B,L) bool, with
 # a token for each true one. `unmask` writes these into the text and clears their places in `masked`.
 

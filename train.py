@@ -3,11 +3,11 @@
     python train.py --stage 0      the tokenizer and the VAE; only where no pretrained parts exist
     python train.py --stage 1      dual diffusion on captions
     python train.py --stage 2      the same, in the paper with better captions; of T5 only the mask's embedding learns
-    python train.py --stage 2hr    between 2 and 3, optional: higher resolution, or other data for each loss
+    python train.py --stage 2hr    between 2 and 3, optional: higher resolution
     python train.py --stage 3      question answering, mixed with captions; the image loss stays
 
 With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/, and the same
-command goes on from there. Any number of processes (`torchrun --nproc_per_node 8 train.py ...`) takes the same steps.
+command goes on from there. `torchrun --nproc_per_node N train.py ...` takes the same steps; N has to divide the batch.
 References: Li et al., D-DiT, 2501.00289, section 4; Jordan et al., Muon, 2024; Zhao et al., FSDP, 2304.11277
 """
 import argparse
@@ -61,7 +61,7 @@ def setting(default, meaning):
 class Recipe:
     """The numbers of one stage. A flag of the same name overrides each. Table 6 has steps, batch, rate, warmup,
     weight_decay, size, length and text_weight. Clipping, the running average, the empty captions and the text length of
-    stage 3 are the authors' scripts'. Muon and the linear schedule are ours."""
+    stage 3 come from the authors' scripts. Muon and the linear schedule are ours."""
     steps: int = setting(60_000, "optimizer steps")
     batch: int = setting(512, "rows per step, over all processes")
     rate: float = setting(5e-5, "AdamW's learning rate after the warm-up")
@@ -113,11 +113,11 @@ def training_losses(dd, batch, recipe):
     noisy, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id,
                                        skip_rows(generator, rows, recipe.length))
 
-    # Copy the inputs to the network's device in the background. (`nonzero` comes before: on a GPU it would wait.)
+    # Copy the inputs to the network's device in the background. (`nonzero` runs before: on a GPU it would stall.)
     captions, tokens, noisy, image_t, text_t, *masked = (x.to(dd.device, non_blocking=True) for x in (
         batch.captions, batch.tokens, noisy, image_t, text_t, *masked.nonzero(as_tuple=True)))
     latents = text_latents = dd.vae.normalize(dd.vae.sample(*batch.images.unbind(1), vae_noise))
-    if batch.text_images is not None:  # stage 2hr: the text half is about other images
+    if batch.text_images is not None:  # the text half is about other images (--text-data)
         text_latents = dd.vae.normalize(dd.vae.sample(*batch.text_images.unbind(1), vae_noise))
     n = len(latents) if recipe.image_weight else 0  # Table 10: no image half
     return losses.joint_loss(
