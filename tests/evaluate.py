@@ -239,8 +239,8 @@ def lock_results(dd, args, job=""):
 
 
 def write_results(dd, args, asked, paths):
-    """Ask the model about images, and write the answers of each batch at once -> list of str. An interrupted run goes
-    on after its last whole batch. Every batch has random numbers of its own, so the file becomes the same."""
+    """Ask the model about images, and write the answers of each batch at once. An interrupted run goes on after its
+    last whole batch. Every batch has random numbers of its own, so the file becomes the same."""
     size, texts = dd.config.settings.size, []
     rows = max(1, data.PIXELS // size ** 2)  # of a batch
     with open(asked.path, "ab+") as f:
@@ -266,21 +266,24 @@ def write_results(dd, args, asked, paths):
                 f.flush()
         if asked.path.endswith(".json"):
             f.write(b"]\n")
-    return texts
 
 
 def ask(args):
-    """A benchmark of questions, scored from --results or by asking the model -> the lines to print."""
+    """A benchmark of questions, scored from --results, or from those that the model is asked to write -> the lines to
+    print."""
     sheets, score = read_published(ASKED, args)
-    if args.results:
-        return score(*(published.read_results(asked, partly=args.benchmark == "coco") for asked in sheets))
-    paths = [published.find_images(args.images, asked.images, os.path.splitext(os.path.basename(asked.path))[0])
-             for asked in sheets]
-    dd = load_model(args)
-    with lock_results(dd, args):
-        if args.benchmark == "mme":
-            os.makedirs(args.out, exist_ok=True)
-        return score(*(write_results(dd, args, asked, images) for asked, images in zip(sheets, paths)))
+    if not all(asked.keys for asked in sheets):
+        fail(f"{args.annotations or args.questions}: no question has a truth")
+    if not args.results:
+        paths = [published.find_images(args.images, asked.images, os.path.splitext(os.path.basename(asked.path))[0])
+                 for asked in sheets]
+        dd = load_model(args)
+        with lock_results(dd, args):
+            if args.benchmark == "mme":
+                os.makedirs(args.out, exist_ok=True)
+            for asked, images in zip(sheets, paths):
+                write_results(dd, args, asked, images)
+    return score(*(published.read_results(asked, partly=args.benchmark == "coco") for asked in sheets))
 
 
 def draw(args):

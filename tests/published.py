@@ -8,6 +8,7 @@ import glob
 import json
 import os
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import metrics
@@ -34,9 +35,10 @@ def vqa(args):
     rows = read_rows(args.annotations, "annotations", "data")[:args.num]
     field = "question_id" if "question_id" in rows[0] else "image"
     asked = read_rows(args.questions, "questions", "data") if args.questions else []
-    asked = {row[field]: row for row in asked}
-    rows = [asked.get(row[field], {}) | row for row in rows]
-    people = [[a if isinstance(a, str) else a["answer"] for a in row["answers"]] for row in rows]
+    asked, rows = by_id(asked, field, args.questions), by_id(rows, field, args.annotations)
+    people = [[a if isinstance(a, str) else a["answer"] for a in answers]
+              for answers in truths(rows, "answers", args.annotations)]
+    rows = [asked.get(key, {}) | row for key, row in rows.items()]
     unknown = [row[field] for row in rows if "question" not in row]
     if unknown and not args.results:
         raise ValueError(f"{args.questions or args.annotations}: has no question {unknown[0]}; give --questions")
@@ -58,21 +60,23 @@ def gqa(args):
     By the official program's definition (Hudson & Manning, arXiv 1902.09506): capitals count, but the model's answers
     are written in lower case and without a full stop. Results: [{"questionId", "prediction"}]."""
     rows = read_rows(args.questions)
-    rows = {key: row for key, row in rows.items() if row.get("isBalanced", True)}
-    keys, rows = list(rows)[:args.num], list(rows.values())[:args.num]
-    truths = [row["answer"] for row in rows]
-    images, texts = [str(row["imageId"]) for row in rows], [row["question"] for row in rows]
-    return [Questions(args.out, ("questionId", "prediction"), keys, images, texts)], lambda answers: mean(
-        "accuracy", [answer == truth for answer, truth in zip(answers, truths)])
+    rows = dict([(key, row) for key, row in rows.items() if row.get("isBalanced", True)][:args.num])
+    right = truths(rows, "answer", args.questions)
+    images, texts = [str(row["imageId"]) for row in rows.values()], [row["question"] for row in rows.values()]
+    return [Questions(args.out, ("questionId", "prediction"), list(rows), images, texts)], lambda answers: mean(
+        "accuracy", [answer == truth for answer, truth in zip(answers, right)])
 
 
 def pope(args):
     """POPE as published: are objects in the image that are not there? Accuracy, precision, recall, f1, share of yes.
 
     By the official program's definition (metrics.pope_scores), all in per cent. Questions: JSON lines of "question_id",
-    "image", "text", "label". Results: JSON lines of "question_id", "answer"."""
+    "image", "text", "label", here in any case. Results: JSON lines of "question_id", "answer"."""
     rows = read_rows(args.questions)[:args.num]
-    labels = [row["label"] for row in rows]
+    labels = truths(by_id(rows, "question_id", args.questions), "label", args.questions)
+    labels = [label.lower() for label in labels]
+    if wrong := [row["label"] for row, label in zip(rows, labels) if label not in ("yes", "no")]:
+        raise ValueError(f"{args.questions}: label {wrong[0]!r} is neither yes nor no")
 
     def score(answers):
         right = [metrics.pope_says_yes(answer) == (label == "yes") for label, answer in zip(labels, answers)]
@@ -126,7 +130,8 @@ def coco(args):
     people = {}
     for row in rows["annotations"]:
         people.setdefault(row["image_id"], []).append(row["caption"])
-    names = {row["id"]: row.get("file_name", str(row["id"])) for row in rows["images"] if row["id"] in people}
+    names = {row["id"]: row.get("file_name", str(row["id"]))
+             for row in by_id(rows["images"], "id", args.annotations).values() if row["id"] in people}
     keys, images = list(names)[:args.num], list(names.values())[:args.num]
 
     def score(captions):
@@ -165,12 +170,32 @@ def parse(raw, where, kind, form="an object"):
     """Bytes or str -> what they hold: JSON (`kind` list or dict), or of bytes the text (`kind` str). For messages:
     `where`, and `form`, what a value of that kind looks like here. Raises ValueError with one line."""
     try:
-        value = str(raw, "utf-8-sig") if kind is str else json.loads(raw)
+        value = str(raw, "utf-8-sig") if kind is str else json.loads(raw, object_pairs_hook=once)
     except ValueError as error:
         raise ValueError(f"{where}: not valid {'UTF-8' if kind is str else 'JSON'} ({data.one_line(error)})") from None
     if not isinstance(value, kind):
         raise ValueError(f"{where}: want {form}")
     return value
+
+
+def once(pairs, what="name"):
+    """Pairs of key and value -> dict. Raises ValueError if a key is given twice; a dict would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{what} {Counter(key for key, _ in pairs).most_common(1)[0][0]} is given twice")
+    return found
+
+
+def by_id(rows, field, path):
+    """The rows of a file -> {id, as text: row}."""
+    return once([(str(row[field]), row) for row in rows], f"{path}: {field}")
+
+
+def truths(rows, name, path):
+    """The truths in {id: row} -> list. Raises ValueError if there is none, by which the official programs fail too."""
+    if without := [key for key, row in rows.items() if not row.get(name)]:
+        raise ValueError(f"{path}: question {without[0]} has no {name} ({len(without)} of {len(rows)} have none)")
+    return [row[name] for row in rows.values()]
 
 
 def read_lines(path):
@@ -226,7 +251,7 @@ def encode(asked, k, text):
     is whole if it ends."""
     if not asked.fields:
         return f"{asked.keys[k]}\t{text}\n".encode()
-    begin = "" if asked.path.endswith(".jsonl") else "," if k else "["
+    begin = "" if not asked.path.endswith(".json") else "," if k else "["
     return f"{begin}{json.dumps(dict(zip(asked.fields, (asked.keys[k], text))))}\n".encode()
 
 
@@ -247,7 +272,7 @@ def read_results(asked, partly):
         return [line[3] for line in lines]
     key, answer = asked.fields
     try:
-        answers = {str(row[key]): row[answer] for row in read_rows(asked.path)}
+        answers = {name: row[answer] for name, row in by_id(read_rows(asked.path), key, asked.path).items()}
     except (LookupError, TypeError):
         raise ValueError(f'{asked.path}: wants results like {{"{key}": ..., "{answer}": ...}}') from None
     keys = list(map(str, asked.keys))

@@ -43,6 +43,10 @@ def test_where_all_people_agree_answers_are_compared_as_they_are():
     assert metrics.vqa_score("2", ["two"] * 9 + ["3"]) == 1
 
 
+def test_vqa_with_few_people():
+    assert [metrics.vqa_score("two", ["two"] * n) for n in (1, 2, 3, 4)] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+
+
 def coco_tokens():
     return ([metrics.ptb_tokens(case["caption"]) for case in GOLDEN["coco"]],
             [list(map(metrics.ptb_tokens, case["references"])) for case in GOLDEN["coco"]])
@@ -190,6 +194,21 @@ def test_known_results(published, monkeypatch, capsys):
     assert "5 images" in run(monkeypatch, capsys, "coco", "--annotations", "c.json", "--results", "c_r.json")[0]
 
 
+def test_labels_in_any_case(published, monkeypatch, capsys):
+    with open("p.json", "r+") as f, open("l.json", "w") as g:
+        g.write(f.read().replace('"label": "no"', '"label": "No"').replace('"label": "yes"', '"label": "YES"'))
+    scores = [run(monkeypatch, capsys, "pope", "--questions", name, *"--images img --out p_r.jsonl".split())[0]
+              for name in ("p.json", "l.json")]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("out", ["p_r.jsonl", "p_r.json", "p_r.txt"])
+def test_a_run_is_scored_by_what_its_file_holds(published, out, monkeypatch, capsys):
+    command = ["pope", "--questions", "p.json"]
+    scores = run(monkeypatch, capsys, *command, "--images", "img", "--out", out)[0]
+    assert run(monkeypatch, capsys, *command, "--results", out)[0] == scores
+
+
 FEW = """import runpy, sys; sys.path[:0] = [{!r}, {!r}]; import data; data.PIXELS = 2 * 64 * 64; del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name='__main__')"""  # evaluate.py with two images in a batch
 
@@ -269,6 +288,18 @@ def test_ten_answers_of_the_users_data(published, monkeypatch, capsys):
     ("vqa --annotations a.json --results other.json", "other.json: question_id 7 is not among what was asked"),
     ("vqa --annotations a.json --results few.json --num 1", "leave out --num"),
     ("vqa --annotations a.json --questions q.json --images img --out x.txt", "a name that ends in .json"),
+    ("vqa --annotations a2.json --results few.json", "a2.json: question_id 0 is given twice"),
+    ("vqa --annotations a.json --questions q2.json --images img", "q2.json: question_id 0 is given twice"),
+    ("vqa --annotations a.json --results few2.json", "few2.json: question_id 0 is given twice"),
+    ("pope --questions p2.json --images img", "p2.json: question_id 3 is given twice"),
+    ("gqa --questions g2.json --images img", "g2.json: not valid JSON (name 7 is given twice)"),
+    ("coco --annotations c2.json --images img", "c2.json: id 4 is given twice"),
+    ("vqa --annotations bare.json --results few.json", "bare.json: question 10 has no answers (2 of 3 have none)"),
+    ("gqa --questions g0.json --images img", "g0.json: question 7 has no answer"),
+    ("gqa --questions g1.json --images img", "g1.json: no question has a truth"),
+    ("coco --annotations c0.json --images img", "c0.json: no question has a truth"),
+    ("pope --questions p0.json --images img", "p0.json: question 1 has no label"),
+    ("pope --questions p1.json --images img", "p1.json: label 'maybe' is neither yes nor no"),
     ("gqa --questions g.json --images none", "none: no such folder of images"),
     ("gqa --questions g.json --images img/sub", "img/sub/0: no such image (11 of 11 are missing)"),
     ("pope --questions p.json --images img --data p.json", "pope has no use for it: leave out --data"),
@@ -279,6 +310,20 @@ def test_ten_answers_of_the_users_data(published, monkeypatch, capsys):
 def test_mistakes_give_one_line_and_status_2(published, monkeypatch, capsys, args, message):
     write("few.json", [{"question_id": 0, "answer": "a"}])
     write("other.json", [{"question_id": 7, "answer": "a"}])
+    write("few2.json", [{"question_id": 0, "answer": "a"}, {"question_id": "0", "answer": "b"}])
+    first, second = ({"question_id": k, "question": "?", "answers": ["a"]} for k in (0, 10))
+    write("a2.json", [first, second, first])
+    write("q2.json", [first, second, first])
+    write("bare.json", [first, second | {"answers": []}, {"question_id": 20}])
+    for name, row in {"g0.json": {}, "g1.json": {"answer": "a", "isBalanced": False}}.items():
+        write(name, {"7": {"imageId": "1", "question": "?"} | row})
+    with open("g2.json", "w") as f:
+        f.write('{"7": {}, "8": {}, "7": {}}')
+    for name, ids, labels in ("p2.json", (1, 3, 3), "yes no no"), ("p0.json", (1,), ""), ("p1.json", (1,), "maybe"):
+        write(name, [{"question_id": k, "image": "a.png", "text": "?"} | ({"label": label} if label else {})
+                     for k, label in zip(ids, labels.split(" "))])
+    write("c0.json", {"images": [{"id": 4}], "annotations": []})
+    write("c2.json", {"images": [{"id": 4}, {"id": 4}], "annotations": [{"image_id": 4, "caption": "a"}]})
     open("empty.txt", "w").close()
     out, err = run(monkeypatch, capsys, *args.split(), status=2)
     assert out == "" and len(err.strip().splitlines()) == 1 and message in err, err
