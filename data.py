@@ -9,7 +9,7 @@ A source of data has a `size`, the side of its images in pixels, a `fingerprint`
 `World` draws scenes without end, with nothing to download; `Records`, further below, reads the user's files.
 """
 import colorsys
-import fcntl
+import csv
 import functools
 import hashlib
 import io
@@ -25,12 +25,11 @@ import warnings
 import zlib
 from array import array
 from contextlib import contextmanager
-from glob import escape, glob
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
 SIDE = 64  # pixels; four quarters of 32 x 32, at most one thing in each
@@ -233,6 +232,8 @@ KINDS = {"color": ask_color, "shape": ask_shape, "size": ask_size, "count": ask_
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # what Pillow decodes by itself
 EXTENSIONS = tuple(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+LISTS = re.compile(r"(caption|label|annotation)[^/]*\.(txt|json)$|\.(jsonl|csv|tsv|parquet|arrow|zip)$")  # of some kind
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28  # some tools write megabytes into PNGs
 
 
 def load_image(path, width, height=None, span=("", 0, -1)):
@@ -244,6 +245,7 @@ def load_image(path, width, height=None, span=("", 0, -1)):
             f.seek(start)
             content = io.BytesIO(f.read(count))
         with warnings.catch_warnings(action="ignore"), Image.open(content, formats=FORMATS) as image:
+            image.draft(None, (2 * max(width, height or width),) * 2)  # a large JPEG is decoded at a fraction
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # grey in 16 bits, or in fractions of 1
                 grey = np.asarray(image).astype(float) * (255 if image.mode == "F" else 1 / 257)
@@ -276,78 +278,106 @@ class Record(NamedTuple):
     span: tuple = ("", 0, -1)   # where its bytes are: shard ("": a file of its own), the first, how many (-1: all)
 
     @classmethod
-    def read(cls, row, base, where, *span):
-        """A JSON object in one of the usual forms -> Record, or None without an image or any text. A "re_caption"
-        counts alone, and so does each question of a conversation. base: where paths start; where: for messages."""
+    def read(cls, row, base, *span):
+        """A JSON object in one of the usual forms -> Record. base: where paths start. Raises ValueError for one that
+        cannot be used. A "re_caption" counts alone, and so does each question of a conversation."""
+        def texts(key):  # a list of them, or one; numbers are texts, too
+            found = row.get(key) if isinstance(row.get(key), list) else [row.get(key)]
+            found = [x.get("answer") if isinstance(x, dict) else x for x in found]
+            return [str(x).strip() for x in found if isinstance(x, str | int | float) and str(x).strip()]
+
         try:
-            image = row.get("image") or row.get("image_path") or row.get("file_name") or ""
-            captions = [row[key] for key in ("re_caption", "caption", "text") if row.get(key)]
-            answers = row.get("answers", row.get("answer"))
-            answers = answers if isinstance(answers, list) else [answers]
-            answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
-            answers = sorted(filter(None, answers), key=answers.count, reverse=True)
-            questions = [(row["question"], *answers)] if row.get("question") and answers else []
+            images = texts("image") or texts("image_path") or texts("file_name")
+            captions = texts("re_caption") or texts("caption") + texts("text")
+            answers = texts("answers") or texts("answer")
+            questions = [(question, *sorted(answers, key=answers.count, reverse=True))
+                         for question in texts("question") if answers]
             turns = row.get("conversations") or []  # LLaVA: a human and the model in turn
             questions += [(a["value"].replace("<image>", "").strip(), b["value"].strip())
                           for a, b in zip(turns, turns[1:]) if (a["from"], b["from"]) == ("human", "gpt")]
-            "".join((image, *captions, *itertools.chain(*questions)))  # all are strings
         except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{where}: not in a form that this program knows") from None
-        if image and captions + questions:
-            captions = captions[:1] if row.get("re_caption") else captions
-            return cls(os.path.join(base, image), tuple(captions), tuple(questions), *span)
+            raise ValueError("not in a form that this program knows") from None
+        if len(images) != 1 or not captions + questions:
+            raise ValueError('holds not one "image" with a "caption", or with "question" and "answer"')
+        return cls(os.path.join(base, images[0]), tuple(captions), tuple(questions), *span)
+
+
+# Each of these readers yields (where it stands, a row for `Record.read` or the ValueError in its place, base, span).
 
 
 def read_list(path):
-    """The records of a .json list, or of a .jsonl of one object per line; None for one without image or text."""
+    """A .csv with a header; else one JSON list, or an object per line, whatever the file's name says."""
+    base = os.path.dirname(path)
     with open(path, "rb") as f:
-        if path.endswith(".json"):
-            rows = ((f"{path}, item {k}", item) for k, item in enumerate(parse(f.read(), path, list), 1))
+        beginning = f.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        f.seek(0)
+        if path.lower().endswith(".csv"):
+            rows = csv.DictReader(io.TextIOWrapper(f, "utf-8-sig", errors="replace", newline=""))
+            yield from ((f"{path}, row {k}", row, base) for k, row in enumerate(rows, 1))
+        elif beginning.startswith(b"["):
+            yield from ((f"{path}, item {k}", row, base) for k, row in enumerate(parse(f.read(), path, list), 1))
         else:
-            lines = ((f"{path}, line {k}", line) for k, line in enumerate(f, 1) if line.strip())
-            rows = ((where, parse(line, where, dict)) for where, line in lines)
-        for where, row in rows:
-            record = Record.read(row, os.path.dirname(path), where)
-            yield record if record and os.path.isfile(record.image) else None
+            yield from ((f"{path}, line {k}", parsed(line), base) for k, line in enumerate(f, 1) if line.strip())
 
 
 def read_folder(path):
-    """The records of a folder: its metadata.jsonl's; or of images, each with its .txt or, if there is none at all, with
-    its folder's name. None for an image without text."""
-    if os.path.exists(metadata := os.path.join(path, "metadata.jsonl")):
-        yield from read_list(metadata)
+    """Images: as every metadata.jsonl and metadata.csv says; or each with a .txt, .caption or .json of its name beside
+    it; or, if there is no text at all, with the name of its folder, and a warning."""
+    files = files_of(path)
+    if lists := [file for file in files if os.path.basename(file).lower() in ("metadata.jsonl", "metadata.csv")]:
+        yield from itertools.chain.from_iterable(map(read_list, lists))
         return
-    images = [file for file in files_of(path) if file.lower().endswith(EXTENSIONS)]
-    texts = {stem: f"{stem}.txt" for stem, _ in map(os.path.splitext, images) if os.path.exists(f"{stem}.txt")}
-    for image in images:
-        caption = "" if texts else os.path.basename(os.path.dirname(os.path.abspath(image))).replace("_", " ")
-        if text := texts.get(os.path.splitext(image)[0]):
-            with open(text, encoding="utf-8-sig", errors="replace") as f:
-                caption = f.read().strip()
-        yield Record.read({"image": image, "caption": caption}, "", image)
+    stems = {os.path.splitext(file)[0]: file for file in files if file.lower().endswith((".txt", ".caption", ".json"))}
+    images = [file for file in files if file.lower().endswith(EXTENSIONS)]
+    texts = {image: stems.get(image) or stems.get(os.path.splitext(image)[0]) for image in images}  # 1.png.txt or 1.txt
+    if no_texts := images and not any(texts.values()):
+        if other := [file for file in files if LISTS.search(file.lower())]:
+            raise ValueError(f"{other[0]}: not read. The texts of a folder are a .txt, .caption or .json beside each "
+                             "image, or metadata.jsonl or metadata.csv with file_name and text")
+        warn(f"{path}: {len(images)} images without texts, so the names of their folders are taken: "
+             f"{folder_name(images[0])!r} for {images[0]}")
+    for image, file in texts.items():
+        row = {"caption": folder_name(image) if no_texts else None}
+        if file:
+            with open(file, "rb") as f:
+                text = f.read()
+            row = parsed(text) if file.lower().endswith(".json") else {"caption": text.decode("utf-8-sig", "replace")}
+        yield image, row if isinstance(row, ValueError) else row | {"image": image}, ""
+
+
+def folder_name(file):
+    return os.path.basename(os.path.dirname(os.path.abspath(file))).replace("_", " ")
 
 
 def read_shard(path):
-    """The records of a WebDataset shard, a .tar of images, each with its .txt or .json, in one pass over the headers.
-    Members of one sample share their name up to the first dot (a leading dot does not count)."""
+    """A WebDataset shard, a .tar of images, each with its .txt or .json, in one pass over the headers. Members of one
+    sample stand side by side and share their name up to the first dot (a leading dot does not count)."""
+    stems = set()
     try:
         with open(path, "rb") as f:
             tar = tarfile.open(path, "r:", f)
             stem = re.compile(r"(.*/)?\.*[^.]*")
-            for _, sample in itertools.groupby(tar, lambda member: stem.match(os.path.normpath(member.name))[0]):
-                row, image, span = {}, None, ()
+            members = (member for member in tar if not any(map(hidden, os.path.normpath(member.name).split("/"))))
+            for name, sample in itertools.groupby(members, lambda member: stem.match(os.path.normpath(member.name))[0]):
+                row, image, span, again = {}, None, (), name in stems
+                stems.add(name)
                 for member in sample:
                     name = member.name.lower()
                     if name.endswith(".txt"):
-                        row["caption"] = tar.extractfile(member).read().decode("utf-8-sig", "replace").strip()
+                        new = {"caption": tar.extractfile(member).read().decode("utf-8-sig", "replace").strip()}
                     elif name.endswith(".json"):
-                        row |= parse(tar.extractfile(member).read(), member.name, dict)
+                        new = parsed(tar.extractfile(member).read())
                     elif name.endswith(EXTENSIONS) and member.isfile():
                         if image:
                             raise ValueError(f"{member.name}: a second image, in the sample of {image}")
-                        image, span = member.name, (path, member.offset_data, member.size)
+                        image, span, new = member.name, (path, member.offset_data, member.size), {}
+                    else:
+                        continue
+                    row |= {k: v for k, v in new.items() if v not in (None, "", [])} if isinstance(new, dict) else {}
+                if again:
+                    raise ValueError(f"the files of {member.name} are not side by side: sort them (tar --sort=name)")
                 if row or image:
-                    yield Record.read(row | {"image": image}, path, image, span)
+                    yield image or path, row | {"image": image}, path, span
             f.seek(tar.offset)  # tarfile takes a damaged header for the end; but after the end there are only zeros
             rest = f.read(2 ** 20)
             if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
@@ -356,9 +386,22 @@ def read_shard(path):
         raise ValueError(f"{path}: not a readable .tar shard ({error})") from None
 
 
+def hidden(name):
+    """What systems leave behind (._1.jpg, .ipynb_checkpoints, __MACOSX) is no data."""
+    return name.startswith(".") and name not in (".", "..") or name == "__MACOSX"
+
+
 def files_of(path):
-    """All files in a folder, in order, or the one that `path` is."""
-    return sorted(filter(os.path.isfile, glob(f"{escape(path)}/**", recursive=True))) if os.path.isdir(path) else [path]
+    """All files in a folder and below, in order, or the one that `path` is. Linked folders count, once."""
+    found, seen = [] if os.path.isdir(path) else [path], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not hidden(name)]
+        found += [os.path.join(folder, name) for name in names if not hidden(name)]
+    return sorted(found)
 
 
 @functools.cache
@@ -382,7 +425,7 @@ class Records:
             os.makedirs(folder, exist_ok=True)
             write_index(self.lines, paths)
         totals = json.loads(mapped(self.lines)[self.index[-1, 0]:].tobytes())
-        self.fingerprint, self.captioned, self.questioned, self.incomplete = totals
+        self.fingerprint, self.captioned, self.questioned, self.incomplete, self.first_incomplete = totals
 
     @property
     def index(self):
@@ -428,26 +471,38 @@ class Records:
 
 
 def write_index(path, sources):
-    """Read the user's files, and write a record per line, totals in the last; in a .npy beside, where each starts."""
-    index, digest, incomplete, captioned, questioned = array("q"), hashlib.sha256(), 0, 0, 0
+    """Read the user's files, and write a record per line, totals in the last; in a .npy beside, where each starts, and
+    a hash of its image: its true path, seen from the folder that holds all sources, and in a shard the member."""
+    index, digest, captioned, questioned, incomplete = array("q"), hashlib.sha256(), 0, 0, []
+    base = os.path.commonpath([os.path.realpath(s if os.path.isdir(s) else os.path.dirname(s) or ".") for s in sources])
     with replacing(path) as beside, open(beside, "wb") as f:
         for source in tqdm(sources, desc="reading", unit="file", disable=len(sources) == 1):
-            folder, before = os.path.isdir(source), f.tell()
+            folder, good, bad = os.path.isdir(source), 0, []
             read = read_folder if folder else read_shard if source.endswith(".tar") else read_list
-            for record in read(source):
-                if record is None:
-                    incomplete += 1
+            for where, row, start, *span in read(source):
+                try:
+                    if isinstance(row, ValueError):
+                        raise row
+                    record = Record.read(row, start, *span)
+                    if not span and not os.path.isfile(record.image):
+                        raise ValueError(f"no such image: {record.image}")
+                except ValueError as error:
+                    bad.append(f"{where}: {error}")
                     continue
-                name = os.path.relpath(record.image, source if folder else os.path.dirname(source))
-                digest.update(repr((name, record[1:3], record.span[1:])).encode())
+                file = os.path.relpath(os.path.realpath(source if span else record.image), base)
+                identity = hashlib.sha256(repr((file, bool(span) and row["image"])).encode())
+                digest.update(identity.digest() + repr((record[1:3], record.span[1:])).encode())
+                index.extend((f.tell(), int.from_bytes(identity.digest()[:7])))
+                f.write(json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n")
                 captioned, questioned = captioned + bool(record.captions), questioned + bool(record.questions)
-                index.extend((f.tell(), zlib.crc32(name.encode(errors="replace"))))
-                line = json.dumps(record, ensure_ascii=False)  # half a character ("\ud800") becomes "?"
-                f.write(line.encode(errors="replace") + b"\n")
-            if f.tell() == before:
-                raise ValueError(f'{source}: holds no images with "caption", or "question" and "answer"')
+                good += 1
+            if not good and not bad:
+                raise ValueError(f"{source}: holds no images with texts")
+            if not good or len(bad) > good and not folder:
+                raise ValueError(f"{source}: {len(bad)} records cannot be used, {good} can; {' '.join(bad[:1])}")
+            incomplete += bad
         index.extend((f.tell(), 0))
-        f.write(json.dumps([digest.hexdigest()[:12], captioned, questioned, incomplete]).encode())
+        f.write(json.dumps([digest.hexdigest()[:12], captioned, questioned, len(incomplete), incomplete[:1]]).encode())
         np.save(f"{path}.npy", np.reshape(index, (-1, 2)))
 
 
@@ -605,6 +660,14 @@ def parse(raw, where, kind):
     return value
 
 
+def parsed(raw):
+    """A JSON object, bytes -> dict, or the ValueError."""
+    try:
+        return parse(raw, "a record", dict)
+    except ValueError as error:
+        return error
+
+
 @contextmanager
 def replacing(path):
     """-> where to write a file: beside `path`, which it replaces once it is whole. So a full disk or a Ctrl-C leaves
@@ -626,7 +689,10 @@ def claim(path):
     """-> a lock, held until closed. Raises OSError where another run has it. (kill -9 of torchrun leaves workers.)"""
     lock = open(path, "a")
     try:
+        import fcntl  # Windows has none
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OSError(f"{os.path.dirname(path)}: another run is at work here; let it end, or stop its processes")
+    except (ImportError, OSError) as error:
+        warn(f"{path}: no locks here ({one_line(error)}), so see to it that no other run writes into this folder")
     return lock

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data import parse, replacing
+from data import parse, parsed, replacing
 from t5 import Embeddings, EmbeddingsConfig, RMSNorm, T5Config, T5Encoder, Tokenizer
 from vae import VAE, VAEConfig
 
@@ -379,9 +379,21 @@ def open_checkpoint(path):
                 infos += [TensorInfo(file, name, tuple(f.get_slice(name).get_shape())) for name in f.keys()]
                 metadata |= f.metadata() or {}
         except SafetensorError as error:
+            refuse_pointer(file)
             raise ValueError(f"{file}: not a readable .safetensors file, or not all of one ({error})") from error
     config = {DIFFUSERS_FIELDS.get(k, k): v for k, v in read_json(os.path.join(path, "config.json")).items()}
-    return infos, dict.fromkeys(PARTS, config) | json.loads(metadata.get("config", "{}"))
+    if "shift" in config:
+        config["shift"] = config["shift"] or 0.0  # diffusers writes null for none
+    ours = parsed(metadata.get("config", "").encode())  # other tools write a "config", too
+    ours = {k: v for k, v in ours.items() if isinstance(v, dict)} if isinstance(ours, dict) else {}
+    return infos, dict.fromkeys(PARTS, config) | ours
+
+
+def refuse_pointer(file):
+    """Raises ValueError for what git leaves in a file's place without git-lfs."""
+    with open(file, "rb") as f:
+        if f.read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file}: a git-lfs pointer, not the file itself: fetch it (git lfs pull)")
 
 
 def by_our_names(part, infos):
@@ -438,8 +450,9 @@ def find_parts(path, t5=None, vae=None, tokenizer=None):
     """A checkpoint, a file or a folder -> Config, {part: {our name: [TensorInfo]}}, Tokenizer or None. Of tensors only
     the tokenizer's is read. t5, vae: take that part from there; tokenizer: a file."""
     config, parts, spiece, settings = Config(), {}, None, {}
-    folders = [os.path.join(path, name) for names in FOLDERS.values() for name in names]
-    for source in [folder for folder in folders if os.path.isdir(folder)] or [path]:
+    folders = [[os.path.join(path, name) for name in names] for names in FOLDERS.values()]
+    folders = [next(filter(os.path.isdir, names), None) for names in folders]  # CLIP's, the second, must not stop T5's
+    for source in list(filter(None, folders)) or [path]:
         infos, header = open_checkpoint(source)
         settings |= header.get("settings", {})
         for info in infos:
@@ -469,6 +482,7 @@ def find_parts(path, t5=None, vae=None, tokenizer=None):
 
     beside = [os.path.join(path, name, "spiece.model") for name in ("tokenizer_3", "tokenizer")]
     if file := tokenizer or next(filter(os.path.exists, beside), None):
+        refuse_pointer(file)
         with open(file, "rb") as f:
             spiece = f.read()
     try:
@@ -493,7 +507,8 @@ def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torc
         if {part, "ddit"} <= parts.keys() and gives != takes:
             raise ValueError(f"{path}: takes {takes} channels from its {PARTS[part]}, this one gives {gives}; "
                              f"give the one that it was trained with (--{part})")
-    if tokenizer and (config.ddit.vocab != tokenizer.vocab_size or config.t5.vocab_size < tokenizer.vocab_size):
+    spare = config.t5.vocab_size - tokenizer.vocab_size if tokenizer and "t5" in parts else 0  # of a rounded table
+    if tokenizer and config.ddit.vocab != tokenizer.vocab_size or not 0 <= spare < 128:
         raise ValueError(f"{path}: the text head knows {config.ddit.vocab} tokens, T5 {config.t5.vocab_size}, the "
                          f"tokenizer {tokenizer.vocab_size}; give the one that they were trained with (--spiece)")
     modules = {part: read_part(part, tensors, getattr(config, part), "cpu" if offload and part == "t5" else device,

@@ -243,10 +243,13 @@ def train_tokenizer(lines, vocab_size):
     """Text lines -> a Tokenizer of at most `vocab_size` pieces, numbered as T5's are. It uses byte-pair merges, unlike
     T5's: in a small vocabulary they keep every frequent word whole."""
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-        hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        required_chars=string.ascii_letters + string.digits + ".,?!:;'-", minloglevel=2, num_threads=1)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+            required_chars=string.ascii_letters + string.digits + ".,?!:;'-", minloglevel=2, num_threads=1)
+    except RuntimeError as error:
+        raise ValueError(f"these texts have more letters than --vocab {vocab_size}: give more ({error})") from error
     return Tokenizer(model.getvalue())
 
 

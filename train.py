@@ -184,7 +184,7 @@ def subsets(paths, args, recipe):
         return data.Subset(data.World(args.seed), np.arange(recipe.pool)), data.Subset(*unseen)
     source, names = data.Records(paths, recipe.size, args.out), " ".join(paths)
     if source.incomplete and dist.get_rank() == 0:
-        warn(f"{names}: {source.incomplete} records have no image that is there, or no text, and are left out")
+        warn(f"{names}: {source.incomplete} records cannot be used and are left out; {source.first_incomplete[0]}")
     unseen, ids = source.split(250)
     unseen = [i for i in unseen if data.readable(source, i) is not None]
     if not unseen or not len(ids):
@@ -714,6 +714,9 @@ def parse_args():
 
 def main():
     args, recipe = parse_args()
+    if args.device.type == "mps":
+        warn("FSDP2 does not run on a Mac's GPU: training on the CPU")
+        args.device = torch.device("cpu")
     device = args.device
     if device.type == "cuda":
         torch.cuda.set_device(device)

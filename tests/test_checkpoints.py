@@ -381,3 +381,41 @@ def test_files_that_diffusers_wrote(tmp_path, depth, heads, context, vae_width, 
     pixels = torch.rand(1, 3, 8 * h, 8 * w)
     assert_close(dd.vae.encode(pixels)[0], made["vae"].encode(pixels).latent_dist.mean)
     assert_close(dd.vae.decode(x), made["vae"].decode(x).sample)
+
+
+# ---------------------------------------------------------------- what people's files are really like
+
+
+def test_a_t5_of_another_kind_is_refused(tmp_path):
+    """UMT5 has T5's names and sizes, but a position bias in every block and eight times the vocabulary."""
+    state = {name.removeprefix(PREFIX["t5"]): w for name, w in load_file(SHIPPED).items()
+             if name.startswith(PREFIX["t5"])}
+    bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+    for wrong, message in ((state | {bias.format(1): state[bias.format(0)].clone()}, bias.format(1)),
+                           (state | {"shared.weight": torch.cat([state["shared.weight"]] * 8)}, "the tokenizer 474")):
+        save_file(wrong, tmp_path / "umt5.safetensors")
+        assert message in refused(DualDiffusion.load, SHIPPED, t5=str(tmp_path / "umt5.safetensors"))
+
+
+def test_what_is_not_needed_does_not_stop_what_is(tmp_path):
+    """CLIP's folder beside T5's, not downloaded; a shift that is null; another tool's "config" in a header."""
+    path = folder(tmp_path / "sd3", "sd3")
+    os.rename(f"{path}/text_encoder", f"{path}/text_encoder_3")
+    os.makedirs(f"{path}/text_encoder")
+    (tmp_path / "sd3" / "text_encoder" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    config = tmp_path / "sd3" / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift_factor": None}))
+    weights = f"{path}/vae/diffusion_pytorch_model.safetensors"
+    for other in (json.dumps({"_class_name": "AutoencoderKL", "settings": 7}), "{'lr': 1e-4}"):
+        save_file(load_file(weights), weights, {"format": "pt", "config": other})
+        dd = load(path)
+        assert dd.t5 and dd.ddit and dd.config.vae.shift == 0
+
+
+def test_a_git_lfs_pointer_is_called_one(tmp_path):
+    for file in ("transformer/diffusion_pytorch_model.safetensors", "tokenizer/spiece.model"):
+        path = folder(tmp_path / os.path.dirname(file), "authors")
+        os.makedirs(f"{path}/tokenizer")
+        with open(f"{path}/{file}", "w") as f:
+            f.write("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4170000000\n")
+        assert f"{file}: a git-lfs pointer" in refused(DualDiffusion.load, path)

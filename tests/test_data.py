@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 import data
 from data import Thing, World
@@ -261,14 +261,12 @@ def test_names_in_shards(pictures):
         ("./a.png", image), ("a.txt", b"a"), (".hidden.png", image), (".hidden.txt", b"hidden"), (".b.png", image),
         (".b.txt", b"\xef\xbb\xbfb"), ("c.old/c.PNG", image), ("c.old/c.json", b'{"caption": "c"}')])
     records = data.Records([path, str(pictures / "x.tar" / "s.tar")], 16)
-    assert said(records) == 2 * [(10, (text,), ()) for text in ("a", "hidden", "b", "c")]
+    assert said(records) == 2 * [(10, (text,), ()) for text in ("a", "c")]
     shutil.copy(pictures / "2.png", pictures / "x.tar" / "2.png")
     os.remove(path)
     assert said(data.Records(str(pictures / "x.tar"), 16)) == [(20, ("x.tar",), ())]
-    for wrong, content, message in (("a.json", b"[7]", "want"),
-                                    ("a.seg.png", image, "a second image, in the sample of a.png")):
-        with pytest.raises(ValueError, match=f"s.tar: not a readable .tar shard .{wrong}: {message}"):
-            data.Records(make_shard(path, [("a.png", image), (wrong, content)]), 16)
+    with pytest.raises(ValueError, match="s.tar: .*a.seg.png: a second image, in the sample of a.png"):
+        data.Records(make_shard(path, [("a.png", image), ("a.seg.png", image)]), 16)
 
 
 def test_only_plain_image_formats_are_read(tmp_path):
@@ -318,8 +316,8 @@ def test_the_fingerprint_is_of_the_data_and_not_of_their_place(pictures, tmp_pat
     for folder in ("here", "there"):
         image = (pictures / "1.png").read_bytes()
         make_shard(tmp_path / folder / "s.tar", [("a.png", image), ("a.txt", b"a")])
-    a, b = (data.Records([str(tmp_path / folder / "s.tar"), str(pictures)], 16).fingerprint
-            for folder in ("here", "there"))
+    a, b = (data.Records([str(tmp_path / folder / name) for name in ("s.tar", "d.jsonl")], 16).fingerprint
+            for folder in ("here", "there") if write_jsonl(tmp_path / folder / "d.jsonl", rows))
     assert a == b
     worlds = [World(), World(1), World(0, "held"), World(0, kinds=("color",)), World(0, kinds=list(data.KINDS))]
     assert len({world.fingerprint for world in worlds}) == 4 and worlds[0].fingerprint == worlds[4].fingerprint
@@ -340,11 +338,10 @@ def test_records_are_pickled_small_and_opened_again(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("d.jsonl", b'{"image": "0.png", "caption": "c"}\n{"image": "0.png", "caption"', "d.jsonl, line 2: not valid JSON"),
-    ("d.jsonl", b"\n7", "d.jsonl, line 2: want"),
-    ("d.jsonl", b'{"image": "0.png", "caption": 7}', "d.jsonl, line 1: not in a form"),
+    ("d.jsonl", b'{"image": "0.png", "caption"', "d.jsonl, line 1: .*not valid JSON"),
+    ("d.jsonl", b"\n7", "d.jsonl, line 2: .*want"),
     ("d.jsonl", b'\n{"image": "0.png", "caption": "\xff"}', "d.jsonl, line 2: .*0xff"),
-    ("d.jsonl", b"", "d.jsonl: holds no image"), ("d.json", b'{"images": []}', "d.json: want .*, in a list"),
+    ("d.jsonl", b"", "d.jsonl: holds no image"), ("d.json", b'{"images": []}', "d.json, line 1: holds not one"),
     ("d.json", b"[7]", "d.json, item 1: not in a form"), ("d.json", b"[\n7,,]", "d.json: not valid JSON .*line 2")])
 def test_a_bad_line_or_file_is_named(pictures, name, content, message):
     (pictures / name).write_bytes(content)
@@ -357,9 +354,10 @@ def test_records_without_an_image_or_a_text_are_left_out_and_counted(pictures, t
     rows = [{"image": "1.png", "caption": "one"}, {"image": "1.png"}, {"caption": "no image"}, {"image": "1.png",
             "question": "?"}, {"image": "1.png", "caption": ""}, {"image": None, "caption": "none"},
             {"image": "missing.png", "caption": "no such image"}]
+    rows += [{"image": f"{k}.png", "caption": "one"} for k in range(1, 2) for _ in range(6)]
     for _ in range(2):  # also when the index is there
         records = data.Records(write_jsonl(pictures / "d.jsonl", rows), 16, tmp_path / "kept")
-        assert said(records) == [(10, ("one",), ())] and records.incomplete == 6
+        assert said(records) == 7 * [(10, ("one",), ())] and records.incomplete == 6
 
 
 
@@ -506,3 +504,113 @@ def test_the_index_is_kept_and_made_anew_when_the_data_change(tmp_path, monkeypa
     assert data.Records(path, 16, tmp_path / "kept").record(0).captions == ("two",) and read == [path]
 
 
+# ---------------------------------------------------------------- what people's folders and lists are really like
+
+ONE = "a cat, number {}"
+CSV = "file_name,text\n" + "".join(f'{{}}{k}.png,"{ONE.format(k)}"\n' for k in range(3))
+LINES = "".join(json.dumps({"file_name": f"{k}.png", "text": ONE.format(k)}) + "\n" for k in range(3))
+
+
+@pytest.mark.parametrize("files", [
+    {"train/metadata.csv": CSV.replace("{}", "")}, {"metadata.csv": CSV.replace("{}", "train/")},
+    {"train/metadata.jsonl": LINES}, *({f"train/{k}{end}": ONE.format(k) for k in range(3)} for end in (
+        ".caption", ".TXT", ".png.txt")),
+    {f"train/{k}.json": json.dumps({"caption": ONE.format(k)}) for k in range(3)}])
+def test_captions_are_found_where_tools_put_them(tmp_path, files):
+    (tmp_path / "train").mkdir()
+    for k in range(3):
+        save(tmp_path / "train" / f"{k}.png", "L", 10 * k)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert said(data.Records(str(tmp_path), 16)) == [(10 * k, (ONE.format(k),), ()) for k in range(3)]
+
+
+def test_captions_in_an_unknown_form_are_not_replaced_by_the_folder_s_name(pictures, capsys):
+    folder = pictures / "cats"
+    folder.mkdir()
+    save(folder / "1.png", "L", 1)
+    assert said(data.Records(str(folder), 16)) == [(1, ("cats",), ())]
+    assert "1 images without texts, so the names of their folders are taken: 'cats'" in capsys.readouterr().err
+    for name in ("captions.txt", "x.parquet", "Labels.csv"):
+        (folder / name).write_text("?")
+        with pytest.raises(ValueError, match=f"{name}: not read. The texts of a folder are"):
+            data.Records(str(folder), 16)
+        (folder / name).unlink()
+
+
+def test_what_systems_leave_behind_is_no_data_and_links_are_followed_once(tmp_path):
+    cats, jpeg = tmp_path / "all" / "cats", io.BytesIO()
+    Image.new("RGB", (16, 16)).save(jpeg, "JPEG")
+    for name in ("1", "2", "._1", "__MACOSX/3", ".ipynb_checkpoints/1"):
+        for end, content in ((".jpg", jpeg.getvalue()), (".txt", name.encode())):
+            os.makedirs(os.path.dirname(cats / f"{name}{end}"), exist_ok=True)
+            (cats / f"{name}{end}").write_bytes(content)
+    os.symlink(tmp_path / "all", cats / "loop")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for path in sorted(cats.rglob("*.*")):
+            if path.is_file() and "loop" not in str(path):
+                tar.add(path, f"./{path.relative_to(tmp_path)}")
+    (tmp_path / "linked").mkdir()
+    os.symlink(cats, tmp_path / "linked" / "there")
+    for source in ("all", "linked", "x.tar"):
+        records = data.Records(str(tmp_path / source), 16)
+        assert [records.record(i).captions for i in range(len(records))] == [("1",), ("2",)], source
+
+
+def test_an_image_is_one_image_whoever_names_it(tmp_path):
+    for kind in ("cats", "dogs"):
+        (tmp_path / kind).mkdir()
+        for k in range(12):
+            save(tmp_path / kind / f"{k}.png", "L", k)
+    folders = [str(tmp_path / kind) for kind in ("cats", "dogs")]
+    write_jsonl(tmp_path / "list.jsonl", [{"image": f"cats/{k}.png", "caption": "again"} for k in range(12)])
+    records = data.Records([*folders, str(tmp_path / "list.jsonl")], 16)
+    assert len(records) == 36 and records.count_images() == 24
+    unseen, ids = records.split(250)
+    assert not {records.record(i).image for i in unseen} & {records.record(i).image for i in ids}
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("cats", "dogs", "list.jsonl"):
+        shutil.move(tmp_path / name, moved / name)
+    again = data.Records([str(moved / name) for name in ("cats", "dogs", "list.jsonl")], 16)
+    assert (again.split(250)[0] == unseen).all() and again.fingerprint == records.fingerprint
+
+
+def test_in_a_shard_nothing_replaces_a_text_and_order_matters(pictures):
+    image = (pictures / "1.png").read_bytes()
+    null, full = b'{"caption": null, "url": "u"}', b'{"caption": "a cat", "url": "u"}'
+    for members in ([("txt", b"a cat"), ("json", null)], [("json", null), ("txt", b"a cat")],
+                    [("json", full), ("txt", b"")], [("txt", b""), ("json", full)]):
+        path = make_shard(pictures / "s.tar", [(f"0.{end}", content) for end, content in [("png", image), *members]])
+        assert said(data.Records(path, 16)) == [(10, ("a cat",), ())]
+    path = make_shard(pictures / "s.tar", [*((f"{k}.png", image) for k in "ab"), *((f"{k}.txt", b"a") for k in "ab")])
+    with pytest.raises(ValueError, match="s.tar: .*not side by side: sort them"):
+        data.Records(path, 16)
+
+
+def test_falsy_is_not_missing_and_one_odd_record_is_not_a_broken_file(pictures):
+    asked = {"image": "1.png", "question": "how many?"}
+    for fields, want in (({"answer": 3}, "3"), ({"answer": 0}, "0"), ({"answers": [0, 0, 1]}, "0"),
+                         ({"answers": None, "answer": "2"}, "2"), ({"answers": [], "answer": 2.5}, "2.5")):
+        records = data.Records(write_jsonl(pictures / "d.jsonl", [asked | fields]), 16)
+        assert records.record(0).questions[0][:2] == ("how many?", want)
+    talk = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cat"}]
+    good = {"image": "2.png", "caption": "a cat"}
+    for odd, usable in (({"image": ["0.png", "1.png"], "conversations": talk}, 2),
+                        ({"image": ["1.png"], "caption": "x"}, 3),
+                        ({"image": "1.png", "conversations": [talk[0], {"from": "gpt", "value": None}]}, 2),
+                        ({"image": "1.png", "caption": ["a cat", "the cat"]}, 3), ("no object", 2)):
+        records = data.Records(write_jsonl(pictures / "d.json", [good, odd, good]), 16)  # lines, whatever the name
+        assert len(records) == usable and records.incomplete == 3 - usable
+
+
+def test_a_png_with_a_long_text_and_a_large_jpeg_are_pictures(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("workflow", "x" * 1_500_000, zip=True)
+    Image.new("RGB", (64, 64), (200, 100, 50)).save(tmp_path / "1.png", pnginfo=info)
+    assert data.load_image(tmp_path / "1.png", 16).getpixel((8, 8)) == (200, 100, 50)
+    smooth = Image.fromarray(np.linspace(0, 255, 1200 * 1600 * 3).reshape(1200, 1600, 3).astype(np.uint8))
+    smooth.save(tmp_path / "1.jpg", quality=95)
+    with Image.open(tmp_path / "1.jpg") as whole:
+        want = ImageOps.fit(whole.convert("RGB"), (64, 64), Image.Resampling.BICUBIC)
+    assert abs(np.asarray(data.load_image(tmp_path / "1.jpg", 64), float) - np.asarray(want)).mean() < 0.5

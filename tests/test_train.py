@@ -535,3 +535,39 @@ def test_learning_rate_rises_then_holds_or_falls():
     recipe = train.Recipe(steps=100, warmup=10, schedule="linear")
     assert [train.learning_rate(recipe, s) for s in (0, 4, 50)] == pytest.approx([0.1, 0.5 * 0.96, 0.5])
     assert train.learning_rate(train.Recipe(steps=100, warmup=10), 99) == 1
+
+
+# ---------------------------------------------------------------- what people's computers are really like
+
+
+def other_computer(tmp_path, program, *args, hide):
+    """Run a program where `hide`, Python that runs first, has taken something away -> status, stdout, stderr."""
+    (tmp_path / "sitecustomize.py").write_text(hide)
+    done = subprocess.run([sys.executable, program, *map(str, args)], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path):
+    """Lustre without -o flock answers ENOSYS, NFS without a lock daemon ENOLCK."""
+    hide = "import fcntl\ndef refuse(*_):\n    raise OSError(38, 'Function not implemented')\nfcntl.flock = refuse\n"
+    status, _, err = other_computer(tmp_path, "train.py", "--stage", 1, "--steps", 1, "--out", tmp_path / "run", *SMALL,
+                                    hide=hide)
+    assert status == 0 and "warning: " in err and "no locks here (" in err
+
+
+def test_windows_has_no_fcntl(tmp_path):
+    hide = "import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\n"
+    asks = "--vqa", "assets/scene.png", "what color is the circle?"
+    status, out, _ = other_computer(tmp_path, "sample.py", *asks, hide=hide)
+    assert (status, out) == (0, "red\n")
+
+
+def test_more_letters_than_the_vocabulary_takes(tmp_path):
+    rows = []
+    for k in range(40):
+        Image.new("RGB", (16, 16), (6 * k, 0, 0)).save(tmp_path / f"{k}.png")
+        rows.append({"image": f"{k}.png", "caption": "".join(chr(0x4e00 + (37 * k + j) % 3000) for j in range(16))})
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    err = run("--stage", 0, "--data", tmp_path / "d.jsonl", "--steps", 1, "--out", tmp_path / "run", status=2)[1]
+    assert "these texts have more letters than --vocab 412: give more" in err
