@@ -24,7 +24,7 @@ import tempfile
 import warnings
 import zlib
 from array import array
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -674,8 +674,9 @@ def replacing(path):
     what was there. Raises OSError with one line; a mistake in what is to be written (ValueError) passes as it is."""
     try:
         yield f"{path}.partial"
-        os.umask(umask := os.umask(0))  # it can only be read by setting it
-        os.chmod(f"{path}.partial", 0o666 & ~umask)  # safetensors gives files narrower rights than files have here
+        with suppress(OSError):  # of a file system without rights
+            os.umask(umask := os.umask(0))  # it can only be read by setting it
+            os.chmod(f"{path}.partial", 0o666 & ~umask)  # safetensors gives files narrower rights than files have here
         os.replace(f"{path}.partial", path)
     except Exception as error:
         if os.path.isfile(f"{path}.partial"):

@@ -714,6 +714,8 @@ def parse_args():
 
 def main():
     args, recipe = parse_args()
+    if sys.platform == "win32":
+        fail("training wants Linux or macOS; on Windows use WSL")
     if args.device.type == "mps":
         warn("FSDP2 does not run on a Mac's GPU: training on the CPU")
         args.device = torch.device("cpu")

@@ -556,6 +556,16 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path):
     assert status == 0 and "warning: " in err and "no locks here (" in err
 
 
+def test_a_file_system_without_rights_is_no_error(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    with data.replacing(str(tmp_path / "x")) as beside:
+        open(beside, "w").close()
+    assert os.listdir(tmp_path) == ["x"]
+
+
 def test_windows_has_no_fcntl(tmp_path):
     hide = "import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\n"
     asks = "--vqa", "assets/scene.png", "what color is the circle?"
