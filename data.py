@@ -230,7 +230,9 @@ KINDS = {"color": ask_color, "shape": ask_shape, "size": ask_size, "count": ask_
 
 # ---------------------------------------------------------------- the user's images and texts
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # what Pillow decodes by itself
+Image.init()
+FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+                if name in Image.OPEN)  # what Pillow decodes by itself
 EXTENSIONS = tuple(end for end, name in Image.registered_extensions().items() if name in FORMATS)
 LISTS = re.compile(r"(caption|label|annotation)[^/]*\.(txt|json)$|\.(jsonl|csv|tsv|parquet|arrow|zip)$")  # of some kind
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28  # some tools write megabytes into PNGs
