@@ -522,7 +522,7 @@ class Subset(NamedTuple):
     """Some records of a source."""
     source: object                 # World or Records
     ids: np.ndarray                # which records
-    latents: str = ""             # a .npy; its [i]: moments of image i
+    latents: str = ""              # a .npy; its [i]: moments of image i
 
     def record(self, k):
         """-> which record the k-th is, and its image: moments (2,C,h,w), or pixels (3,H,W) in [-1,1]. An image that

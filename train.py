@@ -48,7 +48,7 @@ import losses
 import sample
 import t5
 import vae
-from data import one_line, warn
+from data import one_line
 from model import DTYPES, PRESETS, DualDiffusion, JointBlock, find_parts, missing_parts
 from sample import SHIPPED, fail
 
@@ -155,6 +155,11 @@ BLOCKS = JointBlock, t5.Block, vae.Level, vae.ResnetBlock, vae.AttnBlock
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws
 
 
+def warn(message):
+    if os.environ.get("RANK", "0") == "0":  # of all the processes of torchrun, one speaks
+        data.warn(message)
+
+
 def batch_noise(count, batch, shape, generator, device):
     """(count, batch, *shape) standard normal, made on the device that needs it: at full size 50 million numbers."""
     seed = int(torch.randint(2 ** 62, (), generator=generator))
@@ -183,7 +188,7 @@ def subsets(paths, args, recipe):
         unseen = data.World(UNSEEN + args.seed), np.arange(min(250, recipe.pool // 20 + 1))
         return data.Subset(data.World(args.seed), np.arange(recipe.pool)), data.Subset(*unseen)
     source, names = data.Records(paths, recipe.size, args.out), " ".join(paths)
-    if source.incomplete and dist.get_rank() == 0:
+    if source.incomplete:
         warn(f"{names}: {source.incomplete} records cannot be used and are left out; {source.first_incomplete[0]}")
     unseen, ids = source.split(250)
     unseen = [i for i in unseen if data.readable(source, i) is not None]
@@ -202,7 +207,7 @@ def starting_file(args):
         before = os.path.join(args.out, f"stage{stage}", "model.safetensors")
         if os.path.exists(before):
             for other in filter(None, (args.init, args.t5, args.vae, args.spiece)):
-                if dist.get_rank() == 0 and not os.path.samefile(before, other):
+                if not os.path.samefile(before, other):
                     warn(f"{other} is taken, not what {before} holds")
             return args.init or before
     if args.init or args.stage == "0":
@@ -542,9 +547,9 @@ def prepare(args, recipe, folder):
     if args.stage not in ("0", "1"):
         start = find_parts(args.start, args.t5, args.vae, args.spiece)[0].settings
         lengths = {recipe.length for recipe in RECIPES[args.preset].values()}
-        if args.length is None and start.length not in lengths and dist.get_rank() == 0:
+        if args.length is None and start.length not in lengths:
             warn(f"{args.start} was trained at --length {start.length}; this stage takes {recipe.length}")
-        if args.size is None and start.size > recipe.size and dist.get_rank() == 0:
+        if args.size is None and start.size > recipe.size:
             warn(f"{args.start} was trained at --size {start.size}; this stage takes {recipe.size}")
     images, unseen_images = subsets(args.image_data or args.data, args, recipe)
     texts, unseen = images, unseen_images
@@ -556,7 +561,7 @@ def prepare(args, recipe, folder):
     if dist.get_rank() == 0 and (args.data or args.text_data):
         with data.replacing(os.path.join(folder, "held-out.txt")) as beside, open(beside, "w") as f:
             f.writelines(dict.fromkeys(f"{unseen.source.record(i).image}\n" for i in unseen.ids))
-    if args.data and args.start == SHIPPED and not args.init and dist.get_rank() == 0:
+    if args.data and args.start == SHIPPED and not args.init:
         warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
              f"python train.py --stage 0 --data {' '.join(args.data)} --out {args.out}")
     dd, modules = starting_point(args, recipe, texts, args.device, DTYPES[settings["dtype"]])
@@ -653,7 +658,7 @@ def check_settings(folder, args, recipe, images, texts):
         if changed:
             fail(f"{folder} holds a run with other settings ({', '.join(changed)}); give its own, or another --out")
     if dist.get_rank() == 0:
-        with open(path, "w") as f:
+        with data.replacing(path) as beside, open(beside, "w") as f:
             json.dump(settings, f, indent=1)
     return settings
 
