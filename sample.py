@@ -89,7 +89,7 @@ def revealed_share(steps):
 def text_logits(dd, latents, tokens, predict):
     """One forward pass: latents (B,C,H,W), tokens (B,L) -> logits (N,V) at the N true positions of `predict` (B,L)."""
     states, times = dd.t5(tokens.to(dd.device)), torch.zeros(len(tokens), device=dd.device)
-    return finite(dd.ddit(latents, times, states, predict=predict, image_rows=0)[1]).cpu()
+    return finite(dd.ddit(latents, times, states, predict=predict, image_rows=0)[1])
 
 
 # The orders of unmasking. An order runs the network by `predict_tokens`: for positions, (B,L) bool, this returns at
@@ -118,7 +118,7 @@ def by_confidence(predict_tokens, masked, steps, generator):
         candidates = masked & (count > 0)[:, None]
         if candidates.any():
             ids, confidence, _ = predict_tokens(candidates)
-            sure = torch.full(masked.shape, -1.0, dtype=torch.float64).masked_scatter(candidates, confidence)
+            sure = torch.full(masked.shape, -1.0, dtype=confidence.dtype).masked_scatter(candidates, confidence)
             rank = sure.argsort(1, descending=True).argsort(1)  # 0 for the surest of a row
             reveal = candidates & (rank < count[:, None])
             yield reveal, ids[reveal[candidates]]
@@ -133,7 +133,7 @@ def by_entropy(predict_tokens, masked, steps, generator):
     largest. So a pass takes the tokens of least entropy, as many as keep this sum within GAMMA."""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
-        nats, order = torch.full(masked.shape, torch.inf, dtype=torch.float64).masked_scatter(masked, entropy).sort(1)
+        nats, order = torch.full(masked.shape, torch.inf, dtype=entropy.dtype).masked_scatter(masked, entropy).sort(1)
         within = nats.cumsum(1) - nats <= GAMMA  # for each, the sum of all surer ones
         reveal = masked & within.gather(1, order.argsort(1))
         yield reveal, ids[reveal[masked]]
@@ -171,15 +171,19 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
 
 
 def draw_tokens(logits, temperature, generator):
-    """logits (N,V) -> tokens (N,), their probabilities, the entropies (nats) of their distributions. In float64, for
-    float32 noise would silently lower the temperature; 256 rows at a time, to save memory. The mask token, the last of
-    the V, is never drawn."""
+    """logits (N,V) -> tokens (N,), their probabilities, the entropies (nats) of their distributions, all on the CPU.
+    It draws where the logits are, 256 rows at a time to save memory, and never the mask token, the last of the V."""
     parts = []
-    for part in logits.split(256):
-        probs = torch.softmax(part[:, :-1].double() / (temperature or 1.0), dim=1)
-        ids = torch.multinomial(probs, 1, generator=generator) if temperature else probs.argmax(1, keepdim=True)
+    for part in logits[:, :-1].split(256):
+        if temperature:  # draw in float64: float32 would lose rare tokens. (Apple's GPUs have no float64.)
+            part = (part.cpu() if part.device.type == "mps" else part).double() / temperature
+        probs = torch.softmax(part, dim=1)
+        ids = probs.argmax(1, keepdim=True)
+        if temperature:  # the first token at which the probabilities, summed up, reach u
+            sums, u = probs.cumsum(1), torch.rand(len(probs), 1, dtype=torch.float64, generator=generator)
+            ids = (sums < u.to(sums.device) * sums[:, -1:]).sum(1, keepdim=True)
         parts.append((ids[:, 0], probs.gather(1, ids)[:, 0], torch.special.entr(probs).sum(1)))
-    return [torch.cat(column) for column in zip(*parts)]
+    return [torch.cat(column).cpu() for column in zip(*parts)]
 
 
 def text_ids(dd, text, length=None):
@@ -283,7 +287,7 @@ def score(dd, images, texts, length=None, draws=64, seed=0):
         noisy, masked = losses.mask_tokens(tokens, t, maskable, dd.tokenizer.mask_id, generator)
         nats.append(0)
         for part in slices(draws, *images.shape[2:]):
-            logits = text_logits(dd, latents.expand(len(t[part]), -1, -1, -1), noisy[part], masked[part])
+            logits = text_logits(dd, latents.expand(len(t[part]), -1, -1, -1), noisy[part], masked[part]).cpu()
             loss = losses.masked_diffusion_loss(logits, tokens[part], masked[part], t[part])  # per token
             nats[-1] += loss * tokens[part].numel() / draws
     return torch.stack(nats)

@@ -136,8 +136,9 @@ def train(learner, loader, log, signals, validation, sheet, args, recipe):
         norm = learner.step(step)
 
         done = step + 1
-        stop = mean_over_processes([torch.tensor(float(len(signals)))])[0] > 0  # all processes stop together
-        save_now = done % args.save_every == 0 or done == recipe.steps or stop
+        # What one process wants, all do: to stop, to save.
+        stop, save_now = mean_over_processes(torch.tensor([float(len(signals)), learner.save_is_due()]))
+        save_now = save_now or stop or done == recipe.steps
         show_now = done % args.show_every == 0 and done < recipe.steps
         if done % 20 == 0 or save_now or show_now:  # only here does the loop wait for the device
             log.write(done, norm, learner, validation() if show_now or done == recipe.steps else ())
@@ -287,7 +288,7 @@ def make_mesh(device, parallel):
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def parallelize(module, mesh, dtype, compiled=False):
+def parallelize(module, mesh, dtype):
     """Share a module out among the processes of a mesh, in place, by FSDP2 (`fully_shard`). From then on its parameters
     are DTensors: `p.to_local()` is what this process holds, which in ddp is all of it.
     The network computes in `dtype`. The weights themselves, their gradients' mean over the processes and the optimizer
@@ -295,8 +296,6 @@ def parallelize(module, mesh, dtype, compiled=False):
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here changes one in place
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in [*(part for part in module.modules() if isinstance(part, JointBlock)), module]:
-        if compiled and part is not module:
-            part.compile()
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
@@ -336,14 +335,17 @@ class Learner:
     """What learns in a stage: modules of the system dd, {name: module}, shared out among the processes, with their
     optimizers, running averages and checkpoints."""
     def __init__(self, dd, modules, recipe, args, dtype, folder):
-        self.dd, self.modules, self.recipe, self.keep = dd, modules, recipe, args.keep
+        self.dd, self.modules, self.recipe, self.args, self.saved = dd, modules, recipe, args, time.monotonic()
         self.autocast = dd.device.type == "cuda" and dtype == torch.bfloat16
         self.folder = os.path.join(folder, "checkpoints")
         mesh = make_mesh(dd.device, args.parallel)
-        for block in [m for m in dd.modules() if isinstance(m, JointBlock | t5.Block) and args.checkpointing]:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for block in [m for m in dd.modules() if isinstance(m, JointBlock | t5.Block)]:
+            if args.compile:  # inside the checkpoint, which torch.compile cannot look through
+                block.forward = torch.compile(block.forward)
+            if args.checkpointing:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         for module in modules.values():
-            parallelize(module, mesh, dtype, args.compile)
+            parallelize(module, mesh, dtype)
         self.optimizers, self.views = make_optimizers(modules, recipe)
         self.parameters = [p for module in modules.values() for p in module.parameters()]
         self.averages = [p.detach().clone() for p in self.parameters] if recipe.ema else []
@@ -404,7 +406,7 @@ class Learner:
         """Write a checkpoint atomically: every process writes its part beside, then rank 0 renames the folder."""
         path, first = os.path.join(self.folder, f"step-{step:08d}"), dist.get_rank() == 0
         try:
-            dist.barrier()
+            barrier()
             # A lone process saves without collectives: they would make gloo's threads start OpenMP teams of their own,
             # and with more threads than cores OpenMP lets them sleep between loops. Training took 1.6 times as long.
             writer = HuggingFaceStorageWriter(f"{path}.partial", save_distributed=True)
@@ -414,8 +416,12 @@ class Learner:
             fail(f"{path}: could not be written ({one_line(error)}); the checkpoints before it stand")
         if first:
             os.replace(f"{path}.partial", path)
-            for old in checkpoints(self.folder)[:-self.keep]:
+            for old in checkpoints(self.folder)[:-self.args.keep]:
                 shutil.rmtree(old)
+        self.saved = time.monotonic()
+
+    def save_is_due(self):
+        return time.monotonic() - self.saved >= 60 * self.args.save_minutes
 
     def load(self):
         """Load the newest readable checkpoint -> its step; 0 if there is none. Unreadable ones are moved aside."""
@@ -437,7 +443,7 @@ class Learner:
                 return int(state["step"])
             except (Exception, CheckpointException) as error:
                 warn(f"{path}: cannot be read ({one_line(error)}); an older one is tried")
-                dist.barrier()
+                barrier()
                 if dist.get_rank() == 0:
                     os.replace(path, f"{path}.unreadable")
         fail(f"{self.folder}: none of its checkpoints can be read")
@@ -487,6 +493,11 @@ def mean_over_processes(numbers):
     x = torch.stack([*numbers]).cpu()
     dist.all_reduce(x)
     return (x / dist.get_world_size()).tolist()
+
+
+def barrier():
+    """Let all processes wait for each other, on the CPU."""
+    dist.all_reduce(torch.zeros(1))
 
 
 @contextmanager
@@ -578,10 +589,10 @@ def run_stage(args, recipe):
     rank, share, device = dist.get_rank(), recipe.batch // dist.get_world_size(), args.device
     folder, rows = os.path.join(args.out, f"stage{args.stage}"), slice(rank * share, (rank + 1) * share)
     if rank > 0:
-        dist.barrier()  # what rank 0 prepares, the others find
+        barrier()  # what rank 0 prepares, the others find
     dd, modules, (images, texts), held_out, settings = prepare(args, recipe, folder)
     if rank == 0:
-        dist.barrier()
+        barrier()
     learner = Learner(dd, modules, recipe, args, DTYPES[settings["dtype"]], folder)
     start, path = learner.load(), os.path.join(folder, "model.safetensors")
     if start > recipe.steps:
@@ -683,7 +694,7 @@ def add_arguments(parser, recipe):
     add("--workers", type=int, help="Processes that make batches [4; on a CPU with stored latents 0].")
     add("--latents", type=int, default=25_000, metavar="N", help="Store latents of --data, if there are at most N "
         "records [25000].")
-    add("--save-every", type=int, default=200, help="Save every N steps [200].")
+    add("--save-minutes", type=float, default=10, metavar="N", help="Save every N minutes, and at the end [10].")
     add("--show-every", type=int, default=500, help="Draw samples and validate every N steps [500].")
     add("--keep", type=int, default=3, help="How many checkpoints to keep [3].")
     add = parser.add_argument_group("numbers of a stage", "In brackets what this stage and preset have.").add_argument

@@ -1,13 +1,12 @@
 """How fast it is, beside how fast it could be: `python tests/speed.py` prints three Markdown tables, in some minutes.
 
 1. What a user feels: training, answers, captions, pictures, the start of the program, memory. Each stands beside its
-   floor. Where the networks run, this is the FLOPs they need at the best rate that this machine has shown: in training
-   those of on_paper.model_flops, elsewhere those of all matrix products and convolutions. Where they do not, it is what
-   no such program can do without: to import torch, to read the file, to decode the image.
+   floor. Where the networks run, this is the FLOPs of their matrix products and convolutions at the best rate that this
+   machine has shown. Where they do not, it is what no such program can do without: to import torch, to read the file,
+   to decode the image.
 2. Our networks beside diffusers' and transformers' of equal size, where these two are installed.
 3. One stacked pass for both losses, with the heads only where they are needed, against two passes with all of both
-   heads (as the authors' script does): time, memory (on a CPU what is saved for the backward pass), and how far the
-   gradients are apart. Random weights.
+   heads (as the authors' script does): time, a GPU's memory, and how far the gradients are apart. Random weights.
 
 Times are medians of several runs; what is compared runs in turn. A GPU is used if there is one, and there the third
 table also has the full size in bf16, with and without torch.compile. Memory is read from Linux's /proc.
@@ -24,6 +23,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +39,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import make_golden
-from on_paper import activation_bytes, model_flops
 
 from data import Batches, Records, Subset, World, to_pixels
 from losses import (
@@ -65,7 +64,7 @@ MIDDLE = Config(DDiTConfig(depth=8, width=512, heads=8, text_dim=512, pos_size=6
                 T5Config(d_model=512, num_layers=6, num_heads=8, d_kv=64, d_ff=1024))
 SIZES = {"tiny": (TINY, replace(RECIPES["tiny"]["1"], learn_t5="no"), 64),
          "middle": (MIDDLE, replace(RECIPES["sd3-medium"]["1"], size=128), 4),
-         "full": (PRESETS["sd3-medium"], RECIPES["sd3-medium"]["1"], 64)}
+         "full": (PRESETS["sd3-medium"], RECIPES["sd3-medium"]["1"], 32)}
 QUESTION = ["sample.py", "--vqa", "assets/scene.png", "what color is the circle?"]
 
 
@@ -106,9 +105,10 @@ def beside_floor(flops, *runs, device, dtype, rounds=5):
 
 
 def flops_of(run):
-    """The FLOPs of the matrix products and convolutions in run(). Attention by plain products, since torch's counter
-    does not know the CPU's own kernel."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    """The FLOPs of the matrix products and convolutions in run(). On a CPU, attention is by plain products, for torch's
+    counter does not know its kernel."""
+    plain = nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, plain:
         run()
     return counter.get_total_flops()
 
@@ -153,7 +153,9 @@ def training_row(device):
         rates = [json.loads(line)["images_per_s"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         dtype = json.loads((folder / "run.json").read_text())["dtype"]
     took = recipe.batch / statistics.median(rates[1:])  # the first steps are slow
-    floor = beside_floor(recipe.batch * model_flops(TINY, recipe), device=device, dtype=DTYPES[dtype])
+    ddit, t5, halves = DDiT(TINY.ddit), T5Encoder(TINY.t5), random_halves(TINY, recipe, recipe.batch, "cpu")
+    flops = flops_of(lambda: one_pass(ddit, t5, *halves, recipe.text_weight).backward())
+    floor = beside_floor(flops, device=device, dtype=DTYPES[dtype])
     time_row(f"a training step, stage 1, {recipe.batch} images, {dtype}", took, *floor, recipe.batch)
     return peak
 
@@ -294,12 +296,12 @@ def random_halves(config, recipe, batch, device):
 
 
 def peak_memory(run, device):
-    """Bytes: of the GPU at the most; on a CPU, of what is saved for the backward pass."""
+    """The most bytes of the GPU that a step takes."""
     if device.type != "cuda":
-        return activation_bytes(run)
+        return ""
     torch.cuda.reset_peak_memory_stats()
     run().backward()
-    return torch.cuda.max_memory_allocated()
+    return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB"
 
 
 def one_or_two(name, device, dtype, compiled, rounds):
@@ -309,7 +311,7 @@ def one_or_two(name, device, dtype, compiled, rounds):
         ddit, t5 = DDiT(config.ddit), T5Encoder(config.t5).to(dtype).requires_grad_(False)
     for p in ddit.parameters():  # zero heads and gates would hide mistakes
         torch.nn.init.normal_(p, std=0.02)
-    parallelize(ddit, make_mesh(device, "ddp"), dtype, compiled)
+    parallelize(ddit, make_mesh(device, "ddp"), dtype)
     halves = random_halves(config, recipe, batch, device)
 
     def loss(way):
@@ -321,15 +323,17 @@ def one_or_two(name, device, dtype, compiled, rounds):
         return [p.grad.to_local() for p in ddit.parameters()]
 
     ways = one_pass, two_passes
+    flops = flops_of(lambda: loss(one_pass).backward())
+    for block in ddit.joint_blocks if compiled else ():
+        block.forward = torch.compile(block.forward)
     one, two = map(gradients, ways)
     apart = sum((a - b).double().square().sum() for a, b in zip(one, two)) / sum(b.double().square().sum() for b in two)
     del one, two
-    sizes = [peak_memory(lambda: loss(way), device) / 1e9 for way in ways]
-    floor, why, fast, slow = beside_floor(
-        model_flops(config, recipe) * batch, *(lambda way=way: loss(way).backward() for way in ways),
-        device=device, dtype=dtype, rounds=rounds)
+    sizes = [peak_memory(lambda: loss(way), device) for way in ways]
+    floor, why, fast, slow = beside_floor(flops, *(lambda way=way: loss(way).backward() for way in ways),
+                                          device=device, dtype=dtype, rounds=rounds)
     row(f"{name}, {batch} images, {str(dtype)[6:]}{', compiled' * compiled}", f"{fast:.3g} s", f"{slow:.3g} s",
-        f"{slow / fast:.2f}", f"{sizes[0]:.2f} GB", f"{sizes[1]:.2f} GB", f"{apart.item() ** 0.5:.0e}",
+        f"{slow / fast:.2f}", *sizes, f"{apart.item() ** 0.5:.0e}",
         f"{floor:.3g} s: {why}", f"{floor / fast:.0%}")
 
 

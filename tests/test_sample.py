@@ -326,14 +326,15 @@ def test_sizes_are_refused_before_any_work(dd, monkeypatch, height, width, messa
         sample.caption(dd, torch.zeros(1, 3, height, width))
 
 
-def test_probabilities_in_float64_are_few_at_a_time(monkeypatch):
+@pytest.mark.parametrize("temperature, dtype", [(0.0, torch.float32), (1.0, torch.float64)])
+def test_probabilities_are_few_at_a_time_and_a_draw_is_in_float64(monkeypatch, temperature, dtype):
     logits, seen = torch.randn(1000, 7, generator=seeded()), spy(monkeypatch, torch, "softmax")
-    drawn, sure, _ = sample.draw_tokens(logits, 0.0, None)
+    drawn, sure, _ = sample.draw_tokens(logits, temperature, seeded())
     assert max(shape[0] for shape in seen) <= 256 and sum(shape[0] for shape in seen) == 1000
     monkeypatch.undo()
-    probs = torch.softmax(logits[:, :-1].double(), 1)
-    assert torch.equal(drawn, probs.argmax(1)) and torch.equal(sure, probs.max(1).values)
-    assert sure.dtype == torch.float64
+    probs = torch.softmax(logits[:, :-1].to(dtype), 1)
+    assert torch.equal(sure, probs.gather(1, drawn[:, None])[:, 0]) and sure.dtype == dtype
+    assert temperature or torch.equal(drawn, probs.argmax(1))
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

@@ -1,0 +1,257 @@
+"""What training and sampling cost at full size, and whether they would run, on a GPU that is not there.
+
+    python tests/fake_gpu.py                      the table of "What it costs" in README.md, in some minutes
+    python tests/fake_gpu.py --stage 2 --gpus 8   one row of it
+    python tests/fake_gpu.py --tiny               the tiny preset, with its checkpoints
+
+The program's own code runs on torch's fake tensors, which have a shape, a type and the device "cuda", but no memory.
+Other processes are fake, too; what lies on the CPU is real. Mixed devices or types raise. Counted are FLOPs, bytes on
+the GPU, bytes that a process sends, and where the host waits for the GPU; a training step may not wait. Not seen: time,
+what kernels allocate inside, fragmentation, NCCL's buffers. Days are at half of an H100's 989e12 FLOP/s (bf16), with
+stored latents. Wants torch's CPU build and g++."""
+# ruff: noqa: E402
+import argparse
+import contextlib
+import copy
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+import weakref
+from argparse import Namespace
+from collections import Counter
+from importlib.util import find_spec
+
+SHIM = """// what torch's C++ asks of a GPU
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+using namespace c10;
+struct Guard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+  Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, Device(kCUDA, 0)); }
+};
+C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+struct CUDAHooks : at::CUDAHooksInterface {
+  CUDAHooks(at::CUDAHooksArgs) {}
+  bool isBuilt() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  at::Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
+};
+namespace at { REGISTER_CUDA_HOOKS(CUDAHooks) }
+"""
+TOP, TORCH = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(find_spec("torch").origin)
+with tempfile.TemporaryDirectory() as folder:  # before torch is imported, whose autograd asks at once
+    command = f"g++ -x c++ - -std=c++20 -fPIC -shared -I{TORCH}/include -o {folder}/gpu.so"
+    subprocess.run(command.split(), input=SHIM, text=True, check=True)
+    for library in (f"{TORCH}/lib/libtorch_cpu.so", f"{folder}/gpu.so"):
+        ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+sys.path.insert(0, TOP)
+import data
+import train
+from model import PARTS, PRESETS, DualDiffusion, make_part
+from sample import SHIPPED, caption, text_to_image
+
+CUDA, BF16, aten = torch.device("cuda", 0), torch.bfloat16, torch.ops.aten
+plain_attention, plain_resize = F.scaled_dot_product_attention, torch.UntypedStorage.resize_
+
+
+def attention(q, k, v, attn_mask=None, scale=None):
+    """The kernel that torch chooses on CUDA."""
+    if q.device.type == "cpu":
+        return plain_attention(q, k, v, attn_mask, scale=scale)
+    if attn_mask is None and q.dtype == BF16 and q.shape[-1] <= 256:
+        return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+    bias = None if attn_mask is None else attn_mask.expand(*q.shape[:3], k.shape[2])
+    return aten._scaled_dot_product_efficient_attention(q, k, v, bias, torch.is_grad_enabled(), scale=scale)[0]
+
+
+class Idle(contextlib.nullcontext):
+    """A stream or an event, on which nothing happens."""
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+    record = wait = wait_event = wait_stream = record_event = lambda self, *args: self
+
+
+def leaves(nested):
+    return [leaf for x in nested for leaf in leaves(x)] if isinstance(nested, (list, tuple)) else [nested]
+
+
+class GPU(TorchDispatchMode):
+    """Every operation of the code inside `with GPU() as gpu` comes by here."""
+    def __init__(self):
+        super().__init__()
+        self.fake, self.sizes, self.alive = FakeTensorMode(allow_non_fake_inputs=True), {}, 0
+        self.begin()
+        torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device="cuda") comes by here
+        F.scaled_dot_product_attention = attention
+        torch.UntypedStorage.resize_ = lambda *args: self.resize(*args)  # by which FSDP frees its buffers
+        torch.cuda.Stream = torch.cuda.Event = torch.cuda.stream = torch.cuda.current_stream = Idle
+        torch.cuda.is_bf16_supported, torch.cuda._lazy_init = lambda *args: True, lambda: None
+        torch.cuda.current_device, torch.cuda.amp.common.amp_definitely_not_available = lambda: 0, lambda: False
+
+    def begin(self):
+        self.peak, self.flops, self.sent, self.waits = self.alive, 0, 0, Counter()
+
+    def resize(self, storage, size):
+        plain_resize(storage, size)
+        if storage._cdata in self.sizes:
+            self.hold(storage)
+
+    def hold(self, storage):
+        """Count a storage, or its new size, until it is let go."""
+        key = storage._cdata
+        if key not in self.sizes:
+            weakref.finalize(storage, lambda: self.add(-self.sizes.pop(key)))
+        self.add(storage.nbytes() - self.sizes.get(key, 0))
+        self.sizes[key] = storage.nbytes()
+
+    def add(self, size):
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+    def wait(self, why):
+        ours = [f for f in traceback.extract_stack() if f.filename.startswith(TOP) and f.filename != __file__]
+        self.waits[f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno} {why}" if ours else why] += 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, op = kwargs or {}, func._overloadpacket
+        if any(not issubclass(t, FakeTensor) and t not in (torch.Tensor, torch.nn.Parameter) for t in types):
+            return NotImplemented  # a DTensor: what it holds comes by later
+        tensors = [x for x in leaves((*args, *kwargs.values())) if isinstance(x, torch.Tensor)]
+        target = kwargs.get("device") and torch.device(kwargs["device"]).type
+        if target != "cuda" and all(x.device.type != "cuda" for x in tensors):
+            return func(*args, **kwargs)
+        if op in (aten._local_scalar_dense, aten.equal):
+            return self.wait(op.__name__) or True
+        if op is aten._to_copy and target == "cpu":
+            self.wait(f"{args[0].numel()} numbers to the CPU")
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if op in (aten._to_copy, aten.copy_) and tensors[-1].device.type == "cpu" and not kwargs.get(
+                "non_blocking", args[2:] == (True,)):
+            self.wait("to the GPU")
+        if op in (aten.index, aten.index_put_) and any(x is not None and x.device.type == "cpu" for x in args[1]):
+            self.wait("an index from the CPU")
+            args = args[0], [i for x in args[1] for i in (
+                x.nonzero(as_tuple=True) if x is not None and x.dtype == torch.bool else [x])], *args[2:]
+        if op in flop_registry and "attention" not in op.__name__ and len({x.dtype for x in tensors}) > 1:
+            raise TypeError(f"{func}: {[x.dtype for x in tensors]}")
+        with self.fake:
+            out = func(*args, **kwargs)
+        if op in flop_registry:
+            self.flops += flop_registry[op](*args, **kwargs, out_val=out)
+        if func.namespace == "c10d":
+            n = next(dist.ProcessGroup.unbox(x).size() for x in args if "ProcessGroup" in str(x))
+            self.sent += max(x.nbytes for x in tensors) * (1 + (op.__name__ == "allreduce_")) * (n - 1) // n
+        for x in leaves(out):
+            if isinstance(x, FakeTensor) and x.device.type == "cuda":
+                self.hold(x.untyped_storage())
+        return out
+
+
+def full_size(path, t5, vae, tokenizer, device, dtypes):
+    """In place of DualDiffusion.load: sd3-medium, and of a tokenizer what the code below needs."""
+    config, parts, tokenizer = copy.deepcopy(PRESETS["sd3-medium"]), {}, Namespace(
+        vocab_size=32100, mask_id=32099, eos_id=1, encode=lambda text, length: [2] * length, decode=str,
+        caption_ids=lambda text, length: ([2] * length, [True] * (length - 1) + [False]))
+    for part in PARTS:
+        torch.set_default_dtype(dtypes[part])
+        with device:
+            parts[part] = make_part(getattr(config, part))
+    torch.set_default_dtype(torch.float32)
+    return DualDiffusion(config, tokenizer, **parts).eval()
+
+
+def row(*cells):
+    print("|", " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells), "|", flush=True)
+
+
+def step(preset, stage, gpus, parallel="fsdp", checkpointing=True, passes=1):
+    """A row about a step; at most two of its passes are run, and their FLOPs multiplied -> GB."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(8, gpus))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+    args = Namespace(seed=0, preset=preset, stage=stage, start=SHIPPED, init=SHIPPED, t5=None, vae=None, spiece=None,
+                     text_encoder="t5", parallel=parallel, checkpointing=checkpointing, compile=False, keep=1)
+    recipe, few = train.RECIPES[preset][stage], min(passes, 2)
+    rows, side = recipe.batch // gpus // passes, recipe.size // 8
+    tokens, texts = torch.ones(rows, recipe.length).long(), data.Subset(data.World(), range(100))
+    with GPU() as gpu, tempfile.TemporaryDirectory() as out:
+        dd, modules = train.starting_point(args, recipe, texts, CUDA, BF16)
+        images = torch.rand(rows, 3, recipe.size, recipe.size) if stage == "0" else torch.rand(
+            rows, 2, dd.config.vae.latent_channels, side, side).half()
+        batch = data.Batch(images, images if stage == "2hr" else None, tokens, tokens, tokens > 0, slice(0, rows), 0)
+        learner = train.Learner(dd, modules, recipe, args, BF16, out)
+        for p in learner.parameters:
+            p.grad = torch.zeros_like(p)
+        learner.step(0)
+        state, _ = gpu.alive, gpu.begin()
+        for k in range(few):
+            learner.backward(learner.forward(batch)[0] / passes, last=k == few - 1)
+        learner.step(1)
+        flops = gpu.flops * passes / few * gpus
+        row(f"{stage}, {preset}", f"{gpus} {parallel}{', checkpointed' * checkpointing}", f"{rows} of {rows * passes}",
+            flops, flops * recipe.steps / gpus / (0.5 * 989e12) / 86400, state / 1e9, gpu.peak / 1e9, gpu.sent / 1e9)
+        if gpu.waits:
+            raise RuntimeError(f"a training step waits for the GPU: {dict(gpu.waits)}")
+        if preset == "tiny":
+            learner.save(2)
+            assert learner.load() == 2
+            learner.weights()
+    dist.destroy_process_group()
+    return learner and gpu.peak / 1e9
+
+
+def use(dd, gpu, size, length=256):
+    """Rows about drawing and captioning an image of that size, and where they wait."""
+    state, pixels = gpu.alive, torch.zeros(1, 3, size, size)
+    for what, run in (("picture", lambda: text_to_image(dd, ["x"], "", size, size, length, steps=2)),
+                      ("caption", lambda: caption(dd, pixels, length, 2, temperature=1.0))):
+        gpu.begin()
+        run()
+        row(f"a {what} of {size}, 2 steps", 1, "1 of 1", float(gpu.flops), "", state / 1e9, gpu.peak / 1e9, "",
+            "; ".join(f"{why} x{count}" for why, count in gpu.waits.items()))
+
+
+SHARES = {"1": (16, 1, 1), "2": (32, 1, 1), "2hr": (96, 1, 1), "3": (16, 1, 1)}  # passes a step on 1, 8, 32 GPUs
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--stage", choices=SHARES)
+    parser.add_argument("--gpus", type=int, choices=[1, 8, 32])
+    parser.add_argument("--tiny", action="store_true")
+    wanted = parser.parse_args()
+    row("stage", "GPUs", "rows at once", "FLOPs a step", "days", "state, GB", "peak, GB", "sent, GB", "waits")
+    row(*["---"] * 9)
+    if wanted.tiny:
+        for stage in ("0", *SHARES):
+            step("tiny", stage, 1, "ddp", checkpointing=stage != "0", passes=2 if stage == "2hr" else 1)
+        with GPU() as gpu:
+            use(DualDiffusion.load(SHIPPED, device=CUDA, dtype=BF16), gpu, 64, 24)
+        return
+    if not (wanted.stage or wanted.gpus):
+        with GPU() as gpu:
+            dd = full_size(None, None, None, None, CUDA, dict.fromkeys(PARTS, BF16))
+            use(dd, gpu, 512)
+            use(dd, gpu, 1024)
+    train.DualDiffusion.load, train.find_parts = full_size, lambda *args: (PRESETS["sd3-medium"],)
+    for stage in [wanted.stage] if wanted.stage else SHARES:
+        for gpus, passes in zip((1, 8, 32), SHARES[stage]):
+            if wanted.gpus in (None, gpus):
+                peak = step("sd3-medium", stage, gpus, "fsdp", gpus < 32 or stage not in "13", passes)
+    if wanted.stage and wanted.gpus:
+        print(f"peak {peak:.1f} GB")
+
+
+if __name__ == "__main__":
+    main()

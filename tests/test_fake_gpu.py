@@ -1,0 +1,86 @@
+"""Training and sampling on a GPU that is not there (fake_gpu.py): no wrong device or type, no wait in a training step."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model import DualDiffusion
+from sample import SHIPPED
+from train import BLOCKS, RECIPES
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++") or torch.cuda.is_available(), reason="wants g++, and no GPU")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def run(*args):
+    done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def table():
+    """The rows of the tiny preset, {name: cells}. Every stage also has saved, loaded and gathered its weights."""
+    lines = [line.strip("| ").split(" | ") for line in run("tests/fake_gpu.py", "--tiny").splitlines()[2:]]
+    return {name: cells for name, *cells in lines}
+
+
+def test_memory_and_flops_are_those_of_closed_forms(table):
+    """Stage 1, where all learns but the VAE, each block computed twice. Bytes: float32, with one moment for Muon's
+    matrices and two for the rest. FLOPs: 2 per weight and token, 4 per pair of tokens and channel in attention, for
+    outputs; as many for outputs again; twice that for gradients; and Muon's five products of three matrices."""
+    dd, recipe = DualDiffusion.load(SHIPPED), RECIPES["tiny"]["1"]
+    assert list(table)[:5] == [f"{stage}, tiny" for stage in ("0", "1", "2", "2hr", "3")]
+    _, rows, flops, _, state, *_ = table["1, tiny"]
+    blocks = [block for part in (dd.ddit, dd.t5) for block in part.modules() if isinstance(block, BLOCKS)]
+    matrices = {id(m.weight): m.weight for b in blocks for m in b.modules() if isinstance(m, torch.nn.Linear)}
+    size = sum(w.nbytes for w in dd.state_dict().values()) + sum(
+        p.nbytes * (1 if id(p) in matrices else 2) for part in (dd.ddit, dd.t5) for p in part.parameters())
+    assert float(state) * 1e9 == pytest.approx(size, rel=0.01)
+
+    d, t, length, patches = dd.config.ddit, dd.config.t5, recipe.length, 16
+    inner, both = t.num_heads * t.d_kv, patches + length
+    block = 24 * d.width ** 2 * both + 4 * both ** 2 * d.width + 2 * 12 * d.width ** 2
+    layer = 2 * length * (4 * t.d_model * inner + 3 * t.d_model * t.d_ff) + 4 * length ** 2 * inner
+    ends = 2 * d.width * (2 * patches * d.channels * d.patch ** 2 + length * t.d_model)
+    head = 2 * d.width * d.vocab * length / 2  # half of the texts' tokens are masked, on average
+    muon = sum(5 * (4 * m ** 2 * n + 2 * m ** 3) for m, n in (sorted(w.shape) for w in matrices.values()))
+    row = 2 * 4 * (d.depth * block + t.num_layers * layer) + 2 * 3 * ends + 3 * head
+    assert rows == "64 of 64" and float(flops) == pytest.approx(64 * row + muon, rel=0.02)
+
+
+def test_sampling_waits_once_per_picture_and_brings_back_no_logits(table):
+    picture, caption = table["a picture of 64, 2 steps"][-1], table["a caption of 64, 2 steps"][-1]
+    assert set(re.findall(r"x(\d+)", picture)) == {"1"}  # so none of its waits is in the loop of the two steps
+    brought = [int(count) for count in re.findall(r"(\d+) numbers to the CPU", caption)]
+    assert brought and max(brought) <= 24
+
+
+def test_mistakes_are_noticed():
+    run("-c", """if True:
+        import sys
+        sys.path.insert(0, "tests")
+        from fake_gpu import CUDA, GPU, step, torch, train
+        with GPU() as gpu:
+            x = torch.zeros(4, 4, device=CUDA)
+            for mistake in (lambda: x + torch.zeros(4, 4), lambda: x @ x.bfloat16(), lambda: x.nonzero()):
+                try:
+                    mistake()
+                except (RuntimeError, TypeError):
+                    continue
+                sys.exit("not noticed")
+            assert not gpu.waits and gpu.alive == 64
+            x.sum().item(), x.to("cpu"), torch.zeros(4).to(CUDA)
+            assert sum(gpu.waits.values()) == 3
+        plain = train.training_losses
+        train.training_losses = lambda *args: [part + part.item() for part in plain(*args)]
+        try:
+            step("tiny", "2", 1, "ddp")
+        except RuntimeError as error:
+            assert "waits" in str(error)
+        else:
+            sys.exit("a wait was not noticed")""")
