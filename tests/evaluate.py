@@ -18,10 +18,8 @@ run goes on. The measures are in metrics.py. So to add a benchmark is to write i
 import argparse
 import colorsys
 import itertools
-import json
 import os
 import sys
-import zlib
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch comes; sample.py says why
 
@@ -218,54 +216,17 @@ BENCHMARKS = JUDGED | ASKED | DRAWN
 # ---------------------------------------------------------------- asking and drawing, with result files
 
 
-def lock_results(dd, args, job=""):
-    """Make way for what a run writes. Beside it, OUT.settings says of which model and settings it is: no run goes on
-    with the results of another. -> that file, locked until it is closed. Raises ValueError if it is of another run."""
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    weights = b"".join(p.flatten()[:256].float().cpu().numpy().tobytes() for p in dd.state_dict().values())
-    settings = json.dumps({"benchmark": args.benchmark, "ckpt": os.path.basename(args.ckpt), "seed": args.seed,
-                           "weights": f"{zlib.crc32(weights):08x}", "job": f"{zlib.crc32(repr(job).encode()):08x}"})
-    path, begun = f"{args.out}.settings", os.path.exists(args.out)
-    begun = begun and (os.path.isfile(args.out) or bool(os.listdir(args.out)))
-    lock = data.claim(path)
-    with open(path, "r+") as f:
-        if begun and f.read() != settings:
-            raise ValueError(f"{args.out}: holds results of another model or of other settings; remove it, or give "
-                             "another --out")
-        f.seek(0)
-        f.truncate()
-        f.write(settings)
-    return lock
-
-
 def write_results(dd, args, asked, paths):
-    """Ask the model about images, and write the answers of each batch at once. An interrupted run goes on after its
-    last whole batch. Every batch has random numbers of its own, so the file becomes the same."""
+    """Ask the model about images, and write the result file. Every batch has random numbers of its own."""
     size, texts = dd.config.settings.size, []
-    rows = max(1, data.PIXELS // size ** 2)  # of a batch
-    with open(asked.path, "ab+") as f:
-        f.seek(0)
-        lines = f.read().split(b"\n")[:-1][:len(paths)]
-        for k, line in enumerate(lines):
-            texts.append(published.decode(asked, line))
-            if texts[k] is None or published.encode(asked, k, texts[k]) != line + b"\n":
-                raise ValueError(f"{asked.path}, line {k + 1}: is not of this run; remove the file, or give another "
-                                 "--out")
-        whole = len(texts) if len(texts) == len(paths) else len(texts) // rows * rows
-        f.truncate(sum(len(line) + 1 for line in lines[:whole]))
-        del texts[whole:]
-        for part in data.slices(len(paths), size, size, f"writing {os.path.basename(asked.path)}"):
-            if part.stop > whole:
-                generator = torch.Generator().manual_seed(args.seed * 1_000_003 + part.start)
-                pixels = torch.from_numpy(data.to_pixels([data.load_image(path, size) for path in paths[part]]))
-                new = (answer(dd, pixels, asked.texts[part], generator=generator) if asked.texts else
-                       caption(dd, pixels, generator=generator))
-                new = [" ".join(text.split()) for text in new]
-                texts += [text.lower().rstrip(".") for text in new] if args.benchmark == "gqa" else new
-                f.write(b"".join(published.encode(asked, k, texts[k]) for k in range(part.start, part.stop)))
-                f.flush()
-        if asked.path.endswith(".json"):
-            f.write(b"]\n")
+    for part in data.slices(len(paths), size, size, f"answering {os.path.basename(asked.path)}"):
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + part.start)
+        pixels = torch.from_numpy(data.to_pixels([data.load_image(path, size) for path in paths[part]]))
+        new = (answer(dd, pixels, asked.texts[part], generator=generator) if asked.texts else
+               caption(dd, pixels, generator=generator))
+        new = [" ".join(text.split()) for text in new]
+        texts += [text.lower().rstrip(".") for text in new] if args.benchmark == "gqa" else new
+    published.write_results(asked, texts)
 
 
 def ask(args):
@@ -278,36 +239,31 @@ def ask(args):
         paths = [published.find_images(args.images, asked.images, os.path.splitext(os.path.basename(asked.path))[0])
                  for asked in sheets]
         dd = load_model(args)
-        with lock_results(dd, args):
-            if args.benchmark == "mme":
-                os.makedirs(args.out, exist_ok=True)
-            for asked, images in zip(sheets, paths):
-                write_results(dd, args, asked, images)
-    return score(*(published.read_results(asked, partly=args.benchmark == "coco") for asked in sheets))
+        os.makedirs(args.out if args.benchmark == "mme" else os.path.dirname(args.out) or ".", exist_ok=True)
+        for asked, images in zip(sheets, paths):
+            write_results(dd, args, asked, images)
+    return score(*map(published.read_results, sheets))
 
 
 def draw(args):
-    """A benchmark of drawings. Every image has random numbers of its own; an interrupted run goes on at the first batch
-    that is not whole. -> the lines to print"""
+    """A benchmark of drawings, into a new folder. Every image has random numbers of its own. -> the lines to print"""
     jobs, notes = read_published(DRAWN, args)
+    if os.path.exists(args.out) and os.listdir(args.out):
+        fail(f"{args.out}: holds files; give an empty folder, or a new one")
     dd = load_model(args)
     settings = dd.config.settings
     shape = (dd.config.vae.latent_channels, *latent_size(dd, settings.size, settings.size))
-    with lock_results(dd, args, jobs):
-        for folder in {os.path.dirname(path) for _, path in jobs}:
-            os.makedirs(folder, exist_ok=True)
-        for path, text in notes.items():
-            with data.replacing(path) as beside, open(beside, "w") as f:
-                f.write(text)
-        for part in data.slices(len(jobs), settings.size, settings.size, "drawing"):
-            prompts, paths = zip(*jobs[part])
-            if not all(map(os.path.exists, paths)):
-                seeds = [args.seed * 1_000_003 + k for k in range(part.start, part.stop)]
-                noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
-                pixels = text_to_image(dd, prompts, noise=noise)
-                for path, image in zip(paths, data.to_images(pixels)):
-                    with data.replacing(path) as beside:
-                        Image.fromarray(image).save(beside, "PNG")
+    for folder in {os.path.dirname(path) for _, path in jobs}:
+        os.makedirs(folder, exist_ok=True)
+    for path, text in notes.items():
+        with open(path, "w") as f:
+            f.write(text)
+    for part in data.slices(len(jobs), settings.size, settings.size, "drawing"):
+        prompts, paths = zip(*jobs[part])
+        seeds = [args.seed * 1_000_003 + k for k in range(part.start, part.stop)]
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        for path, image in zip(paths, data.to_images(text_to_image(dd, prompts, noise=noise))):
+            Image.fromarray(image).save(path, "PNG")
     return [f"{args.out}: {len(jobs)} images"]
 
 
@@ -486,7 +442,8 @@ NEEDS = {"world": "", "blanks": "", "blocks": "", "best-of": "", "data": "data",
 def check_files(args):
     """Does the benchmark have the files that it needs, and no others?"""
     needs = NEEDS[args.benchmark].split()
-    may = {*needs, *(["results", "out"] if args.benchmark in ASKED else []),
+    may = {*needs, *(["results"] if args.benchmark in ASKED and args.benchmark != "coco" else []),
+           *(["out"] if args.benchmark in ASKED else []),
            *(["questions"] if args.benchmark == "vqa" else [])}
     if args.results:
         needs = [name for name in needs if name == "annotations" or name == "questions" and args.benchmark != "mme"]
@@ -521,8 +478,8 @@ def parse_args():
     parser.add_argument("--images", metavar="DIR", help="the folder of their images")
     parser.add_argument("--prompts", metavar="FILE", help="of geneval, pictures: what to draw")
     parser.add_argument("--out", metavar="FILE", help="where to write the results, in the official format, or the "
-                        "images (a folder); after an interruption the same command goes on; default of the results: "
-                        "vqa.json, gqa.json, pope.jsonl, mme, coco.json")
+                        "images (an empty folder); default of the results: vqa.json, gqa.json, pope.jsonl, mme, "
+                        "coco.json")
     parser.add_argument("--results", metavar="FILE", help="score these results, without a model")
     parser.add_argument("--num", type=int, help="images to judge on, at most, or of the published "
                         "benchmarks how many of the first questions, images, prompts; default: 1000, or all")

@@ -3,8 +3,6 @@ follows, its docstring says. Where an official program has an oddity that change
 it.
 """
 import functools
-import itertools
-import math
 import re
 from collections import Counter
 
@@ -83,73 +81,6 @@ def mme_score(pairs):
 
     rights = [[says(answer) == truth.lower() for truth, answer in pair] for pair in pairs]
     return 100 * (np.mean(rights) + np.mean([all(pair) for pair in rights]))
-
-
-# ---------------------------------------------------------------- captions: tokens, CIDEr-D
-
-ABBREVIATIONS = """
-    a.m p.m ph.d adj adm adv al ala alex apr assn assoc asst atty aug ave bldg blvd brig bros calif capt cf cmdr co
-    col colo conn corp cos cpl ct dec dept det dr drs elec esq est etc ext feb fla fri ft ga gen gov govs hon inc ind
-    insp intl jan jos jr jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich minn mlle mme mo mon mont mr mrs
-    ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc prof pres pvt rd rep reps rev rt sen sens sep sept seq
-    sfc sgt spc sq sr st ste supt sys tel tenn thu thurs tue tues univ va vs vt wed wis wisc wm wyo"""
-ABBREVIATIONS = f"(?i:{'|'.join(map(re.escape, sorted(ABBREVIATIONS.split(), key=len, reverse=True)))})"
-TOKEN = re.compile(rf"""
-    (?:https?://|www\.)\S*[\w/] | [\w.]+@\w[\w.]*\w | [@#][a-zA-Z]\w*    # addresses, names, tags
-  | (?:[a-zA-Z]\.)+[a-zA-Z](?![\w'])\.? | [a-zA-Z]\.(?!\w)               # u.s. and T.
-  | {ABBREVIATIONS}\.(?!\w) | (?:Az|La|Pa|Ark|Del|Ill|Ore|Tex|Mass|Miss|Wash)\.(?!\w) | [Nn]o\.(?=\s*\d)
-  | \d*(?:[.,:]\d+)+ | (?:(?<!\S)[+-])?\d+(?:[/-]\d+)*(?![\w/-])         # times, numbers, dates
-  | '[nN]'(?!\w) | '\d0s | (?<!\d)'\d\d(?!\w) | '(?:em|til|s)(?!\w) | 't(?=is|was) | <[a-zA-Z/][^<>]*>
-  | [^\W_]+(?:(?:[./_-]|(?<=[A-Z])&(?=[A-Z])|(?<=[^\W\d])'(?!n')(?=[^\W\d]))[^\W_]+)*  # t-shirt, and/or, AT&T, o'clock
-  | [?!]+ | \.\.+ | --+ | \S""", re.VERBOSE)
-ENDINGS = re.compile(r"(?i)(.+?)(n't|'s|'m|'re|'ve|'ll|'d)$")  # what follows a word as a token of its own
-TWO_WORDS = {"cannot": 3, "gonna": 3, "gotta": 3, "wanna": 3, "gimme": 3, "lemme": 3}  # and where the second begins
-BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "£": "#", "€": "$"}
-
-
-def ptb_tokens(caption):
-    """A caption -> list of str, its tokens by the rules of the Penn Treebank, in lower case, without punctuation: what
-    COCO's evaluation makes of ordinary captions with Stanford's tokenizer (its brackets stay, as -lrb- and -rrb-)."""
-    tokens = []
-    for token in TOKEN.findall(re.sub("[’‘]", "'", caption)):
-        ends = []
-        while match := ENDINGS.match(token):
-            token, ends = match[1], [match[2], *ends]
-        if token.lower().startswith("y'all"):
-            tokens, token = [*tokens, "y'"], token[2:]
-        cut = TWO_WORDS.get(token.lower(), 0)
-        tokens += [part.lower() for part in (token[:cut], token[cut:], *ends) if part]
-    mark = re.compile(r"""[.,:;'"`“”–—…?!]|\.\.+|-+""")
-    return [BRACKETS.get(token, token) for token in tokens if not mark.fullmatch(token)]
-
-
-def cider_d(captions, references):
-    """CIDEr-D of each image (Vedantam et al., arXiv 1411.5726), 0 to 10. captions: tokens of one caption per image;
-    references: per image the tokens of each of people's captions. The score of all is the mean.
-
-    For n from 1 to 4, captions are vectors of their n-grams: how often, times how rare (log of images per images that
-    have it in a reference). Cosines of caption and reference, in which no n-gram of the caption counts more than in the
-    reference, lowered by a Gaussian (sigma 6) of the difference in length; then the mean over n and references, times
-    10. Length is counted in 2-grams, as in the official program."""
-    def ngrams(tokens):
-        return Counter(tuple(tokens[k:k + n]) for n in range(1, 5) for k in range(len(tokens) - n + 1))
-
-    def vectors(tokens):
-        """-> n-gram's weight for each n, their norms, the length"""
-        parts = [{}, {}, {}, {}]
-        for ngram, count in ngrams(tokens).items():
-            parts[len(ngram) - 1][ngram] = count * (total - math.log(max(1, images_with[ngram])))
-        return parts, [sum(w * w for w in part.values()) ** 0.5 for part in parts], max(len(tokens) - 1, 0)
-
-    def similarity(a, b):
-        penalty = math.exp(-(a[2] - b[2]) ** 2 / (2 * 6 ** 2))
-        return penalty * np.mean([sum(min(w, y.get(ngram, 0)) * y.get(ngram, 0) for ngram, w in x.items()) /
-                                  (x_norm * y_norm or 1) for x, y, x_norm, y_norm in zip(a[0], b[0], a[1], b[1])])
-
-    images_with = Counter(itertools.chain.from_iterable(set().union(*map(ngrams, texts)) for texts in references))
-    total = math.log(len(references))
-    return [10 * np.mean([similarity(vector, vectors(text)) for text in texts])
-            for vector, texts in zip(map(vectors, captions), references)]
 
 
 # ---------------------------------------------------------------- any score

@@ -122,26 +122,14 @@ def mme(args):
 
 
 def coco(args):
-    """Captions of COCO as published: CIDEr-D against those of people, on the tokens of the Penn Treebank.
-
-    By the definition of COCO's evaluation program (metrics.cider_d, metrics.ptb_tokens). Results: [{"image_id",
-    "caption"}], for all images or for some; how rare a word is is counted in the captions of just these."""
+    """Captions of COCO, for its own program to score. Results: [{"image_id", "caption"}]."""
     rows = read_rows(args.annotations)
-    people = {}
-    for row in rows["annotations"]:
-        people.setdefault(row["image_id"], []).append(row["caption"])
+    captioned = {row["image_id"] for row in rows["annotations"]}
     names = {row["id"]: row.get("file_name", str(row["id"]))
-             for row in by_id(rows["images"], "id", args.annotations).values() if row["id"] in people}
+             for row in by_id(rows["images"], "id", args.annotations).values() if row["id"] in captioned}
     keys, images = list(names)[:args.num], list(names.values())[:args.num]
-
-    def score(captions):
-        pairs = [(people[key], caption) for key, caption in zip(keys, captions) if caption is not None]
-        references = [list(map(metrics.ptb_tokens, texts)) for texts, _ in pairs]
-        scores = metrics.cider_d([metrics.ptb_tokens(caption) for _, caption in pairs], references)
-        middle, half = np.mean(scores), 1.96 * np.std(scores) / len(scores) ** 0.5
-        span = f"[{middle - half:.3f}, {middle + half:.3f}]"
-        return [f"cider {middle:.3f}", f"  95% interval {span}, {len(scores)} images"]
-    return [Questions(args.out, ("image_id", "caption"), keys, images, None)], score
+    return [Questions(args.out, ("image_id", "caption"), keys, images, None)], lambda captions: [
+        f"{args.out}: {len(captions)} captions"]
 
 
 def geneval(args):
@@ -246,25 +234,19 @@ def find_images(folder, names, task=""):
     return paths
 
 
-def encode(asked, k, text):
-    """The k-th result as a line of its file, bytes. In a .json, a list, the line begins with "[" or a comma: so a line
-    is whole if it ends."""
-    if not asked.fields:
-        return f"{asked.keys[k]}\t{text}\n".encode()
-    begin = "" if not asked.path.endswith(".json") else "," if k else "["
-    return f"{begin}{json.dumps(dict(zip(asked.fields, (asked.keys[k], text))))}\n".encode()
+def write_results(asked, texts):
+    """The answers to all questions, as a result file."""
+    rows = [dict(zip(asked.fields, pair)) for pair in zip(asked.keys, texts)]
+    with data.replacing(asked.path) as beside, open(beside, "w") as f:
+        if asked.path.endswith(".json"):
+            json.dump(rows, f)
+        else:
+            f.writelines(f"{json.dumps(row)}\n" if row else f"{key}\t{text}\n"
+                         for row, key, text in zip(rows, asked.keys, texts))
 
 
-def decode(asked, line):
-    """The answer in such a line, or None if it is none."""
-    try:
-        return json.loads(line.lstrip(b"[,"))[asked.fields[1]] if asked.fields else line.decode().split("\t", 3)[3]
-    except (ValueError, LookupError, TypeError):
-        return None
-
-
-def read_results(asked, partly):
-    """A result file -> list of str, the answer to each question; None where there is none, if it may hold a part."""
+def read_results(asked):
+    """A result file -> list of str, the answer to each question."""
     if not asked.fields:
         lines = [line.split("\t", 3) for line in read_lines(asked.path)]
         if ["\t".join(line[:3]) for line in lines] != asked.keys or any(len(line) < 4 for line in lines):
@@ -281,6 +263,6 @@ def read_results(asked, partly):
     if unknown := sorted(answers.keys() - set(keys)):
         raise ValueError(f"{asked.path}: {key} {unknown[0]} is not among what was asked")
     missing = [key for key in keys if key not in answers]
-    if missing and not partly:
+    if missing:
         raise ValueError(f"{asked.path}: has no answer to {missing[0]} ({len(missing)} of {len(keys)} are missing)")
-    return [answers.get(key) for key in keys]
+    return [answers[key] for key in keys]

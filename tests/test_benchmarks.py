@@ -1,20 +1,13 @@
 """The paper's benchmarks: the measures, against values of the official programs; files, results, runs cut off."""
 import json
 import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 
-import evaluate
 import metrics
 import numpy as np
 import pytest
 from PIL import Image
 from test_evaluate import figures, run
 
-import data
 from data import World
 
 with open(os.path.join(os.path.dirname(__file__), "golden_scores.json")) as f:
@@ -45,43 +38,6 @@ def test_where_all_people_agree_answers_are_compared_as_they_are():
 
 def test_vqa_with_few_people():
     assert [metrics.vqa_score("two", ["two"] * n) for n in (1, 2, 3, 4)] == pytest.approx([0, 1 / 3, 2 / 3, 1])
-
-
-def coco_tokens():
-    return ([metrics.ptb_tokens(case["caption"]) for case in GOLDEN["coco"]],
-            [list(map(metrics.ptb_tokens, case["references"])) for case in GOLDEN["coco"]])
-
-
-def test_cider_as_the_official_program():
-    scores = metrics.cider_d(*coco_tokens())
-    assert np.abs(np.array(scores) - [case["score"] for case in GOLDEN["coco"]]).max() < 1e-5
-    assert np.mean(scores) == pytest.approx(GOLDEN["cider"], rel=1e-5)
-
-
-def test_tokens_as_the_official_program():
-    """The golden scores are made so; this makes them anew, where pycocoevalcap and Java are installed."""
-    tokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
-    if not shutil.which("java"):
-        pytest.skip("no Java")
-    texts = [text for case in GOLDEN["coco"] for text in (case["caption"], *case["references"])]
-    official = tokenizer.PTBTokenizer().tokenize({k: [{"caption": text}] for k, text in enumerate(texts)})
-    assert [" ".join(metrics.ptb_tokens(text)) for text in texts] == [official[k][0] for k in range(len(texts))]
-
-
-@pytest.mark.parametrize("text, tokens", {
-    "A man's dog doesn't bark, it can't!": "a man 's dog does n't bark it ca n't", "": "", " . ": "",
-    "two-tone T-shirt & 50% of $5 (new)": "two-tone t-shirt & 50 % of $ 5 -lrb- new -rrb-",
-    "at 10:30 a.m. on Main St. in the U.S.": "at 10:30 a.m. on main st. in the u.s.",
-    "It sat in the sun.It is gonna rain... 1,000 times": "it sat in the sun.it is gon na rain 1,000 times",
-    "'quoted' \"words\" -- the dogs' o'clock": "quoted words the dogs o'clock"}.items())
-def test_tokens(text, tokens):
-    assert metrics.ptb_tokens(text) == tokens.split()
-
-
-def test_cider_of_the_same_and_of_nothing():
-    references = [["a b c d e".split()], ["f g h i j".split()]]
-    assert metrics.cider_d([references[0][0], []], references) == pytest.approx([10, 0])
-    assert metrics.cider_d([["a"]], [[["a"]]]) == [0]  # with one image no word is rare: log 1
 
 
 def test_pope_by_hand():
@@ -152,7 +108,7 @@ COMMANDS = {  # kind: files, those without a model, the result file
     "gqa": ("--questions g.json --images img --out g_r.json", "--questions g.json", "g_r.json"),
     "pope": ("--questions p.json --images img --out p_r.jsonl", "--questions p.json", "p_r.jsonl"),
     "mme": ("--questions mme_q --images img --out mme_r", "", "mme_r"),
-    "coco": ("--annotations c.json --images img --out c_r.json", "--annotations c.json", "c_r.json")}
+    "coco": ("--annotations c.json --images img --out c_r.json", "", "c_r.json")}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -160,11 +116,12 @@ def test_a_run_and_its_results(published, name, monkeypatch, capsys):
     files, without, results = COMMANDS[name]
     kind = "vqa" if name == "vizwiz" else name
     out, _ = run(monkeypatch, capsys, kind, *files.split())
-    scored, _ = run(monkeypatch, capsys, kind, *without.split(), "--results", results, "--ckpt", "no/model")
-    assert scored == out
+    if name != "coco":
+        scored, _ = run(monkeypatch, capsys, kind, *without.split(), "--results", results, "--ckpt", "no/model")
+        assert scored == out
     scores = dict(line.rsplit(" ", 1) for line in out.splitlines() if "interval" not in line)
     if name == "coco":
-        assert float(scores["cider"]) > 3
+        assert out == f"c_r.json: {N} captions\n"
         assert [row.keys() == {"image_id", "caption"} for row in json.loads(read(results))] == [True] * N
     elif name == "mme":
         assert scores["total"] == scores["existence"] and 100 < float(scores["total"]) <= 200
@@ -188,10 +145,6 @@ def test_known_results(published, monkeypatch, capsys):
     out = run(monkeypatch, capsys, "vqa", "--annotations", "a.json", "--results", "r.json")[0]
     one = (2 * 1 / 3 + 8 * 2 / 3) / 10  # of two who say "it", one or none is left out
     assert out.splitlines()[0] == f"accuracy {100 * one / 2:.2f}"
-    with open("c.json") as f:
-        first = {row["image_id"]: row["caption"] for row in reversed(json.load(f)["annotations"])}
-    write("c_r.json", [{"image_id": i, "caption": first[i]} for i in range(5)])  # some of the images
-    assert "5 images" in run(monkeypatch, capsys, "coco", "--annotations", "c.json", "--results", "c_r.json")[0]
 
 
 def test_labels_in_any_case(published, monkeypatch, capsys):
@@ -209,46 +162,6 @@ def test_a_run_is_scored_by_what_its_file_holds(published, out, monkeypatch, cap
     assert run(monkeypatch, capsys, *command, "--results", out)[0] == scores
 
 
-FEW = """import runpy, sys; sys.path[:0] = [{!r}, {!r}]; import data; data.PIXELS = 2 * 64 * 64; del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name='__main__')"""  # evaluate.py with two images in a batch
-
-
-def test_killed_and_started_again(published, monkeypatch, capsys):
-    monkeypatch.setattr(data, "PIXELS", 2 * 64 * 64)
-    command = ["coco", "--annotations", "c.json", "--images", "img", "--out"]
-    assert run(monkeypatch, capsys, *command, "whole.json")[1] == ""
-    tests = os.path.dirname(evaluate.__file__)
-    killed = subprocess.Popen([sys.executable, "-c", FEW.format(tests, os.path.dirname(tests)), evaluate.__file__,
-                               *command, "cut.json"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while killed.poll() is None and not (os.path.exists("cut.json") and os.path.getsize("cut.json")):
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    begun = read("cut.json")
-    assert killed.returncode == -signal.SIGKILL and 0 < len(begun) < len(read("whole.json"))
-    for rest in (begun, begun[:-20] if begun.count(b"\n") > 2 else begun + b',{"image_id": 2, "capt'):  # cut anywhere
-        with open("cut.json", "wb") as f:
-            f.write(rest)
-        assert run(monkeypatch, capsys, *command, "cut.json")[1] == ""
-        assert read("cut.json") == read("whole.json")
-
-
-def test_results_of_another_run_are_not_continued(published, monkeypatch, capsys):
-    command = ["pope", *COMMANDS["pope"][0].split()]
-    first = run(monkeypatch, capsys, *command, "--num", 4)[0]
-    assert run(monkeypatch, capsys, *command, "--num", 4)[0] == first
-    rows = read("p_r.jsonl")
-    run(monkeypatch, capsys, *command)
-    assert read("p_r.jsonl").startswith(rows)
-    err = run(monkeypatch, capsys, *command, "--seed", 1, status=2)[1]
-    assert "p_r.jsonl: holds results of another model or of other settings" in err
-    with open("p_r.jsonl", "wb") as f:
-        f.write(rows.replace(b'"question_id": 0', b'"question_id": 99'))
-    assert "p_r.jsonl, line 1: is not of this run" in run(monkeypatch, capsys, *command, status=2)[1]
-    os.remove("p_r.jsonl")
-    run(monkeypatch, capsys, *command, "--seed", 1, "--num", 4)
-
-
 def test_drawings(published, monkeypatch, capsys):
     run(monkeypatch, capsys, "geneval", "--prompts", "g.jsonl", "--out", "gen")
     assert sorted(os.listdir("gen")) == ["00000", "00001"]
@@ -256,14 +169,11 @@ def test_drawings(published, monkeypatch, capsys):
     assert sorted(os.listdir("gen/00000/samples")) == [f"000{k}.png" for k in range(4)]
     images = [read(f"gen/0000{k}/samples/000{n}.png") for k in range(2) for n in range(4)]
     assert len(set(images)) == 8
-    os.remove("gen/00000/samples/0002.png")
-    run(monkeypatch, capsys, "geneval", "--prompts", "g.jsonl", "--out", "gen")
-    assert read("gen/00000/samples/0002.png") == images[2]
     run(monkeypatch, capsys, "pictures", "--prompts", "prompts.txt", "--out", "pics")
     assert sorted(os.listdir("pics")) == ["00000.png", "00001.png", "00002.png"]
     assert Image.open("pics/00000.png").size == (64, 64)
     err = run(monkeypatch, capsys, "pictures", "--prompts", "prompts.txt", "--out", "pics", "--num", 1, status=2)[1]
-    assert "pics: holds results of another model" in err
+    assert "pics: holds files; give an empty folder" in err
 
 
 def test_ten_answers_of_the_users_data(published, monkeypatch, capsys):
@@ -287,6 +197,7 @@ def test_ten_answers_of_the_users_data(published, monkeypatch, capsys):
     ("vqa --annotations a.json --results few.json", "few.json: has no answer to 10 (11 of 12 are missing)"),
     ("vqa --annotations a.json --results other.json", "other.json: question_id 7 is not among what was asked"),
     ("vqa --annotations a.json --results few.json --num 1", "leave out --num"),
+    ("coco --annotations c.json --images img --results c_r.json", "leave out --results"),
     ("vqa --annotations a.json --questions q.json --images img --out x.txt", "a name that ends in .json"),
     ("vqa --annotations a2.json --results few.json", "a2.json: question_id 0 is given twice"),
     ("vqa --annotations a.json --questions q2.json --images img", "q2.json: question_id 0 is given twice"),

@@ -360,7 +360,6 @@ def test_records_without_an_image_or_a_text_are_left_out_and_counted(pictures, t
         assert said(records) == 7 * [(10, ("one",), ())] and records.incomplete == 6
 
 
-
 def test_an_image_that_vanishes(pictures, tmp_path, capsys):
     path = write_jsonl(pictures / "d.jsonl", [{"image": f"{k}.png", "caption": str(k)} for k in range(5)])
     records = data.Records(path, 16, tmp_path / "kept")

@@ -1,4 +1,4 @@
-"""Training and sampling on a GPU that is not there (fake_gpu.py): no wrong device or type, no wait in a training step."""
+"""Training and sampling on a GPU that is not there (fake_gpu.py): no wrong device or type, no wait in a step."""
 import os
 import re
 import shutil
@@ -24,7 +24,7 @@ def run(*args):
 
 @pytest.fixture(scope="module")
 def table():
-    """The rows of the tiny preset, {name: cells}. Every stage also has saved, loaded and gathered its weights."""
+    """The rows of the tiny preset, {name: cells}. Stages 0 and 2 have also saved, loaded and gathered weights."""
     lines = [line.strip("| ").split(" | ") for line in run("tests/fake_gpu.py", "--tiny").splitlines()[2:]]
     return {name: cells for name, *cells in lines}
 
