@@ -70,7 +70,7 @@ def attention(q, k, v, attn_mask=None, scale=None):
     """The kernel that torch chooses on CUDA."""
     if q.device.type == "cpu":
         return plain_attention(q, k, v, attn_mask, scale=scale)
-    if attn_mask is None and q.dtype == BF16:
+    if attn_mask is None and q.dtype == BF16 and q.shape[-1] <= 256:
         return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
     bias = None if attn_mask is None else attn_mask.expand(*q.shape[:3], k.shape[2])
     return aten._scaled_dot_product_efficient_attention(q, k, v, bias, torch.is_grad_enabled(), scale=scale)[0]
