@@ -179,9 +179,9 @@ def draw_tokens(logits, temperature, generator):
             part = (part.cpu() if part.device.type == "mps" else part).double() / temperature
         probs = torch.softmax(part, dim=1)
         ids = probs.argmax(1, keepdim=True)
-        if temperature:  # the first token at which the probabilities, summed up, reach u
-            sums, u = probs.cumsum(1), torch.rand(len(probs), 1, dtype=torch.float64, generator=generator)
-            ids = (sums < u.to(sums.device) * sums[:, -1:]).sum(1, keepdim=True)
+        if temperature:  # laid end to end, the probabilities fill 0 to 1 (or what rounding leaves): where falls u?
+            ends, u = probs.cumsum(1), torch.rand(len(probs), 1, dtype=torch.float64, generator=generator)
+            ids = (ends < u.to(ends.device) * ends[:, -1:]).sum(1, keepdim=True)
         parts.append((ids[:, 0], probs.gather(1, ids)[:, 0], torch.special.entr(probs).sum(1)))
     return [torch.cat(column).cpu() for column in zip(*parts)]
 

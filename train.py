@@ -136,8 +136,8 @@ def train(learner, loader, log, signals, validation, sheet, args, recipe):
         norm = learner.step(step)
 
         done = step + 1
-        # What one process wants, all do: to stop, to save.
-        stop, save_now = mean_over_processes(torch.tensor([float(len(signals)), learner.save_is_due()]))
+        asked = torch.tensor([float(len(signals)), learner.save_is_due()])  # what one process asks for, all do
+        stop, save_now = (share > 0 for share in mean_over_processes(asked))
         save_now = save_now or stop or done == recipe.steps
         show_now = done % args.show_every == 0 and done < recipe.steps
         if done % 20 == 0 or save_now or show_now:  # only here does the loop wait for the device
@@ -339,8 +339,9 @@ class Learner:
         self.autocast = dd.device.type == "cuda" and dtype == torch.bfloat16
         self.folder = os.path.join(folder, "checkpoints")
         mesh = make_mesh(dd.device, args.parallel)
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # see `save`: we mean it
         for block in [m for m in dd.modules() if isinstance(m, JointBlock | t5.Block)]:
-            if args.compile:  # inside the checkpoint, which torch.compile cannot look through
+            if args.compile:  # forward alone: block.compile(), around checkpoint and FSDP's hooks, compiles nothing
                 block.forward = torch.compile(block.forward)
             if args.checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -367,9 +368,9 @@ class Learner:
         return training_losses(self.dd, batch._replace(images=images, text_images=text_images), self.recipe)
 
     def backward(self, loss, last):
-        """Only the last pass of a step exchanges gradients among the processes and lets gathered weights go."""
+        """Only a step's last pass lets gathered weights go. In fsdp each exchanges gradients, whole ones take 8 GB."""
         for module in self.modules.values():
-            module.set_requires_gradient_sync(last)
+            module.set_requires_gradient_sync(last or self.args.parallel == "fsdp")
             module.set_reshard_after_backward(last)
         loss.backward()
 
@@ -426,7 +427,6 @@ class Learner:
     def load(self):
         """Load the newest readable checkpoint -> its step; 0 if there is none. Unreadable ones are moved aside."""
         logging.disable(logging.WARNING)  # torch.distributed.checkpoint would print tracebacks of what one line says
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # see `save`: we mean it
         for leftover in glob(f"{escape(self.folder)}/*.partial") if dist.get_rank() == 0 else ():
             shutil.rmtree(leftover)  # of a kill
         if not checkpoints(self.folder):
@@ -438,7 +438,7 @@ class Learner:
         for path in reversed(checkpoints(self.folder)):
             try:
                 dcp.load(state, storage_reader=HuggingFaceStorageReader(path), no_dist=dist.get_world_size() == 1)
-                if (files := len(os.listdir(path))) != state["files"]:  # the reader does not miss a file
+                if (files := len(os.listdir(path))) != state["files"]:  # the reader notices no missing one
                     raise ValueError(f"{files} files, not {state['files']}")
                 return int(state["step"])
             except (Exception, CheckpointException) as error:
@@ -688,7 +688,7 @@ def add_arguments(parser, recipe):
     add("--device", type=sample.existing_device, default=sample.default_device(), help="Where [the GPU, if any].")
     add("--dtype", choices=list(DTYPES), help="What to compute in [bf16 where the hardware has it].")
     add("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp: split gradients and optimizer state [ddp].")
-    add("--accumulate", type=int, default=1, help="Passes per step; more take less memory [1].")
+    add("--accumulate", type=int, default=1, help="Passes per step; more take less memory, but more time [1].")
     add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
     add("--workers", type=int, help="Processes that make batches [4; on a CPU with stored latents 0].")
@@ -721,7 +721,7 @@ def parse_args():
     if not (args.data or args.image_data) and recipe.size != data.SIDE:
         fail(f"the built-in world has {data.SIDE} pixels a side, not {recipe.size}: bring --data")
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if recipe.batch < 1 or recipe.batch % (processes * args.accumulate):
+    if min(recipe.batch, args.accumulate) < 1 or recipe.batch % (processes * args.accumulate):
         fail(f"--batch {recipe.batch} cannot be shared equally by {processes} processes x {args.accumulate} passes")
     if args.parallel == "fsdp" and recipe.muon:
         fail("--parallel fsdp cuts up the matrices that Muon needs whole: give --muon 0, or --parallel ddp")

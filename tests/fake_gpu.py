@@ -1,19 +1,21 @@
 """What training and sampling cost at full size, and whether they would run, on a GPU that is not there.
 
-    python tests/fake_gpu.py                      the table of "What it costs" in README.md, in some minutes
-    python tests/fake_gpu.py --stage 2 --gpus 8   one row of it
+    python tests/fake_gpu.py                      the table of "What it costs" in tests/README.md, in some minutes
+    python tests/fake_gpu.py --stage 2 --gpus 8   one row of it, and its peak
     python tests/fake_gpu.py --tiny               the tiny preset, with its checkpoints
 
 The program's own code runs on torch's fake tensors, which have a shape, a type and the device "cuda", but no memory.
-Other processes are fake, too; what lies on the CPU is real. Mixed devices or types raise. Counted are FLOPs, bytes on
-the GPU, bytes that a process sends, and where the host waits for the GPU; a training step may not wait. Not seen: time,
-what kernels allocate inside, fragmentation, NCCL's buffers. Days are at half of an H100's 989e12 FLOP/s (bf16), with
-stored latents. Wants torch's CPU build and g++."""
+The exchange between processes is fake, too. What lies on the CPU is real. It raises where devices or types are mixed,
+and where a training step makes the host wait for the GPU. It counts FLOPs, bytes on the GPU, bytes that a process
+sends, and waits. It cannot see time, numbers, what kernels allocate inside, fragmentation, NCCL's buffers, compiled
+code, and the loop around a step. Days are at half of an H100's 989e12 FLOP/s (bf16). Wants g++, and torch's CPU build.
+"""
 # ruff: noqa: E402
 import argparse
 import copy
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,7 +44,9 @@ struct CUDAHooks : at::CUDAHooksInterface {
 namespace at { REGISTER_CUDA_HOOKS(CUDAHooks) }
 """
 TOP, TORCH = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(find_spec("torch").origin)
-with tempfile.TemporaryDirectory() as folder:  # before torch is imported, whose autograd asks at once
+if not shutil.which("g++"):
+    sys.exit("fake_gpu.py: wants g++; install it, and torch's CPU build")
+with tempfile.TemporaryDirectory() as folder:  # before torch is imported, which looks at once for devices
     command = f"g++ -x c++ - -std=c++20 -fPIC -shared -I{TORCH}/include -o {folder}/gpu.so"
     subprocess.run(command.split(), input=SHIM, text=True, check=True)
     for library in (f"{TORCH}/lib/libtorch_cpu.so", f"{folder}/gpu.so"):
@@ -81,12 +85,12 @@ def leaves(nested):
 
 
 class GPU(TorchDispatchMode):
-    """Every operation of the code inside `with GPU() as gpu` comes by here."""
+    """Sees every operation of the code inside `with GPU() as gpu`."""
     def __init__(self):
         super().__init__()
         self.fake, self.sizes, self.alive = FakeTensorMode(allow_non_fake_inputs=True), {}, 0
         self.begin()
-        torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device="cuda") comes by here
+        torch._C._set_only_lift_cpu_tensors(True)  # or torch.tensor(..., device="cuda") would not be seen
         F.scaled_dot_product_attention = attention
         torch.UntypedStorage.resize_ = lambda *args: self.resize(*args)  # by which FSDP frees its buffers
         torch.cuda.Stream = torch.cuda.Event = torch.cuda.stream = torch.cuda.current_stream = MagicMock()
@@ -114,19 +118,20 @@ class GPU(TorchDispatchMode):
         self.peak = max(self.peak, self.alive)
 
     def wait(self, why):
-        ours = [f for f in traceback.extract_stack() if f.filename.startswith(TOP) and f.filename != __file__]
+        ours = [f for f in traceback.extract_stack() if os.path.dirname(f.filename) == TOP]
         self.waits[f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno} {why}" if ours else why] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, op = kwargs or {}, func._overloadpacket
         if any(not issubclass(t, FakeTensor) and t not in (torch.Tensor, torch.nn.Parameter) for t in types):
-            return NotImplemented  # a DTensor: what it holds comes by later
+            return NotImplemented  # a DTensor; the operation on what it holds follows
         tensors = [x for x in leaves((*args, *kwargs.values())) if isinstance(x, torch.Tensor)]
         target = kwargs.get("device") and torch.device(kwargs["device"]).type
         if target != "cuda" and all(x.device.type != "cuda" for x in tensors):
             return func(*args, **kwargs)
         if op in (aten._local_scalar_dense, aten.equal):
-            return self.wait(op.__name__) or True
+            self.wait(op.__name__)
+            return True
         if op is aten._to_copy and target == "cpu":
             self.wait(f"{args[0].numel()} numbers to the CPU")
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
@@ -152,7 +157,7 @@ class GPU(TorchDispatchMode):
 
 
 def full_size(path, t5, vae, tokenizer, device, dtypes):
-    """In place of DualDiffusion.load: sd3-medium, and of a tokenizer what the code below needs."""
+    """In place of DualDiffusion.load: sd3-medium, with the few parts of a tokenizer that are used."""
     config, parts, tokenizer = copy.deepcopy(PRESETS["sd3-medium"]), {}, Namespace(
         vocab_size=32100, mask_id=32099, eos_id=1, encode=lambda text, length: [2] * length, decode=str,
         caption_ids=lambda text, length: ([2] * length, [True] * (length - 1) + [False]))
@@ -169,30 +174,33 @@ def row(*cells):
 
 
 def step(preset, stage, gpus, parallel="fsdp", checkpointing=True, passes=1):
-    """A row about a step; at most two of its passes are run, and their FLOPs multiplied -> GB."""
+    """A row about a training step -> its peak, GB. At most two passes are run; their FLOPs stand for all."""
     os.environ["LOCAL_WORLD_SIZE"] = str(min(8, gpus))
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     args = Namespace(seed=0, preset=preset, stage=stage, start=SHIPPED, init=SHIPPED, t5=None, vae=None, spiece=None,
                      text_encoder="t5", parallel=parallel, checkpointing=checkpointing, compile=False, keep=1)
-    recipe, few = train.RECIPES[preset][stage], min(passes, 2)
+    recipe, run = train.RECIPES[preset][stage], min(passes, 2)
     rows, side = recipe.batch // gpus // passes, recipe.size // 8
     tokens, texts = torch.ones(rows, recipe.length).long(), data.Subset(data.World(), range(100))
     with GPU() as gpu, tempfile.TemporaryDirectory() as out:
         dd, modules = train.starting_point(args, recipe, texts, CUDA, BF16)
-        images = torch.rand(rows, 3, recipe.size, recipe.size) if stage == "0" else torch.rand(
-            rows, 2, dd.config.vae.latent_channels, side, side).half()
+        images = torch.rand(rows, 3, recipe.size, recipe.size)
+        if preset == "tiny" and stage != "0":  # whose latents are stored
+            images = torch.rand(rows, 2, dd.config.vae.latent_channels, side, side).half()
         batch = data.Batch(images, images if stage == "2hr" else None, tokens, tokens, tokens > 0, slice(0, rows), 0)
         learner = train.Learner(dd, modules, recipe, args, BF16, out)
-        for p in learner.parameters:
+        for p in learner.parameters:  # a first step, after which the optimizer has its state
             p.grad = torch.zeros_like(p)
         learner.step(0)
-        state, _ = gpu.alive, gpu.begin()
-        for k in range(few):
-            learner.backward(learner.forward(batch)[0] / passes, last=k == few - 1)
+        state = gpu.alive
+        gpu.begin()
+        for k in range(run):
+            learner.backward(learner.forward(batch)[0] / passes, last=k == run - 1)
         learner.step(1)
-        flops, days = gpu.flops * passes / few * gpus, recipe.steps / gpus / (0.5 * 989e12) / 86400
-        row(f"{stage}, {preset}", f"{gpus} {parallel}{', checkpointed' * checkpointing}", f"{rows} of {rows * passes}",
-            flops, flops * days, state / 1e9, gpu.peak / 1e9, gpu.sent / 1e9)
+        flops = gpu.flops * passes / run * gpus
+        days = recipe.steps * flops / (gpus * 0.5 * 989e12) / 86400
+        row(stage, f"{gpus} {parallel}{', checkpointed' * checkpointing}", f"{rows} of {rows * passes}", flops, days,
+            state / 1e9, gpu.peak / 1e9, gpu.sent / 1e9, gpu.waits.total())
         if gpu.waits:
             raise RuntimeError(f"a training step waits for the GPU: {dict(gpu.waits)}")
         if preset == "tiny" and stage in ("0", "2"):
@@ -204,45 +212,44 @@ def step(preset, stage, gpus, parallel="fsdp", checkpointing=True, passes=1):
 
 
 def use(dd, gpu, size, length=256):
-    """Rows about drawing and captioning an image of that size, and where they wait."""
+    """Rows about drawing and captioning an image of that size."""
     state, pixels = gpu.alive, torch.zeros(1, 3, size, size)
     for what, run in (("picture", lambda: text_to_image(dd, ["x"], "", size, size, length, steps=2)),
                       ("caption", lambda: caption(dd, pixels, length, 2, temperature=1.0))):
         gpu.begin()
         run()
         row(f"a {what} of {size}, 2 steps", 1, "1 of 1", float(gpu.flops), "", state / 1e9, gpu.peak / 1e9, "",
-            "; ".join(f"{why} x{count}" for why, count in gpu.waits.items()))
+            gpu.waits.total())
 
 
 PASSES = {"1": 16, "2": 32, "2hr": 96, "3": 16}  # of a step on one GPU
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=PASSES)
-    parser.add_argument("--gpus", type=int, choices=[1, 8, 32])
+    parser.add_argument("--gpus", type=int, metavar="N", help="a number that divides the batch")
     parser.add_argument("--tiny", action="store_true")
-    wanted = parser.parse_args()
+    asked = parser.parse_args()
+    stages = [asked.stage] if asked.stage else PASSES
     row("stage", "GPUs", "rows at once", "FLOPs a step", "days", "state, GB", "peak, GB", "sent, GB", "waits")
     row(*["---"] * 9)
-    if wanted.tiny:
-        for stage in ("0", *PASSES):
+    if asked.tiny:
+        for stage in ("0", *stages):
             step("tiny", stage, 1, "ddp", checkpointing=stage != "0", passes=2 if stage == "2hr" else 1)
-        with GPU() as gpu:
-            use(DualDiffusion.load(SHIPPED, device=CUDA, dtype=BF16), gpu, 64, 24)
         return
-    if not (wanted.stage or wanted.gpus):
+    train.DualDiffusion.load, train.find_parts = full_size, lambda *args: (PRESETS["sd3-medium"],)
+    for stage in stages:
+        for gpus in [asked.gpus] if asked.gpus else (1, 8, 32):
+            passes = PASSES[stage] if gpus == 1 else 1
+            peak = step("sd3-medium", stage, gpus, "fsdp", gpus < 32 or stage not in "13", passes)
+    if asked.stage and asked.gpus:
+        print(f"peak {peak:.1f} GB")
+    elif not (asked.stage or asked.gpus):
         with GPU() as gpu:
             dd = full_size(None, None, None, None, CUDA, dict.fromkeys(PARTS, BF16))
             use(dd, gpu, 512)
             use(dd, gpu, 1024)
-    train.DualDiffusion.load, train.find_parts = full_size, lambda *args: (PRESETS["sd3-medium"],)
-    for stage in [wanted.stage] if wanted.stage else PASSES:
-        for gpus in [wanted.gpus] if wanted.gpus else (1, 8, 32):
-            passes = PASSES[stage] if gpus == 1 else 1
-            peak = step("sd3-medium", stage, gpus, "fsdp", gpus < 32 or stage not in "13", passes)
-    if wanted.stage and wanted.gpus:
-        print(f"peak {peak:.1f} GB")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ every file that is not one. Full size: tests/full_size.py."""
 import io
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -24,8 +23,6 @@ from t5 import EmbeddingsConfig, train_tokenizer
 
 with safe_open(make_golden.PATH, framework="pt") as f:
     FOLDERS = json.loads(f.metadata()["folders"])
-UMASK = os.umask(0)
-os.umask(UMASK)
 PREFIX = {"single": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}
 
 
@@ -322,26 +319,6 @@ print(len(times), sorted(name for name in sys.modules if name.startswith(("torch
                           cwd=os.path.dirname(model.__file__))
     times, modules = done.stdout.split(maxsplit=1)
     assert int(times) <= 5 and modules.strip() == "[]", done.stdout + done.stderr
-
-
-# ---------------------------------------------------------------- files that are written
-
-
-def test_a_full_disk_leaves_what_was_there(tmp_path):
-    """In a process whose files may not grow beyond 1 MB."""
-    dd = DualDiffusion.load(SHIPPED)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(b"before")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-    try:
-        message = refused(dd.save, str(path))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert message.startswith(f"{path}: could not be written")
-    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["model.safetensors"]
-    dd.save(str(path))
-    assert DualDiffusion.load(str(path)).config == dd.config and path.stat().st_mode & 0o777 == 0o666 & ~UMASK
 
 
 # ---------------------------------------------------------------- where diffusers and transformers are installed

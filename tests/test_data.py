@@ -477,6 +477,10 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["x.png"]
+    with data.replacing(str(path)) as beside:
+        Image.new("RGB", (9, 9)).save(beside, format="PNG")
+    os.umask(umask := os.umask(0))
+    assert path.read_bytes() != b"before" and path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_records_kept_apart_go_by_the_picture(tmp_path):

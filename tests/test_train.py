@@ -245,7 +245,7 @@ def test_two_processes_learn_what_one_does(tmp_path, pictures, stage):
 
 
 def test_blocks_are_compiled_with_and_without_checkpointing(monkeypatch):
-    """torch.compile cannot look through a checkpoint: around one it would compile nothing, and not say so."""
+    """`module.compile()`, with FSDP's hooks and a checkpoint inside, compiled nothing, and did not say so."""
     plain, subset = torch.compile, data.Subset(data.World(), [0, 1])
     recipe = replace(train.RECIPES["tiny"]["2"], batch=8)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
