@@ -171,15 +171,15 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
 
 
 def draw_tokens(logits, temperature, generator):
-    """logits (N,V) -> tokens (N,), their probabilities, the entropies (nats) of their distributions, all on the CPU.
-    It draws where the logits are, 256 rows at a time to save memory, and never the mask token, the last of the V."""
+    """logits (N,V) -> tokens (N,), their probabilities, the entropies (nats) of their distributions; on the CPU, but
+    computed where the logits are, 256 rows at a time to save memory. The mask token, the last of V, is never drawn."""
     parts = []
     for part in logits[:, :-1].split(256):
         if temperature:  # draw in float64: float32 would lose rare tokens. (Apple's GPUs have no float64.)
             part = (part.cpu() if part.device.type == "mps" else part).double() / temperature
         probs = torch.softmax(part, dim=1)
         ids = probs.argmax(1, keepdim=True)
-        if temperature:  # laid end to end, the probabilities fill 0 to 1 (or what rounding leaves): where falls u?
+        if temperature:  # inverse of the cumulative distribution, whose last value may miss 1 by rounding
             ends, u = probs.cumsum(1), torch.rand(len(probs), 1, dtype=torch.float64, generator=generator)
             ids = (ends < u.to(ends.device) * ends[:, -1:]).sum(1, keepdim=True)
         parts.append((ids[:, 0], probs.gather(1, ids)[:, 0], torch.special.entr(probs).sum(1)))

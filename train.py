@@ -341,7 +341,7 @@ class Learner:
         mesh = make_mesh(dd.device, args.parallel)
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # see `save`: we mean it
         for block in [m for m in dd.modules() if isinstance(m, JointBlock | t5.Block)]:
-            if args.compile:  # forward alone: block.compile(), around checkpoint and FSDP's hooks, compiles nothing
+            if args.compile:  # not block.compile(), which around checkpoint and FSDP's hooks compiles nothing
                 block.forward = torch.compile(block.forward)
             if args.checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -368,9 +368,9 @@ class Learner:
         return training_losses(self.dd, batch._replace(images=images, text_images=text_images), self.recipe)
 
     def backward(self, loss, last):
-        """Only a step's last pass lets gathered weights go. In fsdp each exchanges gradients, whole ones take 8 GB."""
+        """Only a step's last pass adds up gradients over all and lets gathered weights go. But fsdp splits in each."""
         for module in self.modules.values():
-            module.set_requires_gradient_sync(last or self.args.parallel == "fsdp")
+            module.set_requires_all_reduce(last)
             module.set_reshard_after_backward(last)
         loss.backward()
 
@@ -408,8 +408,8 @@ class Learner:
         path, first = os.path.join(self.folder, f"step-{step:08d}"), dist.get_rank() == 0
         try:
             barrier()
-            # A lone process saves without collectives: they would make gloo's threads start OpenMP teams of their own,
-            # and with more threads than cores OpenMP lets them sleep between loops. Training took 1.6 times as long.
+            # A lone process saves without collectives, in which gloo's threads start OpenMP teams of their own: then
+            # there are more threads than cores, and training took 1.6 times as long.
             writer = HuggingFaceStorageWriter(f"{path}.partial", save_distributed=True)
             dcp.save(self.state(step), storage_writer=writer, no_dist=dist.get_world_size() == 1)
         except (Exception, CheckpointException) as error:

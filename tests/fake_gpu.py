@@ -5,11 +5,11 @@
     python tests/fake_gpu.py --tiny               the tiny preset, with its checkpoints
 
 The program's own code runs on torch's fake tensors, which have a shape, a type and the device "cuda", but no memory.
-The exchange between processes is fake, too. What lies on the CPU is real. It raises where devices or types are mixed,
-and where a training step makes the host wait for the GPU. It counts FLOPs, bytes on the GPU, bytes that a process
-sends, and waits. It cannot see time, numbers, what kernels allocate inside, fragmentation, NCCL's buffers, compiled
-code, and the loop around a step. Days are at half of an H100's 989e12 FLOP/s (bf16). Wants g++, and torch's CPU build.
-"""
+The exchange between processes is fake, too. What lies on the CPU is real. This program raises where devices or types
+are mixed, and where a training step makes the host wait for the GPU. It counts FLOPs, bytes on the GPU, bytes that a
+process sends, and waits. It cannot see time, values, what kernels allocate inside, fragmentation, NCCL's buffers,
+compiled code, and the loop around a step. Days are at half of an H100's 989e12 FLOP/s (bf16), with images that are
+encoded in every step. Wants g++, and torch's CPU build."""
 # ruff: noqa: E402
 import argparse
 import copy
@@ -106,7 +106,7 @@ class GPU(TorchDispatchMode):
             self.hold(storage)
 
     def hold(self, storage):
-        """Count a storage, or its new size, until it is let go."""
+        """Count a storage, or its new size, until its memory is freed, and with it the Python object."""
         key = storage._cdata
         if key not in self.sizes:
             weakref.finalize(storage, lambda: self.add(-self.sizes.pop(key)))
@@ -174,7 +174,7 @@ def row(*cells):
 
 
 def step(preset, stage, gpus, parallel="fsdp", checkpointing=True, passes=1):
-    """A row about a training step -> its peak, GB. At most two passes are run; their FLOPs stand for all."""
+    """A row about a training step -> its peak, GB. At most two passes are run, and FLOPs scaled up."""
     os.environ["LOCAL_WORLD_SIZE"] = str(min(8, gpus))
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     args = Namespace(seed=0, preset=preset, stage=stage, start=SHIPPED, init=SHIPPED, t5=None, vae=None, spiece=None,
@@ -242,7 +242,7 @@ def main():
     for stage in stages:
         for gpus in [asked.gpus] if asked.gpus else (1, 8, 32):
             passes = PASSES[stage] if gpus == 1 else 1
-            peak = step("sd3-medium", stage, gpus, "fsdp", gpus < 32 or stage not in "13", passes)
+            peak = step("sd3-medium", stage, gpus, "fsdp", gpus < 32 or stage not in ("1", "3"), passes)
     if asked.stage and asked.gpus:
         print(f"peak {peak:.1f} GB")
     elif not (asked.stage or asked.gpus):

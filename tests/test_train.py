@@ -219,8 +219,8 @@ def test_kills_at_random_on_one_and_two_processes_ddp_and_fsdp_in_turn(tmp_path,
 
 @pytest.mark.parametrize("stage", ["1"] + [pytest.param(stage, marks=SLOW) for stage in ("0", "2", "2hr", "3")])
 def test_two_processes_learn_what_one_does(tmp_path, pictures, stage):
-    """ddp; fsdp, going on from where one process left, in several passes a step: the same losses and weights, after 6
-    steps, as one process alone. And so does one that goes on from where they left, and to which of their newest
+    """ddp and fsdp, in several passes a step, fsdp going on from where one process left: the same losses and weights,
+    after 6 steps, as one process alone. And so does one that goes on from where they left, and to which of their newest
     checkpoint a file is missing: that is noticed, and the one before it used."""
     start = [] if stage == "0" else ["--init", SHIPPED]
     split = ["--image-data", pictures / "a.jsonl", "--text-data", pictures / "b.jsonl"] if stage == "2hr" else []
@@ -230,7 +230,7 @@ def test_two_processes_learn_what_one_does(tmp_path, pictures, stage):
     shutil.copytree(tmp_path / "one", tmp_path / "fsdp")
     for path in checkpoints(tmp_path / "fsdp", stage)[1:]:
         shutil.rmtree(path)
-    for lost, (name, *flags) in enumerate((["ddp"], ["fsdp", "--accumulate", 2, "--checkpointing"])):
+    for lost, (name, *flags) in enumerate((["ddp", "--accumulate", 4], ["fsdp", "--accumulate", 2, "--checkpointing"])):
         run(*args, "--parallel", name, *flags, "--out", tmp_path / name, processes=2)
         far = [apart(state(tmp_path / "one", stage), state(tmp_path / name, stage))]
         newest = checkpoints(tmp_path / name, stage)[-1]
