@@ -585,6 +585,29 @@ class Batch(NamedTuple):
     seed: int                         # of the step
 
 
+def learning_ids(tokenizer, text, length, rng):
+    """A caption, or a pair (question, answer), to learn from -> ids, maskable. One that is too long gives one of the
+    windows in which it would be written, drawn at random. The first window is written whole."""
+    prompt, words = (([], tokenizer.encode(text)[:-1]) if isinstance(text, str) else
+                     (tokenizer.prompt_ids(text[0], length), tokenizer.encode(text[1])[:-1]))
+    room = length - 1 - len(prompt)
+    if len(words) >= room:  # no place for its EOS
+        start = pick(rng, [0, *range(room, len(words) + 1, max(1, room // 4))])
+        if start:
+            return window_ids(tokenizer, prompt, words, start, length)
+    return tokenizer.caption_ids(text, length) if isinstance(text, str) else tokenizer.question_ids(*text, length)
+
+
+def window_ids(tokenizer, prompt, words, start, length):
+    """A window into a long text -> ids, maskable: the prompt, the words before `start`, as many as fit, and a block, a
+    quarter of the room, to be written. There stand the words from `start` on, then EOS."""
+    room = length - 1 - len(prompt)
+    block = max(1, room // 4)
+    fresh = (words[start:] + [tokenizer.eos_id] * block)[:block]
+    return ([*prompt, *words[start - (room - block):start], *fresh, tokenizer.eos_id],
+            [False] * (len(prompt) + room - block) + [True] * block + [False])
+
+
 class Batches(torch.utils.data.Dataset):
     """batches[step] -> what one process computes at a step: a list of `accumulate` Batch, together the `rows` (a slice)
     of the whole batch. Rows are an endless stream, in which each epoch has every record once. A row is a function of
@@ -614,9 +637,8 @@ class Batches(torch.utils.data.Dataset):
         if self.texts is not self.images:  # --text-data
             j, text_image = self.record(self.texts, n)
             text = draw_texts(self.texts.source, j, rng, recipe)[1]
-        ids, maskable = (tokenizer.caption_ids(text, recipe.length) if isinstance(text, str) else
-                         tokenizer.question_ids(*text, recipe.length))
-        return image, text_image, tokenizer.encode(caption, recipe.length), ids, maskable
+        return image, text_image, tokenizer.encode(caption, recipe.length), *learning_ids(
+            tokenizer, text, recipe.length, rng)
 
     def record(self, subset, n):
         epoch, k = divmod(n, len(subset.ids))

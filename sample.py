@@ -19,11 +19,12 @@ import textwrap
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
 import losses
-from data import EXTENSIONS, load_image, replacing, slices, to_images, to_pixels, warn
+from data import EXTENSIONS, load_image, replacing, slices, to_images, to_pixels, warn, window_ids
 from model import DTYPES, DualDiffusion, missing_parts
 from t5 import unseen_words
 
@@ -250,27 +251,23 @@ def latent_size(dd, height, width):
 def unmask_in_blocks(dd, latents, tokens, maskable, *how, blocks=32):
     """`unmask` for texts of any length -> a list of ids per text, number of forward passes.
 
-    A text that fills its whole length with words is not at its end. So a window moves over it, by a quarter of the
-    length: the prompt and the latest words stay, new masks follow, and so on until EOS, or for `blocks` blocks. The
-    network never sees more tokens than in training. But no training text began in the middle, and of longer ones it
-    saw only the beginning: tests/README.md says what comes of it."""
+    A text that fills its whole length with words is not at its end. So a window moves over it: the prompt and the
+    latest words stay, a block of new masks follows, and so on until EOS, or for `blocks` blocks. The network never sees
+    more tokens than in training, where it saw such windows (`learning_ids`)."""
     ids, passes = unmask(dd, latents, tokens, maskable, *how)
-    texts, prompts = ids[:, :-1].tolist(), (~maskable[:, :-1]).sum(1).tolist()  # tokens that are given
-    room, eos_id = tokens.shape[1] - 1, dd.tokenizer.eos_id
-    block = max(1, (room - max(prompts)) // 4)
+    prompts = [row[~free].tolist()[:-1] for row, free in zip(tokens, maskable)]
+    texts = [row[free].tolist() for row, free in zip(ids, maskable)]
     for _ in range(blocks):
-        rows = [k for k, text in enumerate(texts) if eos_id not in text[prompts[k]:]]
+        rows = [k for k, text in enumerate(texts) if dd.tokenizer.eos_id not in text]
         if not rows:
             break
-        windows = [texts[k][:prompts[k]] + texts[k][len(texts[k]) - room + prompts[k] + block:] for k in rows]
-        windows = torch.tensor([window + [eos_id] * (block + 1) for window in windows])
-        fresh = torch.zeros_like(windows, dtype=torch.bool)
-        fresh[:, -1 - block:-1] = True
-        ids, more = unmask(dd, latents[rows], windows, fresh, *how)
-        for k, words in zip(rows, ids[fresh].view(-1, block).tolist()):
-            texts[k] += words
+        windows = [window_ids(dd.tokenizer, prompts[k], texts[k], len(texts[k]), tokens.shape[1]) for k in rows]
+        ids, fresh = (torch.tensor(column) for column in zip(*windows))
+        ids, more = unmask(dd, latents[rows], ids, fresh, *how)
+        for k, row, new in zip(rows, ids, fresh):
+            texts[k] += row[new].tolist()
         passes += more
-    return texts, passes
+    return [prompt + text for prompt, text in zip(prompts, texts)], passes
 
 
 @torch.no_grad()
@@ -278,18 +275,27 @@ def score(dd, images, texts, length=None, draws=64, seed=0):
     """How unlikely is each text, given its image? -> (N,) nats, an estimate of Eq. 7, which bounds -log p(text|image).
 
     images (N,3,H,W) in [-1,1]; texts: N captions, or pairs (question, answer), of which only the answer counts. Each is
-    masked `draws` times, at stratified times, with the same random numbers for all, so differences vary little."""
+    masked `draws` times, an even number, with the same random numbers for all, so differences vary little.
+
+    Integrated over t, Eq. 7 is a mean over k = 1 ... n, the number of masked tokens, of n/k times their cost. So k is
+    stratified. And draws come in pairs, k tokens from the beginning of a random order and n + 1 - k from its end: so a
+    pair has every token once, and one of them twice."""
     nats = []
     for image, text in zip(images, texts):
         generator, latents = torch.Generator().manual_seed(seed), dd.encode_image(image[None])
-        t = losses.stratified_times(draws, generator=generator)
         tokens, maskable = (torch.tensor(row).expand(draws, -1) for row in text_ids(dd, text, length))
-        noisy, masked = losses.mask_tokens(tokens, t, maskable, dd.tokenizer.mask_id, generator)
-        nats.append(0)
+        n, pairs = int(maskable[0].sum()), draws // 2
+        k = n * (torch.arange(pairs) + torch.rand(1, generator=generator)) / pairs
+        k = 1 + k.long().clamp(max=n - 1)[:, None]
+        place = torch.rand(pairs, n, generator=generator).argsort(1)  # of each token in the pair's order
+        masked = torch.zeros_like(maskable).masked_scatter(maskable, torch.cat([place < k, place >= k - 1]))
+        count, nats = masked.sum(1, keepdim=True).expand_as(masked), [*nats, 0]
         for part in slices(draws, *images.shape[2:]):
-            logits = text_logits(dd, latents.expand(len(t[part]), -1, -1, -1), noisy[part], masked[part]).cpu()
-            loss = losses.masked_diffusion_loss(logits, tokens[part], masked[part], t[part])  # per token
-            nats[-1] += loss * tokens[part].numel() / draws
+            hidden = masked[part]
+            logits = text_logits(dd, latents.expand(len(hidden), -1, -1, -1), torch.where(
+                hidden, dd.tokenizer.mask_id, tokens[part]), hidden).cpu()
+            cost = F.cross_entropy(logits[:, :-1].float(), tokens[part][hidden], reduction="none")
+            nats[-1] += (cost * n / count[part][hidden]).sum() / draws
     return torch.stack(nats)
 
 

@@ -1,14 +1,15 @@
-"""How fast it is, beside how fast it could be: `python tests/speed.py` prints three Markdown tables, in some minutes.
+"""How fast it is, beside how fast it could be: `python tests/speed.py` prints four Markdown tables, in some minutes.
 
 1. What a user feels: training, answers, captions, pictures, the start of the program, memory. Each stands beside its
    floor. Where the networks run, this is the FLOPs of their matrix products and convolutions at the best rate that this
    machine has shown. Where they do not, it is what no such program can do without: to import torch, to read the file,
    to decode the image.
-2. Our networks beside diffusers' and transformers' of equal size, where these two are installed.
-3. One stacked pass for both losses, with the heads only where they are needed, against two passes with all of both
+2. Texts as the paper samples them, beside ours: time, and how many are right.
+3. Our networks beside diffusers' and transformers' of equal size, where these two are installed.
+4. One stacked pass for both losses, with the heads only where they are needed, against two passes with all of both
    heads (as the authors' script does): time, a GPU's memory, and how far the gradients are apart. Random weights.
 
-Times are medians of several runs; what is compared runs in turn. A GPU is used if there is one, and there the third
+Times are medians of several runs; what is compared runs in turn. A GPU is used if there is one, and there the last
 table also has the full size in bf16, with and without torch.compile. Memory is read from Linux's /proc.
 """
 import importlib.util
@@ -39,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import make_golden
+from evaluate import caption_holds
 
 from data import Batches, Records, Subset, World, to_pixels
 from losses import (
@@ -53,7 +55,7 @@ from losses import (
     stratified_times,
 )
 from model import DTYPES, PRESETS, Config, DDiT, DDiTConfig, DualDiffusion, find_parts
-from sample import SHIPPED, answer, caption, text_to_image
+from sample import SHIPPED, answer, caption, revealed_share, text_ids, text_to_image
 from t5 import T5Config, T5Encoder
 from train import RECIPES, make_mesh, parallelize
 from vae import VAE, VAEConfig
@@ -171,6 +173,40 @@ def use_rows(device, dtype):
                              ("pictures, 28 steps with guidance", 32, lambda: text_to_image(dd, prompts))):
         *floor, took = beside_floor(flops_of(run), run, device=device, dtype=dtype, rounds=3)  # flops_of warms up
         time_row(f"{count} {what}", took, *floor, count)
+
+
+@torch.no_grad()
+def as_the_paper(dd, pixels, texts, steps):
+    """Ancestral sampling step by step, at temperature 0: in each a pass of every row, with the text head at every
+    position, and every mask is revealed with the same chance (Eq. 5). texts: ids, maskable -> list of str."""
+    share, latents = revealed_share(steps), dd.encode_image(pixels)
+    tokens, maskable = (torch.tensor(column) for column in zip(*texts))
+    tokens[maskable] = dd.tokenizer.mask_id
+    for chance in (share.diff() / (1 - share[:-1])).tolist():
+        states, times = dd.t5(tokens.to(dd.device)), torch.zeros(len(tokens), device=dd.device)
+        ids = dd.ddit(latents, times, states, image_rows=0)[1][..., :-1].argmax(-1).cpu()
+        reveal = (tokens == dd.tokenizer.mask_id) & (torch.rand(tokens.shape) < chance)
+        tokens[reveal] = ids[reveal]
+    return [dd.tokenizer.decode(row[free]) for row, free in zip(tokens, maskable)]
+
+
+def sampler_rows(device, dtype, count=256):
+    """The paper's way of sampling texts beside ours."""
+    dd, world, rng = DualDiffusion.load(SHIPPED, device=device, dtype=dtype), World(10 ** 6), np.random.default_rng(0)
+    pixels = torch.from_numpy(to_pixels([world.image(i) for i in range(count)]))
+    asked, truths = zip(*(world.question(i, rng) for i in range(count)))
+    header(f"{count} texts", "takes", "right")
+    for what, steps, texts, ours, right in (
+            ("answers", 16, [text_ids(dd, (question, "")) for question in asked],
+             lambda **how: answer(dd, pixels, asked, **how), lambda k, text: text == truths[k]),
+            ("captions", 23, [text_ids(dd, "")] * count, lambda **how: caption(dd, pixels, **how),
+             lambda k, text: caption_holds(text, world.scene(k)[0]))):
+        ways = {f"as in the paper, {steps} steps": lambda: as_the_paper(dd, pixels, texts, steps),
+                f"random order, {steps} steps": lambda: ours(steps=steps), "by entropy": ours}
+        written = {name: way() for name, way in ways.items()}
+        for name, took in zip(ways, in_turn(*ways.values(), device=device, rounds=3)):
+            share = sum(right(k, text) for k, text in enumerate(written[name])) / count
+            row(f"{what}, {name}", f"{took:.3g} s", f"{share:.1%}")
 
 
 def start_rows(device, dtype):
@@ -356,6 +392,7 @@ def main():
         memory_rows(training)
     image_row(device)
     batch_row(device)
+    sampler_rows(device, dtype)
     if all(map(importlib.util.find_spec, ("diffusers", "transformers"))):
         compare(device, dtype)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,

@@ -381,8 +381,11 @@ class Numbers:
     def question(self, i, rng):
         return str(i), str(rng.integers(100))
 
-    def encode(self, text, length):
+    def encode(self, text, length=2):
         return [int(text or -1)] * length
+
+    def prompt_ids(self, question, length):
+        return []
 
     def caption_ids(self, text, length):
         return self.encode(text, length), [True] * (length - 1) + [False]

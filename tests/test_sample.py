@@ -453,10 +453,14 @@ def test_a_page_of_tiles(count, columns, size):
         (k, 0, 0) for k in range(count)]
 
 
-def test_a_text_that_fills_its_length_goes_on_in_blocks():
+def test_a_text_that_fills_its_length_goes_on_in_the_windows_that_training_draws(monkeypatch):
     """A network that knows texts of 0 to 29 words by heart, word k after word k-1, writes each to its end, in a window
     of eight tokens, after a prompt of one."""
     eos, prompt, mask = 1, 2, 99
+    tokenizer = SimpleNamespace(
+        mask_id=mask, eos_id=eos, encode=lambda n: [*range(10, 10 + n), eos], prompt_ids=lambda *_: [prompt],
+        question_ids=lambda _, n, length: ([prompt, *range(10, 10 + n), *[eos] * 7][:7] + [eos],
+                                           [False] + [True] * 6 + [False]))
 
     def ddit(latents, t, text, predict=None, image_rows=None):
         assert text.shape[1] == 8
@@ -465,12 +469,20 @@ def test_a_text_that_fills_its_length_goes_on_in_blocks():
         ids = torch.where(words < 10 + latents[:, :1], words, eos)
         return None, torch.nn.functional.one_hot(ids, 100)[predict] * 50.0
 
-    dd = SimpleNamespace(tokenizer=SimpleNamespace(mask_id=mask, eos_id=eos), device="cpu", t5=lambda x: x, ddit=ddit)
+    windows, unmask = {n: set() for n in range(30)}, sample.unmask
+    def watched(dd, latents, tokens, maskable, *how):
+        for (n,), row, free in zip(latents.tolist(), torch.where(maskable, mask, tokens).tolist(), maskable.tolist()):
+            windows[n].add((*row, *free))
+        return unmask(dd, latents, tokens, maskable, *how)
+    monkeypatch.setattr(sample, "unmask", watched)
+    dd = SimpleNamespace(tokenizer=tokenizer, device="cpu", t5=lambda x: x, ddit=ddit)
     tokens = torch.tensor([[prompt] + [eos] * 7]).repeat(30, 1)
     maskable = torch.tensor([[False] + [True] * 6 + [False]]).repeat(30, 1)
     texts, _ = sample.unmask_in_blocks(dd, torch.arange(30)[:, None], tokens, maskable, 1, "entropy")
     for n, text in enumerate(texts):
         assert text[:n + 2] == [prompt, *range(10, 10 + n), eos]
+        drawn = [data.learning_ids(tokenizer, ("", n), 8, np.random.default_rng(k)) for k in range(300)]
+        assert windows[n] == {(*[mask if free else i for i, free in zip(*row)], *row[1]) for row in drawn}
 
 
 def test_a_blank_before_given_words_is_never_the_end():
