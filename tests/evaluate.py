@@ -4,6 +4,7 @@
     python tests/evaluate.py world --order random entropy --steps 4 16        how many passes does reading take?
     python tests/evaluate.py blanks                                   blanks in texts, filled in
     python tests/evaluate.py blocks --ckpt FILE                       texts longer than the model's own length
+    python tests/evaluate.py drawings                                 how many steps does drawing take?
     python tests/evaluate.py best-of                                  drawings, of which the model chooses
     python tests/evaluate.py data --ckpt FILE --data TEST.jsonl       a model of your own, on images of your own
     python tests/evaluate.py vqa --ckpt FILE --annotations A.json --questions Q.json --images DIR --out R.json
@@ -12,8 +13,8 @@
 A benchmark is one function. Those in JUDGED take the model and the arguments, and give {name: scores}, the scores from
 0 (wrong) to 1 (right), one per answer, caption or drawing. The others are in published.py: those in ASKED give what to
 ask, and a function from the answers to the lines to print; those in DRAWN give what to draw. All else is shared:
-arguments, progress bars, the 95% interval of a mean, and result files in the official format, with which an interrupted
-run goes on. The measures are in metrics.py. So to add a benchmark is to write its function and to list it.
+arguments, progress bars, the 95% interval of a mean, and result files in the official format. The measures are in
+metrics.py. So to add a benchmark is to write its function and to list it.
 """
 import argparse
 import colorsys
@@ -149,18 +150,26 @@ def blanks(dd, args):
 
 
 def blocks(dd, args):
-    """Captions written in blocks (--length auto): whether they, and at least their first words, tell the scene truly.
+    """Captions written in blocks (--length auto): whether they tell the scene truly, and end there.
 
     For a model whose own length is too short for three things. The definitions are ours."""
-    source, ids, scores = data.World(UNSEEN + args.seed), range(args.num), {}
+    source, ids, names = data.World(UNSEEN + args.seed), range(args.num), ("one thing", "two things", "three things")
+    scores = {name: [] for name in names}
     captions = write_captions(dd, source, ids, torch.Generator().manual_seed(args.seed), length="auto")
-    for count, name in enumerate(("one thing", "two things", "three things"), 1):
-        tellings = [(text.split() or [""], source.scene(i)[0]) for i, text in zip(ids, captions)]
-        tellings = [(words, things) for words, things in tellings if len(things) == count]
-        holds = [[caption_holds(" ".join(words[:k + 1]), things) for k in range(len(words))]
-                 for words, things in tellings]
-        scores[f"{name}, true"] = [true[-1] for true in holds]
-        scores[f"{name}, first words"] = [any(true) for true in holds]
+    for things, text in zip((source.scene(i)[0] for i in ids), captions):
+        scores[names[len(things) - 1]].append(caption_holds(text, things))
+    return scores
+
+
+def drawings(dd, args):
+    """How many of Euler's steps (--steps) a drawing needs: what is drawn of captions with held-out pairs, and right."""
+    source, ids, scores = data.World(UNSEEN + args.seed, "held"), range(args.num), {}
+    prompts = [source.caption(i, np.random.default_rng([args.seed, 2, i])) for i in ids]
+    for steps in args.steps or (4, 5, 6, 8, 28):
+        generator, scores[f"{steps} steps"] = torch.Generator().manual_seed(args.seed), []
+        for part in data.slices(len(ids), source.size, source.size, "drawing"):
+            pixels = text_to_image(dd, prompts[part], steps=steps, generator=generator)
+            scores[f"{steps} steps"] += judge_images(prompts[part], pixels)
     return scores
 
 
@@ -202,12 +211,13 @@ def own_data(dd, args):
     questions = [(i, *entry) for i in ids if (entry := data.pick(rng, source.record(i).questions or (None,)))]
     captioned = [i for i in ids if source.caption(i, np.random.default_rng(0)) is not None]
     scores = {"answers": judge_answers(dd, source, questions, generator)}
-    captions = write_captions(dd, source, captioned, generator)
+    captions = write_captions(dd, source, captioned, generator, length="auto")
     scores["captions"] = [same_text(text, source.caption(i, rng)) for i, text in zip(captioned, captions)]
     return scores
 
 
-JUDGED = {"world": world, "blanks": blanks, "blocks": blocks, "best-of": best_of, "data": own_data}
+JUDGED = {"world": world, "blanks": blanks, "blocks": blocks, "drawings": drawings, "best-of": best_of,
+          "data": own_data}
 ASKED = {name: getattr(published, name) for name in ("vqa", "gqa", "pope", "mme", "coco")}
 DRAWN = {name: getattr(published, name) for name in ("geneval", "pictures")}
 BENCHMARKS = JUDGED | ASKED | DRAWN
@@ -434,7 +444,8 @@ def report(scores):
         for name, values in scores.items() if values)
 
 
-NEEDS = {"world": "", "blanks": "", "blocks": "", "best-of": "", "data": "data", "vqa": "annotations images",
+NEEDS = {"world": "", "blanks": "", "blocks": "", "drawings": "", "best-of": "", "data": "data",
+         "vqa": "annotations images",
          "gqa": "questions images", "pope": "questions images", "mme": "questions images", "coco": "annotations images",
          "geneval": "prompts out", "pictures": "prompts out"}
 
@@ -453,7 +464,7 @@ def check_files(args):
     for name in needs:
         if not getattr(args, name):
             fail(f"{args.benchmark} wants --{name} (--help shows how)")
-    if args.benchmark != "world" and (args.order or args.steps):
+    if args.benchmark != "world" and (args.order or args.steps and args.benchmark != "drawings"):
         fail(f"{args.benchmark} has no use for it: leave out --order and --steps")
     if args.num is not None and args.num < 1:
         fail(f"--num {args.num} is nothing to judge on")
@@ -486,8 +497,8 @@ def parse_args():
     parser.add_argument("--kinds", nargs="+", choices=list(data.KINDS), default=list(data.KINDS), metavar="KIND",
                         help="of questions in the built-in world; default: all")
     parser.add_argument("--order", nargs="+", choices=list(ORDERS), help="of world: the orders of unmasking to compare")
-    parser.add_argument("--steps", nargs="+", type=int, help="of world: the numbers of steps to "
-                        "compare, of those orders that take them")
+    parser.add_argument("--steps", nargs="+", type=int, help="of drawings, and of world: the numbers of "
+                        "steps to compare")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, of what is drawn from --data, and of sampling")
     parser.add_argument("--device", type=existing_device, default=default_device())
     parser.add_argument("--dtype", choices=list(DTYPES), help="to compute in; default: bf16 on a GPU, fp32 on a CPU")

@@ -196,17 +196,18 @@ def sampler_rows(device, dtype, count=256):
     pixels = torch.from_numpy(to_pixels([world.image(i) for i in range(count)]))
     asked, truths = zip(*(world.question(i, rng) for i in range(count)))
     header(f"{count} texts", "takes", "right")
-    for what, steps, texts, ours, right in (
-            ("answers", 16, [text_ids(dd, (question, "")) for question in asked],
-             lambda **how: answer(dd, pixels, asked, **how), lambda k, text: text == truths[k]),
-            ("captions", 23, [text_ids(dd, "")] * count, lambda **how: caption(dd, pixels, **how),
+    for kind, steps, texts, ours, right in (
+            ("answers", 16, [(question, "") for question in asked], lambda **how: answer(dd, pixels, asked, **how),
+             lambda k, text: text == truths[k]),
+            ("captions", 23, [""] * count, lambda **how: caption(dd, pixels, **how),
              lambda k, text: caption_holds(text, world.scene(k)[0]))):
-        ways = {f"as in the paper, {steps} steps": lambda: as_the_paper(dd, pixels, texts, steps),
-                f"random order, {steps} steps": lambda: ours(steps=steps), "by entropy": ours}
-        written = {name: way() for name, way in ways.items()}
-        for name, took in zip(ways, in_turn(*ways.values(), device=device, rounds=3)):
-            share = sum(right(k, text) for k, text in enumerate(written[name])) / count
-            row(f"{what}, {name}", f"{took:.3g} s", f"{share:.1%}")
+        texts = [text_ids(dd, text) for text in texts]
+        for way, run in ((f"as in the paper, {steps} steps", lambda: as_the_paper(dd, pixels, texts, steps)),
+                         (f"random order, {steps} steps", lambda: ours(steps=steps)), ("by entropy", ours)):
+            written = []
+            took, = in_turn(lambda: written.append(run()), device=device, rounds=3)
+            share = sum(right(k, text) for k, text in enumerate(written[0])) / count
+            row(f"{kind}, {way}", f"{took:.3g} s", f"{share:.1%}")
 
 
 def start_rows(device, dtype):
