@@ -19,7 +19,6 @@ import textwrap
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
@@ -275,27 +274,18 @@ def score(dd, images, texts, length=None, draws=64, seed=0):
     """How unlikely is each text, given its image? -> (N,) nats, an estimate of Eq. 7, which bounds -log p(text|image).
 
     images (N,3,H,W) in [-1,1]; texts: N captions, or pairs (question, answer), of which only the answer counts. Each is
-    masked `draws` times, an even number, with the same random numbers for all, so differences vary little.
-
-    Integrated over t, Eq. 7 is a mean over k = 1 ... n, the number of masked tokens, of n/k times their cost. So k is
-    stratified. And draws come in pairs, k tokens from the beginning of a random order and n + 1 - k from its end: so a
-    pair has every token once, and one of them twice."""
+    masked `draws` times, at stratified times, with the same random numbers for all, so differences vary little."""
     nats = []
     for image, text in zip(images, texts):
         generator, latents = torch.Generator().manual_seed(seed), dd.encode_image(image[None])
+        t = losses.stratified_times(draws, generator=generator)
         tokens, maskable = (torch.tensor(row).expand(draws, -1) for row in text_ids(dd, text, length))
-        n, pairs = int(maskable[0].sum()), draws // 2
-        k = n * (torch.arange(pairs) + torch.rand(1, generator=generator)) / pairs
-        k = 1 + k.long().clamp(max=n - 1)[:, None]
-        place = torch.rand(pairs, n, generator=generator).argsort(1)  # of each token in the pair's order
-        masked = torch.zeros_like(maskable).masked_scatter(maskable, torch.cat([place < k, place >= k - 1]))
-        count, nats = masked.sum(1, keepdim=True).expand_as(masked), [*nats, 0]
+        noisy, masked = losses.mask_tokens(tokens, t, maskable, dd.tokenizer.mask_id, generator)
+        nats.append(0)
         for part in slices(draws, *images.shape[2:]):
-            hidden = masked[part]
-            logits = text_logits(dd, latents.expand(len(hidden), -1, -1, -1), torch.where(
-                hidden, dd.tokenizer.mask_id, tokens[part]), hidden).cpu()
-            cost = F.cross_entropy(logits[:, :-1].float(), tokens[part][hidden], reduction="none")
-            nats[-1] += (cost * n / count[part][hidden]).sum() / draws
+            logits = text_logits(dd, latents.expand(len(t[part]), -1, -1, -1), noisy[part], masked[part]).cpu()
+            loss = losses.masked_diffusion_loss(logits, tokens[part], masked[part], t[part])  # per token
+            nats[-1] += loss * tokens[part].numel() / draws
     return torch.stack(nats)
 
 
