@@ -588,21 +588,26 @@ class Batch(NamedTuple):
 def learning_ids(tokenizer, text, length, rng):
     """A caption, or a pair (question, answer), to learn from -> ids, maskable. One that is too long gives one of the
     windows in which it would be written, drawn at random. The first window is written whole."""
-    prompt, words = (([], tokenizer.encode(text)[:-1]) if isinstance(text, str) else
-                     (tokenizer.prompt_ids(text[0], length), tokenizer.encode(text[1])[:-1]))
+    *question, text = [text] if isinstance(text, str) else text
+    prompt, words = tokenizer.prompt_ids(*question, length) if question else [], tokenizer.encode(text)[:-1]
     room = length - 1 - len(prompt)
-    if len(words) >= room:  # no place for its EOS
-        start = pick(rng, [0, *range(room, len(words) + 1, max(1, room // 4))])
+    if 0 < room <= len(words):  # no place for its EOS
+        start = pick(rng, [0, *range(room, len(words) + 1, block_size(room))])
         if start:
             return window_ids(tokenizer, prompt, words, start, length)
-    return tokenizer.caption_ids(text, length) if isinstance(text, str) else tokenizer.question_ids(*text, length)
+    return tokenizer.question_ids(*question, text, length) if question else tokenizer.caption_ids(text, length)
+
+
+def block_size(room):
+    """Of all the tokens of a window but prompt and last EOS, how many are new."""
+    return max(1, room // 4)
 
 
 def window_ids(tokenizer, prompt, words, start, length):
-    """A window into a long text -> ids, maskable: the prompt, the words before `start`, as many as fit, and a block, a
-    quarter of the room, to be written. There stand the words from `start` on, then EOS."""
+    """A window into a long text -> ids, maskable: the prompt, the words before `start`, as many as fit, and a block to
+    be written. There stand the words from `start` on, then EOS."""
     room = length - 1 - len(prompt)
-    block = max(1, room // 4)
+    block = block_size(room)
     fresh = (words[start:] + [tokenizer.eos_id] * block)[:block]
     return ([*prompt, *words[start - (room - block):start], *fresh, tokenizer.eos_id],
             [False] * (len(prompt) + room - block) + [True] * block + [False])

@@ -174,14 +174,9 @@ def draw_tokens(logits, temperature, generator):
     """logits (N,V) -> tokens (N,), their probabilities, the entropies (nats) of their distributions; on the CPU, but
     computed where the logits are, 256 rows at a time to save memory. The mask token, the last of V, is never drawn."""
     parts = []
-    for part in logits[:, :-1].split(256):
-        if temperature:  # draw in float64: float32 would lose rare tokens. (Apple's GPUs have no float64.)
-            part = (part.cpu() if part.device.type == "mps" else part).double() / temperature
-        probs = torch.softmax(part, dim=1)
-        ids = probs.argmax(1, keepdim=True)
-        if temperature:  # inverse of the cumulative distribution, whose last value may miss 1 by rounding
-            ends, u = probs.cumsum(1), torch.rand(len(probs), 1, dtype=torch.float64, generator=generator)
-            ids = (ends < u.to(ends.device) * ends[:, -1:]).sum(1, keepdim=True)
+    for part in logits[:, :-1].split(256):  # float32 would lose rare tokens
+        probs = torch.softmax(in_float64(part) / temperature if temperature else part, dim=1)
+        ids = draw(probs, generator) if temperature else probs.argmax(1, keepdim=True)
         parts.append((ids[:, 0], probs.gather(1, ids)[:, 0], torch.special.entr(probs).sum(1)))
     return [torch.cat(column).cpu() for column in zip(*parts)]
 
@@ -238,6 +233,17 @@ def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, te
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
 
 
+def in_float64(x):
+    return (x.cpu() if x.device.type == "mps" else x).double()  # Apple's GPUs have none
+
+
+def draw(probs, generator):
+    """torch.multinomial on any device, with one generator, on the CPU: probs (N,V) float64 -> ids (N,1). A number u
+    falls between two values of the cumulative distribution, whose last may miss 1 by rounding."""
+    ends, u = probs.cumsum(1), torch.rand(len(probs), 1, dtype=torch.float64, generator=generator)
+    return (ends < u.to(ends.device) * ends[:, -1:]).sum(1, keepdim=True)
+
+
 def latent_size(dd, height, width):
     """Height and width of an image -> of its latents. Raises ValueError for one that the model cannot take."""
     factor, unit = dd.config.vae.factor, dd.config.vae.factor * dd.config.ddit.patch
@@ -254,7 +260,7 @@ def unmask_in_blocks(dd, latents, tokens, maskable, *how, blocks=32):
     latest words stay, a block of new masks follows, and so on until EOS, or for `blocks` blocks. The network never sees
     more tokens than in training, where it saw such windows (`learning_ids`)."""
     ids, passes = unmask(dd, latents, tokens, maskable, *how)
-    prompts = [row[~free].tolist()[:-1] for row, free in zip(tokens, maskable)]
+    prompts = [row[~free].tolist()[:-1] for row, free in zip(tokens, maskable)]  # without the last EOS
     texts = [row[free].tolist() for row, free in zip(ids, maskable)]
     for _ in range(blocks):
         rows = [k for k, text in enumerate(texts) if dd.tokenizer.eos_id not in text]

@@ -226,8 +226,8 @@ BENCHMARKS = JUDGED | ASKED | DRAWN
 # ---------------------------------------------------------------- asking and drawing, with result files
 
 
-def write_results(dd, args, asked, paths):
-    """Ask the model about images, and write the result file. Every batch has random numbers of its own."""
+def answers_of(dd, args, asked, paths):
+    """-> list of str, what the model says about the images. Every batch has random numbers of its own."""
     size, texts = dd.config.settings.size, []
     for part in data.slices(len(paths), size, size, f"answering {os.path.basename(asked.path)}"):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + part.start)
@@ -236,7 +236,7 @@ def write_results(dd, args, asked, paths):
                caption(dd, pixels, generator=generator))
         new = [" ".join(text.split()) for text in new]
         texts += [text.lower().rstrip(".") for text in new] if args.benchmark == "gqa" else new
-    published.write_results(asked, texts)
+    return texts
 
 
 def ask(args):
@@ -251,7 +251,7 @@ def ask(args):
         dd = load_model(args)
         os.makedirs(args.out if args.benchmark == "mme" else os.path.dirname(args.out) or ".", exist_ok=True)
         for asked, images in zip(sheets, paths):
-            write_results(dd, args, asked, images)
+            published.write_results(asked, answers_of(dd, args, asked, images))
     return score(*map(published.read_results, sheets))
 
 
@@ -445,9 +445,8 @@ def report(scores):
 
 
 NEEDS = {"world": "", "blanks": "", "blocks": "", "drawings": "", "best-of": "", "data": "data",
-         "vqa": "annotations images",
-         "gqa": "questions images", "pope": "questions images", "mme": "questions images", "coco": "annotations images",
-         "geneval": "prompts out", "pictures": "prompts out"}
+         "vqa": "annotations images", "gqa": "questions images", "pope": "questions images", "mme": "questions images",
+         "coco": "annotations images", "geneval": "prompts out", "pictures": "prompts out"}
 
 
 def check_files(args):

@@ -37,7 +37,12 @@ def test_memory_and_flops_are_those_of_closed_forms(table):
     assert list(table) == [*"012", "2hr", "3"]
     _, rows, flops, _, state, *_ = table["1"]
     blocks = [block for part in (dd.ddit, dd.t5) for block in part.modules() if isinstance(block, BLOCKS)]
-    matrices = {id(m.weight): m.weight for b in blocks for m in b.modules() if isinstance(m, torch.nn.Linear)}
+    def matrices_in(blocks):
+        return {id(m.weight): m.weight for b in blocks for m in b.modules() if isinstance(m, torch.nn.Linear)}
+
+    def muon(matrices):
+        return sum(5 * (4 * m ** 2 * n + 2 * m ** 3) for m, n in (sorted(w.shape) for w in matrices.values()))
+    matrices = matrices_in(blocks)
     size = sum(w.nbytes for w in dd.state_dict().values()) + sum(
         p.nbytes * (1 if id(p) in matrices else 2) for part in (dd.ddit, dd.t5) for p in part.parameters())
     assert float(state) * 1e9 == pytest.approx(size, rel=0.01)
@@ -48,13 +53,11 @@ def test_memory_and_flops_are_those_of_closed_forms(table):
     layer = 2 * length * (4 * t.d_model * inner + 3 * t.d_model * t.d_ff) + 4 * length ** 2 * inner
     ends = 2 * d.width * (2 * patches * d.channels * d.patch ** 2 + length * t.d_model)
     head = 2 * d.width * d.vocab * length / 2  # half of the texts' tokens are masked, on average
-    muon = sum(5 * (4 * m ** 2 * n + 2 * m ** 3) for m, n in (sorted(w.shape) for w in matrices.values()))
     row = 2 * 4 * (d.depth * block + t.num_layers * layer) + 2 * 3 * ends + 3 * head
-    assert rows == "64 of 64" and float(flops) == pytest.approx(64 * row + muon, rel=0.02)
+    assert rows == "64 of 64" and float(flops) == pytest.approx(64 * row + muon(matrices), rel=0.02)
     less = 2 * t.num_layers * layer  # stage 2: the matrices of T5 get no gradients, and Muon does not turn them
-    muon = sum(5 * (4 * m ** 2 * n + 2 * m ** 3) for b in blocks[:6] for m, n in (
-        sorted(x.weight.shape) for x in b.modules() if isinstance(x, torch.nn.Linear)))
-    assert float(table["2"][2]) == pytest.approx(64 * (row - less) + muon, rel=0.02)
+    assert float(table["2"][2]) == pytest.approx(
+        64 * (row - less) + muon(matrices_in(dd.ddit.joint_blocks)), rel=0.02)
 
 
 def code(test):
