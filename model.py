@@ -53,8 +53,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        """t (B,) in [0,1] -> (B,width). Cosines, then sines, of 1000 t at 128 frequencies from 1 to nearly 1/10000.
-        (They were made for step numbers up to 1000. Of t itself, from 0 to 1, they would hardly tell times apart.)"""
+        """t (B,) in [0,1] -> (B,width). Cosines, then sines, of 1000 t at 128 frequencies from 1 to nearly 1/10000."""
         omega = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
         angle = 1000 * t.float()[:, None] * omega
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))
@@ -192,6 +191,7 @@ class Settings:
     size: int = 256         # side of the images it reads and draws, pixels
     length: int = 256       # tokens a prompt, caption or question with answer is padded to
     cfg: float = 7.0        # classifier-free guidance when drawing
+    cfg_times: tuple = (0.0, 1.0)  # the least and the greatest t that is guided; as in the paper, always
     shift: float = 3.0      # of the drawing time grid, SD3's
     caption_steps: int = 256
     answer_steps: int = 16
@@ -215,7 +215,7 @@ PRESETS = {
         DDiTConfig(depth=6, width=128, heads=2, text_dim=128, pos_size=8, qk_norm=True),
         T5Config(d_model=128, num_layers=2, num_heads=4, d_kv=32, d_ff=256, max_distance=32),
         VAEConfig(channels=8, groups=4),
-        Settings(size=64, length=24, cfg=3.0)),
+        Settings(size=64, length=24, cfg=3.0, cfg_times=(0.5, 0.95))),
 }
 
 
@@ -536,6 +536,8 @@ def read_part(part, tensors, config, device, dtype):
     stored = next(iter(state.values())).dtype
     state |= {name: tensor.to(device, stored) for name, tensor in new.items()}
     module.load_state_dict(state, assign=True)
+    if part == "vae" and torch.device(device).type == "cpu":  # there convolutions are faster with channels last
+        module.to(memory_format=torch.channels_last)
     return module
 
 

@@ -6,8 +6,8 @@ an image begins as noise and follows the velocity; a text begins as masks, which
     python sample.py --t2i "a large green triangle left of a small red circle" --num 8 --out out.png
     python sample.py --infill img.png "a _ green _ above a small _ circle and a small green square"
 References: Esser et al., SD3, arXiv 2403.03206, section 5.3.2; Ho & Salimans, Classifier-Free Guidance, 2207.12598;
-  Zheng et al., Time-Agnostic Masked Models, 2409.02908; Chang et al., MaskGIT, 2202.04200; Ben-Hamu et al.,
-  Entropy-Bounded Unmasking, 2505.24857
+  Kynkäänniemi et al., Limited-Interval Guidance, 2404.07724; Zheng et al., Time-Agnostic Masked Models, 2409.02908;
+  Chang et al., MaskGIT, 2202.04200; Ben-Hamu et al., Entropy-Bounded Unmasking, 2505.24857
 """
 import argparse
 import os
@@ -39,14 +39,15 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
 
     Guidance predicts two velocities, one for the prompt and one for the negative text, most often empty, and takes
     negative + cfg * (prompt - negative). With cfg 1 that is the prompt's own; with more it goes beyond."""
-    x, guided = x.to(dd.device), cfg != 1
-    texts = [*prompts, *[negative] * len(prompts)] if guided else prompts
+    x, (low, high) = x.to(dd.device), dd.config.settings.cfg_times
+    texts = [*prompts, *[negative] * len(prompts) * (cfg != 1)]
     states = dd.t5(torch.tensor([dd.tokenizer.encode(text, length) for text in texts], device=dd.device))
 
     def velocity_at(x, t):
+        guided = cfg != 1 and low <= t <= high  # beyond, guidance costs a pass and helps little
         latents = torch.cat([x, x]) if guided else x
         times = torch.full((len(latents),), t, device=dd.device)
-        velocity = dd.ddit(latents, times, states, predict=slice(0))[0].float()  # no logits
+        velocity = dd.ddit(latents, times, states[:len(latents)], predict=slice(0))[0].float()  # no logits
         if guided:
             with_prompt, with_negative = velocity.chunk(2)
             velocity = with_negative + cfg * (with_prompt - with_negative)  # Eq. 10
@@ -193,7 +194,7 @@ def text_ids(dd, text, length=None):
 
 def caption(dd, images, length=None, steps=None, **how):
     """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; "auto": as many as it takes; steps,
-    how: see `unmask_texts`. A model that was tuned on answers alone is asked for a caption by `caption_prompt`."""
+    how: see `unmask_texts`."""
     texts = [text_ids(dd, "", length)] * len(images)
     return unmask_texts(dd, images, texts, length, steps, dd.config.settings.caption_steps, **how)
 

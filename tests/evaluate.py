@@ -93,12 +93,13 @@ def read_in_orders(dd, args):
     a text takes. All share the scenes and questions of `world`."""
     source, ids = data.World(UNSEEN + args.seed, kinds=args.kinds), range(args.num)
     _, questions = scene_questions(source, ids, np.random.default_rng([args.seed, 2]))
-    widest = [0.0, 0.0]  # intervals, in points to one side
+    widest, rows = [0.0, 0.0], []  # intervals, in points to one side; rows of every forward pass
+    dd.ddit.register_forward_pre_hook(lambda ddit, inputs: rows.append(len(inputs[0])))
     print("| order | steps | captions | passes | answers | passes |\n|---|---|---|---|---|---|")
     for order in args.order or ["random"]:
         for steps in args.steps or [None]:
-            cells, rows = [order, str(steps or "") if order in STEPPED else ""], []  # rows of every pass
-            how = {"order": order, "steps": steps, "watch": lambda tokens, reveal: rows.append(reveal.any(1).sum())}
+            cells = [order, str(steps or "") if order in STEPPED else ""]
+            how = {"order": order, "steps": steps, "temperature": args.temperature}
             for k, (judge, inputs) in enumerate(((judge_captions, ids), (judge_answers, questions))):
                 rows.clear()
                 right = judge(dd, source, inputs, torch.Generator().manual_seed(args.seed), **how)
@@ -162,14 +163,21 @@ def blocks(dd, args):
 
 
 def drawings(dd, args):
-    """How many of Euler's steps (--steps) a drawing needs: what is drawn of captions with held-out pairs, and right."""
-    source, ids, scores = data.World(UNSEEN + args.seed, "held"), range(args.num), {}
+    """How many of Euler's steps (--steps) a drawing needs, with guidance at all times, and only at the model's own.
+
+    What is drawn are captions with held-out pairs. With guidance a step takes two forward passes, else one."""
+    source, ids, scores, rows = data.World(UNSEEN + args.seed, "held"), range(args.num), {}, []
     prompts = [source.caption(i, np.random.default_rng([args.seed, 2, i])) for i in ids]
-    for steps in args.steps or (4, 5, 6, 8, 28):
-        generator, scores[f"{steps} steps"] = torch.Generator().manual_seed(args.seed), []
-        for part in data.slices(len(ids), source.size, source.size, "drawing"):
-            pixels = text_to_image(dd, prompts[part], steps=steps, generator=generator)
-            scores[f"{steps} steps"] += judge_images(prompts[part], pixels)
+    dd.ddit.register_forward_pre_hook(lambda ddit, inputs: rows.append(len(inputs[0])))
+    for times in dict.fromkeys([(0.0, 1.0), tuple(dd.config.settings.cfg_times)]):
+        dd.config.settings.cfg_times = times
+        for steps in args.steps or (4, 5, 6, 8, 28):
+            generator, right = torch.Generator().manual_seed(args.seed), []
+            rows.clear()
+            for part in data.slices(len(ids), source.size, source.size, "drawing"):
+                pixels = text_to_image(dd, prompts[part], steps=steps, generator=generator)
+                right += judge_images(prompts[part], pixels)
+            scores[f"{steps} steps, {sum(rows) / len(ids):.0f} passes"] = right
     return scores
 
 
@@ -210,7 +218,7 @@ def own_data(dd, args):
 
     questions = [(i, *entry) for i in ids if (entry := data.pick(rng, source.record(i).questions or (None,)))]
     captioned = [i for i in ids if source.caption(i, np.random.default_rng(0)) is not None]
-    scores = {"answers": judge_answers(dd, source, questions, generator)}
+    scores = {"answers": judge_answers(dd, source, questions, generator, length="auto")}
     captions = write_captions(dd, source, captioned, generator, length="auto")
     scores["captions"] = [same_text(text, source.caption(i, rng)) for i, text in zip(captioned, captions)]
     return scores
@@ -465,6 +473,8 @@ def check_files(args):
             fail(f"{args.benchmark} wants --{name} (--help shows how)")
     if args.benchmark != "world" and (args.order or args.steps and args.benchmark != "drawings"):
         fail(f"{args.benchmark} has no use for it: leave out --order and --steps")
+    if args.temperature and not (args.order or args.benchmark == "world" and args.steps):
+        fail("--temperature is for world, with --order or --steps")
     if args.num is not None and args.num < 1:
         fail(f"--num {args.num} is nothing to judge on")
     if args.results and args.num:
@@ -498,6 +508,7 @@ def parse_args():
     parser.add_argument("--order", nargs="+", choices=list(ORDERS), help="of world: the orders of unmasking to compare")
     parser.add_argument("--steps", nargs="+", type=int, help="of drawings, and of world: the numbers of "
                         "steps to compare")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of world, with --order or --steps; default: 0")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, of what is drawn from --data, and of sampling")
     parser.add_argument("--device", type=existing_device, default=default_device())
     parser.add_argument("--dtype", choices=list(DTYPES), help="to compute in; default: bf16 on a GPU, fp32 on a CPU")

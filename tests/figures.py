@@ -308,7 +308,7 @@ def both(dd, args):
     def watch(latents, t, velocity):  # what is there at t, and where the velocity leads
         steps.append((t, *to_images(dd.decode_image(torch.cat([latents, latents - t * velocity])))))
 
-    drawn = to_images(sample.text_to_image(dd, [prompt], watch=watch, generator=torch.Generator().manual_seed(0)))
+    drawn = to_images(sample.text_to_image(dd, [prompt], watch=watch, generator=torch.Generator().manual_seed(3)))
     sample.caption(dd, torch.from_numpy(to_pixels(drawn)),
                    watch=lambda tokens, reveal: passes.append((sample.words_of(dd.tokenizer, tokens[0]), reveal[0])))
     for word in prompt.split():

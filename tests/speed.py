@@ -146,11 +146,11 @@ def time_row(what, took, floor, why, count=None):
     row(what, f"{took:.3g} s{rate}", f"{floor:.3g} s: {why}", f"{floor / took:.0%}")
 
 
-def training_row(device):
+def training_row(device, *flags):
     """train.py itself, in the type that it chooses -> the most memory that it held."""
     recipe = RECIPES["tiny"]["1"]
     with tempfile.TemporaryDirectory() as out:
-        peak = memory(program(["train.py", "--stage", "1", "--steps", "80", "--pool", "640", "--out", out]))
+        peak = memory(program(["train.py", "--stage", "1", "--steps", "80", "--pool", "640", "--out", out, *flags]))
         folder = Path(out, "stage1")
         rates = [json.loads(line)["images_per_s"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         dtype = json.loads((folder / "run.json").read_text())["dtype"]
@@ -158,7 +158,8 @@ def training_row(device):
     ddit, t5, halves = DDiT(TINY.ddit), T5Encoder(TINY.t5), random_halves(TINY, recipe, recipe.batch, "cpu")
     flops = flops_of(lambda: one_pass(ddit, t5, *halves, recipe.text_weight).backward())
     floor = beside_floor(flops, device=device, dtype=DTYPES[dtype])
-    time_row(f"a training step, stage 1, {recipe.batch} images, {dtype}", took, *floor, recipe.batch)
+    what = ", ".join(["a training step, stage 1", f"{recipe.batch} images", dtype, *flags])
+    time_row(what, took, *floor, recipe.batch)
     return peak
 
 
@@ -387,6 +388,7 @@ def main():
     print(f"{machine()}, threads: {torch.get_num_threads()}, torch {torch.__version__}, {str(dtype)[6:]} if not said")
     header("what", "takes", "floor", "reached")
     training = training_row(device)
+    training_row(device, "--compile")
     use_rows(device, dtype)
     start_rows(device, dtype)
     if device.type == "cpu":

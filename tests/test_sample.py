@@ -225,11 +225,14 @@ def test_drawn_tokens_follow_the_softmax_and_never_the_mask():
 
 def test_euler_and_guidance_in_closed_form():
     """A network whose velocity is a constant that depends on the text: the path is a straight line."""
+    rows = []
+
     def ddit(latents, t, text, predict=None, image_rows=None):
+        rows.append(len(latents))
         return torch.ones_like(latents) * text[:, :1, None, None], None
 
     dd = SimpleNamespace(
-        config=SimpleNamespace(settings=SimpleNamespace(size=16, length=2),
+        config=SimpleNamespace(settings=SimpleNamespace(size=16, length=2, cfg_times=(0.0, 1.0)),
                                vae=SimpleNamespace(latent_channels=1, factor=8)),
         tokenizer=SimpleNamespace(encode=lambda text, length: [len(text)] * length), device="cpu",
         t5=lambda ids: ids.float(), ddit=ddit, decode_image=lambda x: x)
@@ -240,6 +243,13 @@ def test_euler_and_guidance_in_closed_form():
         assert torch.allclose(drawn, noise - velocity, atol=1e-5)
     grid = sample.time_grid(4, 3.0)
     assert torch.allclose(grid, torch.tensor([1, 0.9, 0.75, 0.5, 0.0]))  # 3t / (1 + 2t)
+
+    dd.config.settings.cfg_times = 0.6, 0.95  # so the steps from 0.9 and 0.75 are guided, in all 0.4 of the path
+    rows.clear()
+    drawn = sample.text_to_image(dd, ["abc", "abcde"], "x", steps=4, cfg=4.0, shift=3.0, noise=noise)
+    assert rows == [2, 4, 4, 2]
+    velocity = torch.tensor([0.4 * (1 + 4 * (n - 1)) + 0.6 * n for n in (3, 5)])[:, None, None, None]
+    assert torch.allclose(drawn, noise - velocity, atol=1e-5)
 
 
 # ---------------------------------------------------------------- the shipped model
@@ -291,7 +301,8 @@ def test_pictures_do_not_depend_on_batches(dd, monkeypatch):
     seen = spy(monkeypatch, dd.ddit), spy(monkeypatch, dd.vae, "decode")
     again = sample.text_to_image(dd, texts, steps=3, cfg=3, generator=seeded())
     assert (once - again).abs().max() < 1e-4
-    assert {shape[0] for shape in seen[0]} == {4, 2} and [shape[0] for shape in seen[1]] == [2, 2, 1]
+    assert [shape[0] for shape in seen[0]] == [2, 4, 4, 2, 4, 4, 1, 2, 2]  # at t = 1 without guidance
+    assert [shape[0] for shape in seen[1]] == [2, 2, 1]
 
 
 def test_more_pictures_begin_with_the_same_ones(dd):
