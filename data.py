@@ -586,8 +586,8 @@ class Batch(NamedTuple):
 
 
 def learning_ids(tokenizer, text, length, rng):
-    """A caption, or a pair (question, answer), to learn from -> ids, maskable. One that is too long gives one of the
-    windows in which it would be written, drawn at random. The first window is written whole."""
+    """A caption, or a pair (question, answer), to learn from -> ids, maskable. Of a text that is too long, one of the
+    windows in which it would be written, drawn at random; the first is written whole."""
     *question, text = [text] if isinstance(text, str) else text
     prompt, words = tokenizer.prompt_ids(*question, length) if question else [], tokenizer.encode(text)[:-1]
     room = length - 1 - len(prompt)
@@ -605,7 +605,7 @@ def block_size(room):
 
 def window_ids(tokenizer, prompt, words, start, length):
     """A window into a long text -> ids, maskable: the prompt, the words before `start`, as many as fit, and a block to
-    be written. There stand the words from `start` on, then EOS."""
+    be written. The block holds the words from `start` on, then EOS."""
     room = length - 1 - len(prompt)
     block = block_size(room)
     fresh = (words[start:] + [tokenizer.eos_id] * block)[:block]

@@ -93,9 +93,9 @@ def text_logits(dd, latents, tokens, predict):
     return finite(dd.ddit(latents, times, states, predict=predict, image_rows=0)[1])
 
 
-# The orders of unmasking. An order runs the network by `predict_tokens`: for positions, (B,L) bool, this returns at
-# each true one a token, its probability, and the entropy. After every pass the order yields `reveal`, (B,L) bool, with
-# a token for each true one. `unmask` writes these into the text and clears their places in `masked`.
+# The orders of unmasking. An order runs the network by `predict_tokens(positions)`, (B,L) bool, which returns a token,
+# its probability and the entropy for each true position. After every pass the order yields `reveal`, (B,L) bool, with a
+# token for each true one. `unmask` writes these into the text and clears their places in `masked`, this very tensor.
 
 
 def in_random_order(predict_tokens, masked, steps, generator):
@@ -129,9 +129,9 @@ GAMMA = 0.1  # nats; larger: fewer passes and more errors (tests/README.md has a
 
 
 def by_entropy(predict_tokens, masked, steps, generator):
-    """The surest first, and in each pass as many as are nearly independent; `steps` plays no part. A pass draws
-    its tokens independently. The error of that, a KL divergence, is at most the sum of all entropies except the
-    largest. So a pass takes the tokens of least entropy, as many as keep this sum within GAMMA."""
+    """The surest first, and in each pass as many as are nearly independent; `steps` plays no part. A pass draws its
+    tokens independently. This errs by at most the sum of their entropies without the largest (a KL divergence). So a
+    pass takes the tokens of least entropy, as many as keep this sum within GAMMA."""
     while masked.any():
         ids, _, entropy = predict_tokens(masked)
         nats, order = torch.full(masked.shape, torch.inf, dtype=entropy.dtype).masked_scatter(masked, entropy).sort(1)
@@ -175,8 +175,8 @@ def draw_tokens(logits, temperature, generator):
     """logits (N,V) -> tokens (N,), their probabilities, the entropies (nats) of their distributions; on the CPU, but
     computed where the logits are, 256 rows at a time to save memory. The mask token, the last of V, is never drawn."""
     parts = []
-    for part in logits[:, :-1].split(256):  # float32 would lose rare tokens
-        probs = torch.softmax(in_float64(part) / temperature if temperature else part, dim=1)
+    for part in logits[:, :-1].split(256):
+        probs = torch.softmax(in_float64(part) / temperature if temperature else part, dim=1)  # float32 loses rare ones
         ids = draw(probs, generator) if temperature else probs.argmax(1, keepdim=True)
         parts.append((ids[:, 0], probs.gather(1, ids)[:, 0], torch.special.entr(probs).sum(1)))
     return [torch.cat(column).cpu() for column in zip(*parts)]
@@ -193,8 +193,7 @@ def text_ids(dd, text, length=None):
 
 
 def caption(dd, images, length=None, steps=None, **how):
-    """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; "auto": as many as it takes; steps,
-    how: see `unmask_texts`."""
+    """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; steps, how: see `unmask_texts`."""
     texts = [text_ids(dd, "", length)] * len(images)
     return unmask_texts(dd, images, texts, length, steps, dd.config.settings.caption_steps, **how)
 

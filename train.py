@@ -168,7 +168,7 @@ def batch_noise(count, batch, shape, generator, device):
 
 
 def skip_rows(generator, rows, length):
-    """The generator, past the numbers that mask the rows of other processes."""
+    """The generator, past the numbers that mask the rows before these."""
     torch.rand(rows.start, length, generator=generator)
     return generator
 
@@ -368,7 +368,7 @@ class Learner:
         return training_losses(self.dd, batch._replace(images=images, text_images=text_images), self.recipe)
 
     def backward(self, loss, last):
-        """Only a step's last pass adds up gradients over all and lets gathered weights go. But fsdp splits in each."""
+        """Only a step's last pass all-reduces gradients and frees gathered weights; fsdp reduce-scatters in each."""
         for module in self.modules.values():
             module.set_requires_all_reduce(last)
             module.set_reshard_after_backward(last)

@@ -41,8 +41,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import make_golden
 from evaluate import caption_holds
+from metrics import interval
 
-from data import Batches, Records, Subset, World, to_pixels
+from data import Batches, Records, Subset, World, slices, to_pixels
 from losses import (
     ImageHalf,
     TextHalf,
@@ -191,7 +192,7 @@ def as_the_paper(dd, pixels, texts, steps):
     return [dd.tokenizer.decode(row[free]) for row, free in zip(tokens, maskable)]
 
 
-def sampler_rows(device, dtype, count=256):
+def sampler_rows(device, dtype, count=1000):
     """The paper's way of sampling texts beside ours."""
     dd, world, rng = DualDiffusion.load(SHIPPED, device=device, dtype=dtype), World(10 ** 6), np.random.default_rng(0)
     pixels = torch.from_numpy(to_pixels([world.image(i) for i in range(count)]))
@@ -203,12 +204,15 @@ def sampler_rows(device, dtype, count=256):
             ("captions", 23, [""] * count, lambda **how: caption(dd, pixels, **how),
              lambda k, text: caption_holds(text, world.scene(k)[0]))):
         texts = [text_ids(dd, text) for text in texts]
-        for way, run in ((f"as in the paper, {steps} steps", lambda: as_the_paper(dd, pixels, texts, steps)),
+        for way, run in ((f"as in the paper, {steps} steps", lambda: [
+                             text for k in slices(count, *pixels.shape[2:]) for text in as_the_paper(
+                                 dd, pixels[k], texts[k], steps)]),
                          (f"random order, {steps} steps", lambda: ours(steps=steps)), ("by entropy", ours)):
             written = []
-            took, = in_turn(lambda: written.append(run()), device=device, rounds=3)
-            share = sum(right(k, text) for k, text in enumerate(written[0])) / count
-            row(f"{kind}, {way}", f"{took:.3g} s", f"{share:.1%}")
+            took, = in_turn(lambda: written.append(run()), device=device, rounds=1)
+            scores = [right(k, text) for k, text in enumerate(written[0])]
+            low, high = interval(scores)
+            row(f"{kind}, {way}", f"{took:.3g} s", f"{sum(scores) / count:.1%} [{low:.1f}, {high:.1f}]")
 
 
 def start_rows(device, dtype):

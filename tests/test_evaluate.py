@@ -145,6 +145,12 @@ def test_captions_in_blocks_are_true_if_they_end(monkeypatch):
     assert sum(map(len, scores.values())) == 60 and sum(map(sum, scores.values())) == 30
 
 
+def test_drawing_with_guidance_in_all_steps_and_in_some(monkeypatch, capsys):
+    scores = figures(run(monkeypatch, capsys, "drawings", "--num", 8, "--steps", 8)[0])
+    assert list(scores) == ["8 steps, 16 passes", "8 steps, 13 passes"]  # t = 1, 0.95, 0.9, 0.83, 0.75, 0.64, 0.5, 0.3
+    assert all(right >= 7 for right, _ in scores.values())
+
+
 def test_the_best_of_four_is_the_one_that_the_model_keeps(monkeypatch):
     dd, args = DualDiffusion.load(SHIPPED), SimpleNamespace(seed=0, num=3)
     scores = evaluate.best_of(dd, args)
@@ -198,7 +204,8 @@ def test_a_model_of_stage_0_is_judged_by_its_reconstructions(world_on_disk, tmp_
 @pytest.mark.parametrize("args, message", [
     ([], "benchmark"), (["chess"], "invalid choice: 'chess'"), (["data"], "data wants --data"),
     (["world", "--data", "x.jsonl"], "leave out --data"),
-    (["blanks", "--steps", "4"], "leave out --order and --steps"), (["world", "--num", "0"], "--num"),
+    (["blanks", "--steps", "4"], "leave out --order and --steps"), (["blocks", "--temperature", "1"], "--temperature"),
+    (["world", "--num", "0"], "--num"),
     (["world", "--kinds", "taste"], "--kinds"),
     (["world", "--ckpt", "none.safetensors"], "none.safetensors"),
     (["world", "--ckpt", "half.safetensors"], "half.safetensors: holds no T5 (--t5)"),
