@@ -349,6 +349,11 @@ def existing_device(name):
     return torch.device(kind) if kind == "cpu" else torch.device(kind, int(index))
 
 
+def token_count(text):
+    """An argparse type: a number, or auto."""
+    return text if text == "auto" else int(text)
+
+
 def add_parts(parser):
     """The arguments that take parts of a model from other files."""
     parser.add_argument("--t5", metavar="FILE", help="A file or folder to take T5 from.")
@@ -437,7 +442,7 @@ def parse_args():
     add("--steps", type=int, help="Steps of drawing [28], or of reading (see --order).")
     add("--order", choices=list(ORDERS), help="How a text is unmasked [random if --steps is given, else entropy].")
     add("--temperature", type=float, default=0.0, help="Divides the logits of tokens; 0 takes the likeliest [0].")
-    add("--length", metavar="TOKENS", help="How long a text is; auto: as long as it needs [the checkpoint's].")
+    add("--length", type=token_count, metavar="TOKENS", help="Of a text; auto: as many as it needs [the checkpoint's].")
     add("--options", **more, metavar="ANSWER", help="Rank these answers to --vqa by their probability.")
     add("--suffix", metavar="TEXT", help="Is added to every question [the checkpoint's].")
     add("--num", type=int, default=1, help="Images per prompt [1].")
@@ -448,6 +453,9 @@ def parse_args():
     add("--trace", default="", metavar="FILE", help="Write the steps as a picture, too; a .gif moves.")
     add("--out", default="out.png", help="Where to write the image, or the page of all images [out.png].")
     args = parser.parse_args()
+    for name, least in ("steps", 1), ("num", 1), ("best_of", 1), ("length", 2), ("temperature", 0):
+        if (value := getattr(args, name)) not in (None, "auto") and not value >= least:
+            fail(f"--{name.replace('_', '-')} {value} is too small: give at least {least}")
     for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):
         if any(len(job) < 2 for job in getattr(args, name)):
             fail(f"--{name} wants an image and then {what}: --{name} img.png \"...\"")
@@ -560,7 +568,7 @@ def main():
     if reads and not dd.ddit.text_head.linear.weight.any():
         warn("this model's text head was never trained: it can draw, but what it reads means nothing")
     settings, generator = dd.config.settings, torch.Generator().manual_seed(args.seed)
-    args.length = args.length if args.length == "auto" else int(args.length or settings.length)
+    args.length = args.length or settings.length
     settings.length = settings.length if args.length == "auto" else args.length
     settings.answer_suffix = settings.answer_suffix if args.suffix is None else args.suffix
     args.size = [int(side) for side in (args.size or str(settings.size)).split("x") * 2][:2]

@@ -165,11 +165,12 @@ def blocks(dd, args):
 def drawings(dd, args):
     """How many of Euler's steps (--steps) a drawing needs, with guidance at all times, and only at the model's own.
 
-    What is drawn are captions with held-out pairs. With guidance a step takes two forward passes, else one."""
+    What is drawn are captions with held-out pairs. A step takes two forward passes with guidance, else one: behind the
+    colon is their sum."""
     source, ids, scores, rows = data.World(UNSEEN + args.seed, "held"), range(args.num), {}, []
     prompts = [source.caption(i, np.random.default_rng([args.seed, 2, i])) for i in ids]
     dd.ddit.register_forward_pre_hook(lambda ddit, inputs: rows.append(len(inputs[0])))
-    for times in dict.fromkeys([(0.0, 1.0), tuple(dd.config.settings.cfg_times)]):
+    for guided, times in ("all", (0.0, 1.0)), ("some", dd.config.settings.cfg_times):
         dd.config.settings.cfg_times = times
         for steps in args.steps or (4, 5, 6, 8, 28):
             generator, right = torch.Generator().manual_seed(args.seed), []
@@ -177,7 +178,7 @@ def drawings(dd, args):
             for part in data.slices(len(ids), source.size, source.size, "drawing"):
                 pixels = text_to_image(dd, prompts[part], steps=steps, generator=generator)
                 right += judge_images(prompts[part], pixels)
-            scores[f"{steps} steps, {sum(rows) / len(ids):.0f} passes"] = right
+            scores[f"{steps} steps, {guided} guided: {sum(rows) / len(ids):.0f}"] = right
     return scores
 
 
@@ -475,8 +476,8 @@ def check_files(args):
         fail(f"{args.benchmark} has no use for it: leave out --order and --steps")
     if args.temperature and not (args.order or args.benchmark == "world" and args.steps):
         fail("--temperature is for world, with --order or --steps")
-    if args.num is not None and args.num < 1:
-        fail(f"--num {args.num} is nothing to judge on")
+    if args.num is not None and args.num < 1 or args.steps and min(args.steps) < 1:
+        fail("--num and --steps are at least 1")
     if args.results and args.num:
         fail("--results are scored whole: leave out --num")
 

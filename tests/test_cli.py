@@ -76,6 +76,10 @@ MISTAKES = {
         (["--t2i", "x", "--size", "100"], "multiples of 16"),
         (["--t2i", "a circle", "--size", "64x256"], "larger than the model's 8x8 positions"),
         (["--t2i", "x", "--steps", "few"], "--steps"),
+        (["--t2i", "x", "--steps", "-1"], "--steps -1 is too small: give at least 1"),
+        (["--caption", "ok.png", "--length", "0"], "--length 0 is too small: give at least 2"),
+        (["--t2i", "x", "--best-of", "0"], "--best-of 0 is too small"),
+        (["--caption", "ok.png", "--temperature", "nan"], "--temperature nan is too small"),
         (["--t2i", "x", "--trace", "x.ico"], "x.ico: give a picture's name"),
     ],
     "train.py": [
