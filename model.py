@@ -191,7 +191,7 @@ class Settings:
     size: int = 256         # side of the images it reads and draws, pixels
     length: int = 256       # tokens a prompt, caption or question with answer is padded to
     cfg: float = 7.0        # classifier-free guidance when drawing
-    cfg_times: tuple = (0.0, 1.0)  # guidance acts between these t; the paper's always
+    cfg_times: tuple = (0.0, 1.0)  # it guides from the first t to the second; in the paper always
     shift: float = 3.0      # of the drawing time grid, SD3's
     caption_steps: int = 256
     answer_steps: int = 16

@@ -44,7 +44,7 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
     states = dd.t5(torch.tensor([dd.tokenizer.encode(text, length) for text in texts], device=dd.device))
 
     def velocity_at(x, t):
-        guided = cfg != 1 and low <= t <= high  # beyond, guidance costs a pass and helps little
+        guided = cfg != 1 and low <= t <= high  # at other times it costs a pass and helps little
         latents = torch.cat([x, x]) if guided else x
         times = torch.full((len(latents),), t, device=dd.device)
         velocity = dd.ddit(latents, times, states[:len(latents)], predict=slice(0))[0].float()  # no logits
@@ -568,8 +568,8 @@ def main():
     if reads and not dd.ddit.text_head.linear.weight.any():
         warn("this model's text head was never trained: it can draw, but what it reads means nothing")
     settings, generator = dd.config.settings, torch.Generator().manual_seed(args.seed)
-    args.length = args.length or settings.length
-    settings.length = settings.length if args.length == "auto" else args.length
+    if args.length not in (None, "auto"):
+        settings.length = args.length
     settings.answer_suffix = settings.answer_suffix if args.suffix is None else args.suffix
     args.size = [int(side) for side in (args.size or str(settings.size)).split("x") * 2][:2]
     latent_size(dd, *args.size[::-1])  # raises before any work is done in vain

@@ -93,8 +93,7 @@ def read_in_orders(dd, args):
     a text takes. All share the scenes and questions of `world`."""
     source, ids = data.World(UNSEEN + args.seed, kinds=args.kinds), range(args.num)
     _, questions = scene_questions(source, ids, np.random.default_rng([args.seed, 2]))
-    widest, rows = [0.0, 0.0], []  # intervals, in points to one side; rows of every forward pass
-    dd.ddit.register_forward_pre_hook(lambda ddit, inputs: rows.append(len(inputs[0])))
+    widest, rows = [0.0, 0.0], rows_of_passes(dd)  # widest: of the intervals, in points to one side
     print("| order | steps | captions | passes | answers | passes |\n|---|---|---|---|---|---|")
     for order in args.order or ["random"]:
         for steps in args.steps or [None]:
@@ -167,9 +166,8 @@ def drawings(dd, args):
 
     What is drawn are captions with held-out pairs. A step takes two forward passes with guidance, else one: behind the
     colon is their sum."""
-    source, ids, scores, rows = data.World(UNSEEN + args.seed, "held"), range(args.num), {}, []
+    source, ids, scores, rows = data.World(UNSEEN + args.seed, "held"), range(args.num), {}, rows_of_passes(dd)
     prompts = [source.caption(i, np.random.default_rng([args.seed, 2, i])) for i in ids]
-    dd.ddit.register_forward_pre_hook(lambda ddit, inputs: rows.append(len(inputs[0])))
     for guided, times in ("all", (0.0, 1.0)), ("some", dd.config.settings.cfg_times):
         dd.config.settings.cfg_times = times
         for steps in args.steps or (4, 5, 6, 8, 28):
@@ -303,6 +301,13 @@ def image_batches(source, ids, desc):
     """The images of `ids`, as many at once as go through the networks -> pairs of (slice of ids, pixels (B,3,H,W))."""
     for part in data.slices(len(ids), source.size, source.size, desc):
         yield part, torch.from_numpy(data.to_pixels([source.image(i) for i in ids[part]]))
+
+
+def rows_of_passes(dd):
+    """-> a list, to which every forward pass of the transformer will add its number of rows."""
+    rows = []
+    dd.ddit.register_forward_pre_hook(lambda ddit, inputs: rows.append(len(inputs[0])))
+    return rows
 
 
 def same_text(text, truth):
