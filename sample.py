@@ -1,13 +1,17 @@
-"""Using it: draw images from text, read images into text, fill in the blanks of a text. Both diffusions run backwards:
-an image begins as noise and follows the velocity; a text begins as masks, which the network replaces by tokens.
+"""Using it: draw images from text, read images into text, fill in the blanks of a text. Both
+diffusions run backwards: an image begins as noise and follows the velocity; a text begins as masks,
+which the network replaces by tokens.
 
     python sample.py --vqa img.png "what color is the circle?"
     python sample.py --caption img.png
     python sample.py --t2i "a large green triangle left of a small red circle" --num 8 --out out.png
     python sample.py --infill img.png "a _ green _ above a small _ circle and a small green square"
-References: Esser et al., SD3, arXiv 2403.03206, section 5.3.2; Ho & Salimans, Classifier-Free Guidance, 2207.12598;
-  Kynkäänniemi et al., Limited-Interval Guidance, 2404.07724; Zheng et al., Time-Agnostic Masked Models, 2409.02908;
-  Chang et al., MaskGIT, 2202.04200; Ben-Hamu et al., Entropy-Bounded Unmasking, 2505.24857
+
+References: Esser et al., SD3, arXiv 2403.03206, section 5.3.2
+  Ho & Salimans, Classifier-Free Guidance, arXiv 2207.12598
+  Kynkäänniemi et al., Limited-Interval Guidance, arXiv 2404.07724
+  Zheng et al., Time-Agnostic Masked Models, arXiv 2409.02908
+  Ben-Hamu et al., Entropy-Bounded Unmasking, arXiv 2505.24857
 """
 import argparse
 import os
@@ -15,43 +19,55 @@ import re
 import sys
 import textwrap
 
-# Idle OpenMP threads spin. Beside other busy programs, without this limit, small tensors are 10 to 70 times slower.
+# Idle threads of OpenMP spin, which slows other programs and us; this limits it (before torch comes).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import losses
-from data import EXTENSIONS, load_image, replacing, slices, to_images, to_pixels, warn, window_ids
+from data import ENDINGS, EXTENSIONS, load_image, replacing, slices, to_images, to_pixels, warn
 from model import DTYPES, DualDiffusion, missing_parts
-from t5 import unseen_words
+from t5 import unseen_words, window_ids
+
+# ---------------------------------------------------------------- drawing
 
 
 def time_grid(steps, shift):
-    """(steps+1,) times from 1 (noise) down to 0 (image); shift > 1 spends more of the steps near the noise (SD3)."""
+    """Returns (steps+1,) times from 1 (noise) down to 0 (image). With shift > 1 more of the steps
+    are near the noise (SD3)."""
     t = torch.linspace(1, 0, steps + 1)
     return shift * t / (1 + (shift - 1) * t)
 
 
 def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
-    """Noise (B,C,h,w) -> pixels (B,3,8h,8w), all prompts at once: Euler's steps along the ODE, from t = 1 to 0.
+    """Noise (B,C,h,w) -> pixels (B,3,8h,8w), all prompts at once: Euler's steps along the ODE, from
+    t = 1 to 0.
 
-    Guidance predicts two velocities, one for the prompt and one for the negative text, most often empty, and takes
-    negative + cfg * (prompt - negative). With cfg 1 that is the prompt's own; with more it goes beyond."""
-    x, (low, high) = x.to(dd.device), dd.config.settings.cfg_times
-    texts = [*prompts, *[negative] * len(prompts) * (cfg != 1)]
-    states = dd.t5(torch.tensor([dd.tokenizer.encode(text, length) for text in texts], device=dd.device))
+    Guidance predicts two velocities, one for the prompt and one for the negative text, which is
+    usually empty, and takes negative + cfg * (prompt - negative). With cfg 1 this is the velocity
+    for the prompt; a larger cfg goes further in the same direction."""
+    low, high = dd.config.settings.cfg_times
+    x = x.to(dd.device)
+    texts = list(prompts)
+    if cfg != 1:
+        texts += [negative] * len(prompts)
+    tokens = [dd.tokenizer.encode(text, length) for text in texts]
+    states = dd.t5(torch.tensor(tokens, device=dd.device))
+    no_text = torch.zeros(len(tokens), length, dtype=torch.bool)  # no logits are wanted
+
+    def predict_velocity(x, t):
+        times = torch.full((len(x),), t, device=dd.device)
+        velocity, _ = dd.ddit(x, times, states[:len(x)], predict=no_text[:len(x)])
+        return velocity.float()
 
     def velocity_at(x, t):
-        guided = cfg != 1 and low <= t <= high  # at other times it costs a pass and helps little
-        latents = torch.cat([x, x]) if guided else x
-        times = torch.full((len(latents),), t, device=dd.device)
-        velocity = dd.ddit(latents, times, states[:len(latents)], predict=slice(0))[0].float()  # no logits
-        if guided:
-            with_prompt, with_negative = velocity.chunk(2)
-            velocity = with_negative + cfg * (with_prompt - with_negative)  # Eq. 10
-        return velocity
+        if cfg == 1 or not low <= t <= high:  # elsewhere guidance costs a pass and helps little
+            return predict_velocity(x, t)
+        with_prompt, with_negative = predict_velocity(torch.cat([x, x]), t).chunk(2)
+        return with_negative + cfg * (with_prompt - with_negative)  # Eq. 10
 
     grid = time_grid(steps, shift).tolist()
     for t, t_next in zip(grid, grid[1:]):
@@ -63,269 +79,347 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
 
 
 @torch.no_grad()
-def text_to_image(dd, prompts, negative="", height=None, width=None, length=None, steps=28, cfg=None, shift=None,
-                  noise=None, generator=None, watch=None):
-    """Draw one image per prompt, of a list -> pixels (B,3,height,width) in [-1,1].
+def text_to_image(dd, prompts, negative="", height=None, width=None, length=None, steps=28, cfg=None,
+                  shift=None, noise=None, generator=None, watch=None):
+    """Draws one image for each prompt of a list -> pixels (B,3,height,width) in [-1,1].
 
-    height, width: pixels, multiples of 16; length: tokens that a prompt is padded to; steps: of Euler, 28 is SD3's;
-    cfg: guidance, 1 is none; noise (B,C,H/8,W/8): what to start from; watch(x, t, velocity) is called at every step.
-    What is None is the checkpoint's own. Raises ValueError for a size that the model cannot take."""
-    settings, vae, prompts = dd.config.settings, dd.config.vae, [prompts] if isinstance(prompts, str) else prompts
-    height, width, length = height or settings.size, width or settings.size, length or settings.length
-    cfg, shift = settings.cfg if cfg is None else cfg, shift or settings.shift
+    height, width: pixels, multiples of 16; length: tokens to which a prompt is padded; steps: of
+    Euler's method, in SD3 28; cfg: guidance, 1 is none; shift: of the time grid; noise
+    (B,C,H/8,W/8): what to start from; watch(x, t, velocity) is called at every step. Where an
+    argument is None, the checkpoint's own is taken. Raises ValueError for a size that the model
+    cannot take."""
+    settings = dd.config.settings
+    height = height or settings.size
+    width = width or settings.size
+    length = length or settings.length
+    shift = shift or settings.shift
+    if cfg is None:
+        cfg = settings.cfg
     if noise is None:
-        noise = torch.randn(len(prompts), vae.latent_channels, *latent_size(dd, height, width), generator=generator)
-    parts = slices(len(prompts), noise.shape[2] * vae.factor, noise.shape[3] * vae.factor)
-    return torch.cat([denoise(dd, noise[k], prompts[k], negative, length, steps, cfg, shift, watch) for k in parts])
+        h, w = latent_size(dd, height, width)
+        shape = len(prompts), dd.config.vae.latent_channels, h, w
+        noise = torch.randn(shape, generator=generator)
+    drawn = []
+    for part in slices(len(prompts), height, width):
+        x = noise[part]
+        drawn.append(denoise(dd, x, prompts[part], negative, length, steps, cfg, shift, watch))
+    return torch.cat(drawn)
+
+
+# ---------------------------------------------------------------- reading
 
 
 def revealed_share(steps):
-    """(steps+1,) float64: the share of tokens that are revealed at each time of an even grid from t = 1 down to 0:
-    alpha(t), scaled to run from 0 to 1. (By Eq. 5 a token stays masked through a step from t to s with chance
-    (1 - alpha(s)) / (1 - alpha(t)). The product of these chances over the steps so far is 1 minus this share.)"""
+    """Returns (steps+1,) float64: the share of tokens that are revealed at each time of an even
+    grid from t = 1 down to 0. It is alpha(t), scaled to run from 0 to 1.
+
+    (By Eq. 5 a token stays masked through a step from t to s with probability (1 - alpha(s)) /
+    (1 - alpha(t)). The product over all steps so far is 1 minus this share.)"""
     readable = losses.alpha(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     return (readable - readable[0]) / (readable[-1] - readable[0])  # Eq. 5
 
 
 def text_logits(dd, latents, tokens, predict):
-    """One forward pass: latents (B,C,H,W), tokens (B,L) -> logits (N,V) at the N true positions of `predict` (B,L)."""
-    states, times = dd.t5(tokens.to(dd.device)), torch.zeros(len(tokens), device=dd.device)
-    return finite(dd.ddit(latents, times, states, predict=predict, image_rows=0)[1])
+    """One forward pass: latents (B,C,H,W), tokens (B,L) -> logits (N,V) at the N true places of
+    predict (B,L) bool, on the CPU."""
+    states = dd.t5(tokens.to(dd.device))
+    times = torch.zeros(len(tokens), device=dd.device)
+    _, logits = dd.ddit(latents, times, states, predict=predict, image_rows=0)
+    return finite(logits)
 
 
-# The orders of unmasking. An order runs the network by `predict_tokens(positions)`, (B,L) bool, which returns a token,
-# its probability and the entropy for each true position. After every pass the order yields `reveal`, (B,L) bool, with a
-# token for each true one. `unmask` writes these into the text and clears their places in `masked`, this very tensor.
+# An order of unmasking is a function. masked (B,L) bool says where masks are left. predict(places)
+# runs the network where places (B,L) is true -> predicted tokens (B,L), and the entropies of their
+# distributions (B,L), in nats. The order returns which masks are revealed now, (B,L) bool, and the
+# tokens. step_of (B,L) is the step of ancestral sampling at which each token is revealed.
 
 
-def in_random_order(predict_tokens, masked, steps, generator):
-    """Exact ancestral sampling on a grid of `steps` steps, but with fewer passes. Chance alone decides at which step a
-    token is revealed, independently for each (Eq. 5). The network only decides what it is, and does not see the time.
-    So all steps can be drawn first, and the network runs only at those, and for those rows, that reveal something."""
-    u = torch.rand(masked.shape, dtype=torch.float64, generator=generator)
-    step_of = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # k, where share[k] <= u < share[k+1]
-    for step in range(steps):
-        reveal = masked & (step_of == step)
-        if reveal.any():
-            yield reveal, predict_tokens(reveal)[0]
+def in_random_order(masked, predict, step_of):
+    """Ancestral sampling, exactly, but with fewer passes: reveals in each row the masks whose step
+    is next.
+
+    Chance alone decides at which step a token is revealed, for each token on its own (Eq. 5). The
+    network only says which token it is, and it does not see the time. So all steps can be drawn
+    beforehand, and steps that reveal nothing cost nothing."""
+    next_step = step_of.masked_fill(~masked, 2 ** 31).amin(1, keepdim=True)
+    reveal = masked & (step_of == next_step)
+    tokens, _ = predict(reveal)
+    return reveal, tokens
 
 
-def by_confidence(predict_tokens, masked, steps, generator):
-    """As many tokens per step as ancestral sampling reveals on average, but the most probable first (MaskGIT)."""
-    total = masked.sum(1)
-    for share in revealed_share(steps)[1:]:
-        remaining = (total * (1 - share) + 1e-9).floor()  # masks that each row keeps; 1e-9 against rounding
-        count = masked.sum(1) - remaining                 # tokens that each row reveals now
-        candidates = masked & (count > 0)[:, None]
-        if candidates.any():
-            ids, confidence, _ = predict_tokens(candidates)
-            sure = torch.full(masked.shape, -1.0, dtype=confidence.dtype).masked_scatter(candidates, confidence)
-            rank = sure.argsort(1, descending=True).argsort(1)  # 0 for the surest of a row
-            reveal = candidates & (rank < count[:, None])
-            yield reveal, ids[reveal[candidates]]
+GAMMA = 0.1  # nats; more makes fewer passes and more errors (tests/README.md has a table)
 
 
-GAMMA = 0.1  # nats; larger: fewer passes and more errors (tests/README.md has a table)
+def by_entropy(masked, predict, step_of):
+    """Reveals the surest masks of each row, as many as are nearly independent.
+
+    One pass predicts each token on its own. Taking several at once errs by at most the sum of their
+    entropies, not counting the largest (a KL divergence: if all tokens but one are certain, nothing
+    is left that could depend on it). So a pass reveals the tokens of least entropy, as many as keep
+    this sum within GAMMA."""
+    tokens, nats = predict(masked)
+    nats = nats.masked_fill(~masked, 1e9)
+    surest_first = nats.argsort(1)
+    sorted_nats = nats.gather(1, surest_first)
+    nats_of_surer = sorted_nats.cumsum(1) - sorted_nats
+    within = torch.zeros_like(masked).scatter(1, surest_first, nats_of_surer <= GAMMA)
+    return masked & within, tokens
 
 
-def by_entropy(predict_tokens, masked, steps, generator):
-    """The surest first, and in each pass as many as are nearly independent; `steps` plays no part. A pass draws its
-    tokens independently. This errs by at most the sum of their entropies without the largest (a KL divergence). So a
-    pass takes the tokens of least entropy, as many as keep this sum within GAMMA."""
-    while masked.any():
-        ids, _, entropy = predict_tokens(masked)
-        nats, order = torch.full(masked.shape, torch.inf, dtype=entropy.dtype).masked_scatter(masked, entropy).sort(1)
-        within = nats.cumsum(1) - nats <= GAMMA  # for each, the sum of all surer ones
-        reveal = masked & within.gather(1, order.argsort(1))
-        yield reveal, ids[reveal[masked]]
-
-
-ORDERS = {"random": in_random_order, "confidence": by_confidence, "entropy": by_entropy}
+ORDERS = {"random": in_random_order, "entropy": by_entropy}
 
 
 @torch.no_grad()
-def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0, generator=None, watch=None):
-    """Draw the maskable tokens given the image and the other tokens -> tokens (B,L), number of forward passes.
+def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0, generator=None,
+           watch=None):
+    """Draws the maskable tokens, given the image and the other tokens -> tokens (B,L), number of
+    forward passes.
 
-    latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; order: one of ORDERS, on a
-    grid of `steps` times; temperature divides the logits, 0 takes the likeliest. "random" at temperature 1 is exact
-    ancestral sampling. A text is read up to its first EOS: once that and all before it are revealed, the row's other
+    latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; steps:
+    of ancestral sampling, for order "random"; order: one of ORDERS; temperature divides the logits,
+    0 takes the likeliest token; watch(tokens, reveal) is called after every pass. Order "random" at
+    temperature 1 is exact ancestral sampling.
+
+    A text is read up to its first EOS. Once that and all before it are revealed, the row's other
     masks become EOS without a forward pass."""
-    mask_id, eos_id, passes = dd.tokenizer.mask_id, dd.tokenizer.eos_id, 0
+    mask_id = dd.tokenizer.mask_id
+    eos_id = dd.tokenizer.eos_id
+    u = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
+    step_of = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)
     given = ~maskable & (tokens != eos_id)
-    before_given = given.flip(1).cumsum(1).flip(1) > 0  # up to the last given word
+    before_given = given.flip(1).cumsum(1).flip(1) > 0  # places before the last given word
 
-    def predict_tokens(positions):
-        rows = positions.any(1)
-        logits = text_logits(dd, latents[rows], tokens[rows], positions[rows])
-        logits[before_given[positions], eos_id] = -torch.inf  # a text does not end before words that are given
-        return draw_tokens(logits, temperature, generator)
+    def predict(places):
+        rows = places.any(1)
+        logits = text_logits(dd, latents[rows], tokens[rows], places[rows])
+        logits[before_given[places], eos_id] = -torch.inf  # a text does not end before given words
+        ids, entropies = draw_tokens(logits, temperature, generator)
+        nats = torch.zeros(places.shape, dtype=entropies.dtype)
+        return tokens.masked_scatter(places, ids), nats.masked_scatter(places, entropies)
 
-    tokens, masked = torch.where(maskable, mask_id, tokens), maskable.clone()
-    for passes, (reveal, ids) in enumerate(ORDERS[order](predict_tokens, masked, steps, generator), 1):
-        tokens[reveal] = ids
-        beginning = (masked & ~reveal).cumsum(1) == 0  # of each row, all before its first mask
-        masked &= ~reveal & ~(beginning & (tokens == eos_id)).any(1, keepdim=True)  # a text with its EOS is done
+    tokens = torch.where(maskable, mask_id, tokens)
+    masked = maskable
+    passes = 0
+    while masked.any():
+        reveal, predicted = ORDERS[order](masked, predict, step_of)
+        tokens = torch.where(reveal, predicted, tokens)
+        masked = masked & ~reveal
+        before_first_mask = masked.cumsum(1) == 0
+        has_ended = (before_first_mask & maskable & (tokens == eos_id)).any(1)
+        masked = masked & ~has_ended[:, None]
+        passes += 1
         if watch:
             watch(tokens, reveal)
     return torch.where(tokens == mask_id, eos_id, tokens), passes
 
 
 def draw_tokens(logits, temperature, generator):
-    """logits (N,V) -> tokens (N,), their probabilities, the entropies (nats) of their distributions; on the CPU, but
-    computed where the logits are, 256 rows at a time to save memory. The mask token, the last of V, is never drawn."""
-    parts = []
+    """Draws a token from each row of logits (N,V) -> tokens (N,), the entropies (N,) of their
+    distributions in nats; both on the CPU. They are computed where the logits are, 256 rows at a
+    time to save memory. The mask token, the last of V, is never drawn."""
+    tokens = []
+    entropies = []
     for part in logits[:, :-1].split(256):
-        probs = torch.softmax(in_float64(part) / temperature if temperature else part, dim=1)  # float32 loses rare ones
-        ids = draw(probs, generator) if temperature else probs.argmax(1, keepdim=True)
-        parts.append((ids[:, 0], probs.gather(1, ids)[:, 0], torch.special.entr(probs).sum(1)))
-    return [torch.cat(column).cpu() for column in zip(*parts)]
-
-
-def text_ids(dd, text, length=None):
-    """A caption, or a pair (question, answer) -> ids, maskable, as this model was trained on them."""
-    settings = dd.config.settings
-    length = settings.length if length in (None, "auto") else length
-    if isinstance(text, str):
-        prompt = settings.caption_prompt
-        return dd.tokenizer.question_ids(prompt, text, length) if prompt else dd.tokenizer.caption_ids(text, length)
-    return dd.tokenizer.question_ids(f"{text[0]} {settings.answer_suffix}".rstrip(), text[1], length)
+        if temperature:
+            probs = torch.softmax(in_float64(part) / temperature, dim=1)  # float32 loses rare tokens
+            ids = draw(probs, generator)
+        else:
+            probs = torch.softmax(part, dim=1)
+            ids = probs.argmax(1)
+        tokens.append(ids)
+        entropies.append(torch.special.entr(probs).sum(1))
+    return torch.cat(tokens).cpu(), torch.cat(entropies).cpu()
 
 
 def caption(dd, images, length=None, steps=None, **how):
-    """Describe images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; steps, how: see `unmask_texts`."""
+    """Describes images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; steps, how: as
+    in `unmask_texts`."""
     texts = [text_ids(dd, "", length)] * len(images)
     return unmask_texts(dd, images, texts, length, steps, dd.config.settings.caption_steps, **how)
 
 
 def answer(dd, images, questions, length=None, steps=None, **how):
-    """Answer one question per image -> list of str. length: tokens of question and answer; the rest as for caption."""
-    texts = [text_ids(dd, (question, ""), length) for question in questions]  # no answer: EOS in all its places
+    """Answers one question per image -> list of str. length: tokens of question and answer; the
+    others as in `caption`."""
+    texts = [text_ids(dd, (question, ""), length) for question in questions]
     return unmask_texts(dd, images, texts, length, steps, dd.config.settings.answer_steps, **how)
 
 
 def infill(dd, images, texts, length=None, steps=None, **how):
-    """Fill in the blanks of one text per image -> list of str. Every underscore stands for one token."""
-    length = dd.config.settings.length if length in (None, "auto") else length
-    texts = [dd.tokenizer.blank_ids(text, length) for text in texts]
-    return unmask_texts(dd, images, texts, length, steps, length, whole=True, **how)
-
-
-@torch.no_grad()
-def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, temperature=0.0, generator=None,
-                 watch=None, whole=False):
-    """Unmask one text (ids, maskable) per image -> list of str: from the first mask on, or the whole texts. order: by
-    default "random", the paper's, if `steps` are given, else "entropy". length "auto": in blocks, until EOS."""
-    latent_size(dd, *images.shape[2:])  # raises before any work is done in vain
-    order, steps = order or ("random" if steps else "entropy"), steps or default_steps
-    tokens, maskable = (torch.tensor(column) for column in zip(*texts))
-    if len(tokens) != len(images):
-        raise ValueError(f"{len(images)} images want as many texts, not {len(tokens)}")
-    method, lines = unmask_in_blocks if length == "auto" else unmask, []
-    for part in slices(len(images), *images.shape[2:]):
-        latents = dd.encode_image(images[part])
-        ids, _ = method(dd, latents, tokens[part], maskable[part], steps, order, temperature, generator, watch)
-        starts = maskable[part].long().argmax(1)  # the first mask
-        lines += [dd.tokenizer.decode(row if whole else row[start:]) for row, start in zip(ids, starts)]
-    return lines
+    """Fills in the blanks of one text per image -> list of str. Every underscore stands for one
+    token."""
+    tokens = text_length(dd, length)
+    texts = [dd.tokenizer.blank_ids(text, tokens) for text in texts]
+    return unmask_texts(dd, images, texts, length, steps, tokens, whole=True, **how)
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
 
 
+def text_length(dd, length):
+    """Returns how many tokens a text has; "auto" begins with the checkpoint's own length."""
+    return dd.config.settings.length if length in (None, "auto") else length
+
+
+def text_ids(dd, text, length=None):
+    """Makes ids and maskable of a caption, or of a pair (question, answer), as this model was
+    trained on them. An empty caption or answer has EOS in all its places, to be masked."""
+    settings = dd.config.settings
+    return dd.tokenizer.text_ids(text, text_length(dd, length), settings.caption_prompt,
+                                 settings.answer_suffix)
+
+
+@torch.no_grad()
+def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, temperature=0.0,
+                 generator=None, watch=None, whole=False):
+    """Unmasks one text (ids, maskable) for each image -> list of str, from the first mask on, or
+    whole. order: by default "random", the paper's, if `steps` are given, else "entropy". length:
+    with "auto" a text is written in blocks, until EOS."""
+    height, width = images.shape[2:]
+    latent_size(dd, height, width)  # raises before any work is done in vain
+    if len(texts) != len(images):
+        raise ValueError(f"{len(images)} images want as many texts, not {len(texts)}")
+    if order is None:
+        order = "random" if steps else "entropy"
+    method = unmask_in_blocks if length == "auto" else unmask
+    tokens = torch.tensor([ids for ids, _ in texts])
+    maskable = torch.tensor([may for _, may in texts])
+    lines = []
+    for part in slices(len(images), height, width):
+        latents = dd.encode_image(images[part])
+        rows, _ = method(dd, latents, tokens[part], maskable[part], steps or default_steps, order,
+                         temperature, generator, watch)
+        first_masks = maskable[part].long().argmax(1)
+        for row, first in zip(rows, first_masks):
+            lines.append(dd.tokenizer.decode(row if whole else row[first:]))
+    return lines
+
+
 def in_float64(x):
-    return (x.cpu() if x.device.type == "mps" else x).double()  # Apple's GPUs have none
+    if x.device.type == "mps":  # Apple's GPUs have no float64
+        x = x.cpu()
+    return x.double()
 
 
 def draw(probs, generator):
-    """torch.multinomial on any device, with one generator, on the CPU: probs (N,V) float64 -> ids (N,1). A number u
-    falls between two values of the cumulative distribution, whose last may miss 1 by rounding."""
-    ends, u = probs.cumsum(1), torch.rand(len(probs), 1, dtype=torch.float64, generator=generator)
-    return (ends < u.to(ends.device) * ends[:, -1:]).sum(1, keepdim=True)
+    """Draws like torch.multinomial, on any device with one generator, which is on the CPU: probs
+    (N,V) float64 -> ids (N,). A number u falls between two values of the cumulative distribution.
+    (The last of these values may miss 1 by rounding.)"""
+    ends = probs.cumsum(1)
+    u = torch.rand(len(probs), 1, dtype=torch.float64, generator=generator).to(ends.device)
+    return (ends < u * ends[:, -1:]).sum(1)
 
 
 def latent_size(dd, height, width):
-    """Height and width of an image -> of its latents. Raises ValueError for one that the model cannot take."""
-    factor, unit = dd.config.vae.factor, dd.config.vae.factor * dd.config.ddit.patch
+    """Returns height and width of an image's latents. Raises ValueError for an image that the model
+    cannot take."""
+    factor = dd.config.vae.factor
+    unit = factor * dd.config.ddit.patch
     if height % unit or width % unit or min(height, width) < unit:
-        raise ValueError(f"this model wants images with sides that are multiples of {unit}, not {width}x{height}")
-    dd.ddit.positions(height // unit, width // unit)  # raises where it has fewer
+        raise ValueError(f"this model wants images with sides that are multiples of {unit}, not "
+                         f"{width}x{height}")
+    dd.ddit.positions(height // unit, width // unit)  # raises where there are fewer
     return height // factor, width // factor
 
 
 def unmask_in_blocks(dd, latents, tokens, maskable, *how, blocks=32):
-    """`unmask` for texts of any length -> a list of ids per text, number of forward passes.
+    """Like `unmask`, for texts of any length -> a list of ids per text, number of forward passes.
 
-    A text that fills its whole length with words is not at its end. So a window moves over it: the prompt and the
-    latest words stay, a block of new masks follows, and so on until EOS, or for `blocks` blocks. The network never sees
-    more tokens than in training, where it saw such windows (`learning_ids`)."""
-    ids, passes = unmask(dd, latents, tokens, maskable, *how)
-    prompts = [row[~free].tolist()[:-1] for row, free in zip(tokens, maskable)]  # without the last EOS
-    texts = [row[free].tolist() for row, free in zip(ids, maskable)]
+    A text that fills its length without EOS is not at its end. So a window moves over it: prompt
+    and latest words stay, and a block of new masks follows, until EOS, or for `blocks` blocks.
+    The network never sees more tokens than in training, where it saw such windows (t5.py)."""
+    rows, passes = unmask(dd, latents, tokens, maskable, *how)
+    prompts = [row[~may].tolist()[:-1] for row, may in zip(tokens, maskable)]  # without the last EOS
+    texts = [row[may].tolist() for row, may in zip(rows, maskable)]
     for _ in range(blocks):
-        rows = [k for k, text in enumerate(texts) if dd.tokenizer.eos_id not in text]
-        if not rows:
+        unfinished = [k for k, text in enumerate(texts) if dd.tokenizer.eos_id not in text]
+        if not unfinished:
             break
-        windows = [window_ids(dd.tokenizer, prompts[k], texts[k], len(texts[k]), tokens.shape[1]) for k in rows]
-        ids, fresh = (torch.tensor(column) for column in zip(*windows))
-        ids, more = unmask(dd, latents[rows], ids, fresh, *how)
-        for k, row, new in zip(rows, ids, fresh):
-            texts[k] += row[new].tolist()
+        windows = []
+        for k in unfinished:
+            start = len(texts[k])
+            windows.append(window_ids(dd.tokenizer, prompts[k], texts[k], start, tokens.shape[1]))
+        ids = torch.tensor([window for window, _ in windows])
+        new = torch.tensor([may for _, may in windows])
+        rows, more = unmask(dd, latents[unfinished], ids, new, *how)
+        for k, row, may in zip(unfinished, rows, new):
+            texts[k] += row[may].tolist()
         passes += more
     return [prompt + text for prompt, text in zip(prompts, texts)], passes
 
 
+# ---------------------------------------------------------------- the model as a judge
+
+
 @torch.no_grad()
 def score(dd, images, texts, length=None, draws=64, seed=0):
-    """How unlikely is each text, given its image? -> (N,) nats, an estimate of Eq. 7, which bounds -log p(text|image).
+    """Estimates how unlikely each text is, given its image -> (N,) nats. This is Eq. 7, which is an
+    upper bound on -log p(text|image).
 
-    images (N,3,H,W) in [-1,1]; texts: N captions, or pairs (question, answer), of which only the answer counts. Each is
-    masked `draws` times, at stratified times, with the same random numbers for all, so differences vary little."""
-    nats = []
+    images (N,3,H,W) in [-1,1]; texts: N captions, or pairs (question, answer), of which only the
+    answer counts. Each text is masked `draws` times, at stratified times. The random numbers are
+    the same for all texts, so that differences vary little."""
+    scores = []
     for image, text in zip(images, texts):
-        generator, latents = torch.Generator().manual_seed(seed), dd.encode_image(image[None])
+        generator = torch.Generator().manual_seed(seed)
+        latents = dd.encode_image(image[None])
         t = losses.stratified_times(draws, generator=generator)
-        tokens, maskable = (torch.tensor(row).expand(draws, -1) for row in text_ids(dd, text, length))
+        ids, may = text_ids(dd, text, length)
+        tokens = torch.tensor(ids).expand(draws, -1)
+        maskable = torch.tensor(may).expand(draws, -1)
         noisy, masked = losses.mask_tokens(tokens, t, maskable, dd.tokenizer.mask_id, generator)
-        nats.append(0)
+        nats = 0
         for part in slices(draws, *images.shape[2:]):
-            logits = text_logits(dd, latents.expand(len(t[part]), -1, -1, -1), noisy[part], masked[part]).cpu()
-            loss = losses.masked_diffusion_loss(logits, tokens[part], masked[part], t[part])  # per token
-            nats[-1] += loss * tokens[part].numel() / draws
-    return torch.stack(nats)
+            repeated = latents.expand(len(t[part]), -1, -1, -1)
+            logits = text_logits(dd, repeated, noisy[part], masked[part]).cpu()
+            loss = losses.masked_diffusion_loss(logits, tokens[part], masked[part], t[part])
+            nats += loss * tokens[part].numel() / draws  # the loss is per token
+        scores.append(nats)
+    return torch.stack(scores)
 
 
 def rank(dd, images, questions, options, length=None):
-    """One question per image -> list of str: the options, likeliest first, with their probabilities in per cent."""
-    pairs = [(question, option) for question in questions for option in options]
-    nats = score(dd, images.repeat_interleave(len(options), 0), pairs, length).view(-1, len(options))
-    return [", ".join(f"{options[k]} ({100 * row[k]:.1f}%)" for k in row.argsort(descending=True))
-            for row in torch.softmax(-nats, dim=1)]
+    """Ranks the same options as answers to one question per image -> list of str: the options,
+    likeliest first, with their probabilities in per cent."""
+    lines = []
+    for image, question in zip(images, questions):
+        pairs = [(question, option) for option in options]
+        nats = score(dd, image.expand(len(options), -1, -1, -1), pairs, length)
+        percent = 100 * torch.softmax(-nats, dim=0)
+        order = percent.argsort(descending=True)
+        lines.append(", ".join(f"{options[k]} ({percent[k]:.1f}%)" for k in order))
+    return lines
 
 
 def keep_likeliest(dd, pixels, prompts, count, length=None):
-    """Images (N,3,H,W), `count` per prompt -> (N/count,3,H,W): the one from which the model most likely reads it."""
-    texts = [prompt for prompt in prompts for _ in range(count)]
-    nats = score(dd, pixels, texts, length, draws=16).view(-1, count)
-    return pixels.unflatten(0, nats.shape)[torch.arange(len(nats)), nats.argmin(1)]
+    """Of `count` drawings for each prompt keeps the one from which the model reads the prompt with
+    the greatest likelihood: (N,3,H,W) -> (N/count,3,H,W)."""
+    best = []
+    for images, prompt in zip(pixels.split(count), prompts):
+        nats = score(dd, images, [prompt] * count, length, draws=16)
+        best.append(images[nats.argmin()])
+    return torch.stack(best)
 
 
 def finite(tensor):
-    """The tensor itself. Raises ValueError if it holds NaN or infinity."""
+    """Returns the tensor. Raises ValueError if it holds NaN or infinity."""
     if not tensor.isfinite().all():
-        raise ValueError("the model computes NaN or infinity: its weights are damaged, or too large for --dtype")
+        raise ValueError("the model computes NaN or infinity: its weights are damaged, or too large "
+                         "for --dtype")
     return tensor
 
 
 # ---------------------------------------------------------------- what both programs share
 
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny.safetensors")
-torch.backends.cudnn.allow_tf32 = False  # or fp32's convolutions would have 10 bits of precision on a GPU, not 23
+# With TF32, convolutions in fp32 would have 10 bits of precision on a GPU, not 23.
+torch.backends.cudnn.allow_tf32 = False
 
 
 def fail(message, status=2):
-    """End the program after a user's mistake, with one line."""
-    tqdm.write(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)  # not into a bar
+    """Ends the program after a user's mistake, with one line."""
+    program = os.path.basename(sys.argv[0])
+    tqdm.write(f"{program}: {message}", file=sys.stderr)  # tqdm's, or it would run into a bar
     sys.exit(status)
 
 
@@ -335,34 +429,64 @@ class Parser(argparse.ArgumentParser):
 
 
 def default_device():
-    """The name of the accelerator that torch finds, or "cpu"."""
+    """Returns the name of the accelerator that torch finds, or "cpu"."""
     gpu = torch.accelerator.current_accelerator(check_available=True)
     return gpu.type if gpu else "cpu"
 
 
 def existing_device(name):
-    """An argparse type: a device that exists. A GPU gets the local rank of torchrun, else the index in `name`, or 0."""
+    """An argparse type: a device that exists. A GPU gets the local rank of torchrun, else the index
+    in `name`, or 0."""
     kind, _, index = name.partition(":")
-    index, count = os.environ.get("LOCAL_RANK", index or "0"), torch.accelerator.device_count()
-    if kind != "cpu" and not (kind == default_device() and index.isdecimal() and int(index) < count):
+    if kind == "cpu":
+        return torch.device("cpu")
+    index = os.environ.get("LOCAL_RANK", index or "0")
+    count = torch.accelerator.device_count()
+    if kind != default_device() or not index.isdecimal() or int(index) >= count:
         raise argparse.ArgumentTypeError(f"there is no device {name} here")
-    return torch.device(kind) if kind == "cpu" else torch.device(kind, int(index))
+    return torch.device(kind, int(index))
+
+
+def at_least(least, kind=int):
+    """Makes an argparse type: a number that is not smaller."""
+    def number(text):
+        value = kind(text)
+        if not value >= least:  # also for nan
+            raise argparse.ArgumentTypeError(f"{text} is too small: give at least {least}")
+        return value
+    return number
 
 
 def token_count(text):
     """An argparse type: a number, or auto."""
-    return text if text == "auto" else int(text)
+    return text if text == "auto" else at_least(2)(text)
+
+
+def image_size(text):
+    """An argparse type: "512", or "WIDTHxHEIGHT" -> height, width."""
+    width, _, height = text.partition("x")
+    return int(height or width), int(width)
+
+
+def picture_name(path):
+    """An argparse type: where a picture can be written."""
+    folder_exists = os.path.isdir(os.path.dirname(path) or ".")
+    if not path.lower().endswith(EXTENSIONS) or not folder_exists:
+        raise argparse.ArgumentTypeError(f"{path}: give a picture's name, like out.png, in a folder "
+                                         "that is there")
+    return path
 
 
 def add_parts(parser):
-    """The arguments that take parts of a model from other files."""
-    parser.add_argument("--t5", metavar="FILE", help="A file or folder to take T5 from.")
-    parser.add_argument("--vae", metavar="FILE", help="A file or folder to take the VAE from.")
-    parser.add_argument("--spiece", metavar="FILE", help="T5's tokenizer, spiece.model.")
+    """Adds the arguments that take parts of a model from other files."""
+    parser.add_argument("--t5", metavar="FILE", help="Take T5 from this file or folder.")
+    parser.add_argument("--vae", metavar="FILE", help="Take the VAE from this file or folder.")
+    parser.add_argument("--spiece", metavar="FILE", help="Take T5's tokenizer, a spiece.model.")
 
 
 def run_program(main, stopped="stopped", lower="--size, or give --offload"):
-    """Run main(). A user's mistake, or too little memory, gives one line and status 2; Ctrl-C `stopped` and 130."""
+    """Runs main(). A user's mistake, or too little memory, gives one line and status 2; Ctrl-C gives
+    `stopped` and status 130."""
     try:
         main()
         sys.stdout.flush()
@@ -371,208 +495,247 @@ def run_program(main, stopped="stopped", lower="--size, or give --offload"):
     except KeyboardInterrupt:
         fail(stopped, 130)
     except (ValueError, OSError) as error:
-        fail(f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error)
+        file = getattr(error, "filename", None)
+        fail(f"{file}: {error.strerror}" if file else error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate|ALLOC_FAILED", str(error)):
+        no_memory = re.search("out of memory|allocate|ALLOC_FAILED", str(error))
+        if isinstance(error, RuntimeError) and not no_memory:
             raise
         fail(f"out of memory: lower {lower}")
 
 
-def tile(images, columns, gap=2):
-    """PIL images of one size, row by row -> one white page of them, `gap` pixels apart."""
-    width, height, rows = images[0].width + gap, images[0].height + gap, -(-len(images) // columns)
-    page = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
-    for k, image in enumerate(images):
-        page.paste(image, (k % columns * width, k // columns * height))
-    return page
+def page(images, columns, texts=(), gap=2):
+    """Puts images (H,W,3) uint8 of one size on a white page, row by row, each with its text below,
+    if there are texts -> PIL image."""
+    height, width, _ = images[0].shape
+    texts = [wrap(text, width // 7) for text in texts] or [""] * len(images)
+    lines = max(text.count("\n") + bool(text) for text in texts)
+    across = width + gap
+    down = height + gap + 15 * lines
+    rows = -(-len(images) // columns)
+    result = Image.new("RGB", (columns * across - gap, rows * down - gap), "white")
+    pen = ImageDraw.Draw(result)
+    font = ImageFont.load_default(size=12)
+    for k, (image, text) in enumerate(zip(images, texts)):
+        x = k % columns * across
+        y = k // columns * down
+        result.paste(Image.fromarray(image), (x, y))
+        pen.text((x, y + height), text, "black", font, spacing=2)
+    return result
 
 
-def sheet(path, cells, columns=4, width=192):
-    """Write a PNG of images with their texts. cells: [(image (H,W,3) uint8, text)]; width: of one image, in pixels."""
-    texts = ["\n".join(textwrap.fill(line, width // 7) for line in text[:400].split("\n")) for _, text in cells]
-    size, tiles = (width + 8, width + 24 + 15 * max(text.count("\n") for text in texts)), []
-    for (image, _), text in zip(cells, texts):
-        tiles.append(Image.new("RGB", size, "white"))
-        tiles[-1].paste(Image.fromarray(image).resize((width, width), Image.Resampling.NEAREST), (4, 4))
-        ImageDraw.Draw(tiles[-1]).text((4, width + 6), text, "black", ImageFont.load_default(size=12), spacing=2)
+def wrap(text, width):
+    lines = [textwrap.fill(line, width) for line in text[:400].split("\n")]
+    return "\n".join(lines)
+
+
+def sheet(path, cells):
+    """Writes a PNG of images with their texts, four in a row. cells: [(image (H,W,3) uint8, text)],
+    the images of one size, which are shown 192 pixels wide."""
+    images = []
+    for image, _ in cells:
+        image = Image.fromarray(image).resize((192, 192), Image.Resampling.NEAREST)
+        images.append(np.asarray(image))
+    texts = [text for _, text in cells]
+    save_image(path, [page(images, 4, texts, gap=8)])
+
+
+def save_image(path, frames):
+    """Writes an image; several become the frames of a GIF."""
+    kind = ENDINGS[os.path.splitext(path)[1].lower()]
     with replacing(path) as beside:
-        tile(tiles, columns, gap=0).save(beside, format="PNG")
-
-
-def words_of(tokenizer, ids):
-    """-> a word per token: nothing for a mask, a dot for the end of the text."""
-    special = {tokenizer.mask_id: "", tokenizer.eos_id: "·"}
-    return [special[i] if i in special else tokenizer.pieces.id_to_piece(i).strip("▁") for i in ids.tolist()]
-
-
-def text_page(trace):
-    """An image of how a text was unmasked, a row per pass. trace: for each its words, and which of them are new. Grey
-    is masked, yellow is new."""
-    font, left = ImageFont.load_default(size=13), [4.0]
-    for word in trace[-1][0]:
-        left.append(left[-1] + font.getlength(word) + 8)
-    page = Image.new("RGB", (int(left[-1]) + 4, 22 * len(trace) + 4), "white")
-    draw = ImageDraw.Draw(page)
-    for k, (words, reveal) in enumerate(trace):
-        for word, new, x, end in zip(words, reveal, left, left[1:]):
-            draw.rectangle((x, 22 * k + 4, end - 2, 22 * k + 22), "gold" if new else "white" if word else "lightgray")
-            draw.text((x + 3, 22 * k + 4), word, "black", font)
-    return page
+        frames[0].save(beside, kind, save_all=len(frames) > 1, append_images=frames[1:],
+                       duration=150, loop=0)
 
 
 # ---------------------------------------------------------------- the program
 
+
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
     add = parser.add_argument_group("what to do").add_argument
-    more = {"nargs": "+", "default": []}
-    add("--vqa", **more, action="append", metavar="IMAGE ... QUESTION", help="Answer a question about each image.")
-    add("--caption", **more, action="extend", metavar="IMAGE", help="Describe each image.")
-    add("--t2i", **more, action="extend", metavar="TEXT", help="Draw each text.")
-    add("--infill", **more, action="append", metavar="IMAGE ... TEXT", help="Fill in: one token per underscore.")
+    add("--vqa", nargs=2, action="append", default=[], metavar=("IMAGE", "QUESTION"),
+        help="Answer a question about an image. May be repeated.")
+    add("--caption", nargs="+", action="extend", default=[], metavar="IMAGE",
+        help="Describe each image.")
+    add("--t2i", nargs="+", action="extend", default=[], metavar="TEXT", help="Draw each text.")
+    add("--infill", nargs=2, action="append", default=[], metavar=("IMAGE", "TEXT"),
+        help="Fill in a text about an image, one token per underscore. May be repeated.")
+
     group = parser.add_argument_group("the model")
     add = group.add_argument
-    add("--ckpt", metavar="FILE", default=SHIPPED, help="Ours, SD3's, or a diffusers folder [the shipped model].")
+    add("--ckpt", metavar="FILE", default=SHIPPED,
+        help="A file of ours or SD3's, or a folder in diffusers layout (default: the shipped model).")
     add_parts(group)
-    add("--device", type=existing_device, default=default_device(), help="Where to run [the GPU, if there is one].")
-    add("--dtype", choices=list(DTYPES), help="What to compute in [bf16 on a CUDA GPU, else fp32].")
+    add("--device", type=existing_device, default=default_device(),
+        help="Where to run (default: the GPU, if there is one).")
+    add("--dtype", choices=list(DTYPES),
+        help="What to compute in (default: bf16 on a CUDA GPU, else fp32).")
     add("--offload", action="store_true", help="Keep T5 on the CPU, if GPU memory is short.")
-    add = parser.add_argument_group("how to do it", "In brackets what is taken without the flag.").add_argument
-    add("--seed", type=int, default=0, help="Seeds all random numbers [0].")
-    add("--steps", type=int, help="Steps of drawing [28], or of reading (see --order).")
-    add("--order", choices=list(ORDERS), help="How a text is unmasked [random if --steps is given, else entropy].")
-    add("--temperature", type=float, default=0.0, help="Divides the logits of tokens; 0 takes the likeliest [0].")
-    add("--length", type=token_count, metavar="TOKENS", help="Of a text; auto: as many as it needs [the checkpoint's].")
-    add("--options", **more, metavar="ANSWER", help="Rank these answers to --vqa by their probability.")
-    add("--suffix", metavar="TEXT", help="Is added to every question [the checkpoint's].")
-    add("--num", type=int, default=1, help="Images per prompt [1].")
-    add("--best-of", type=int, default=1, metavar="N", help="Draw N, keep the one that best reads as the prompt [1].")
-    add("--cfg", type=float, help="Guidance, a factor; 1 is none [the checkpoint's].")
-    add("--negative", default="", metavar="TEXT", help="What guidance leads away from [the empty text].")
-    add("--size", metavar="SIDES", help="In pixels: 512, or WIDTHxHEIGHT [the checkpoint's].")
-    add("--trace", default="", metavar="FILE", help="Write the steps as a picture, too; a .gif moves.")
-    add("--out", default="out.png", help="Where to write the image, or the page of all images [out.png].")
+
+    add = parser.add_argument_group("how to do it").add_argument
+    add("--seed", type=int, default=0, help="Seeds all random numbers (default: 0).")
+    add("--steps", type=at_least(1),
+        help="Steps of drawing (default: 28), or of reading (default: see --order).")
+    add("--order", choices=list(ORDERS),
+        help="In which order tokens are unmasked (default: entropy; with --steps, random).")
+    add("--temperature", type=at_least(0, float), default=0.0,
+        help="Divides the logits of tokens; 0 takes the likeliest token (default: 0).")
+    add("--length", type=token_count, metavar="TOKENS",
+        help="Length of a text; auto takes as many as it needs (default: the checkpoint's).")
+    add("--options", nargs="+", default=[], metavar="ANSWER",
+        help="Rank these answers to --vqa by their probability.")
+    add("--suffix", metavar="TEXT", help="Is added to every question (default: the checkpoint's).")
+    add("--show-passes", action="store_true", help="Print a text after every forward pass, too.")
+    add("--num", type=at_least(1), default=1, help="Images per prompt (default: 1).")
+    add("--best-of", type=at_least(1), default=1, metavar="N",
+        help="Draw N images for each and keep the one that best reads as the prompt (default: 1).")
+    add("--cfg", type=float, help="Guidance; 1 is none (default: the checkpoint's).")
+    add("--negative", default="", metavar="TEXT",
+        help="The text that guidance leads away from (default: the empty text).")
+    add("--size", type=image_size, metavar="SIDES",
+        help="Pixels: 512, or WIDTHxHEIGHT (default: the checkpoint's).")
+    add("--trace", type=picture_name, metavar="FILE",
+        help="Write the steps of drawing as a picture, too; a .gif moves.")
+    add("--out", type=picture_name, default="out.png", metavar="FILE",
+        help="Where to write the drawing, or the page of all drawings (default: out.png).")
+
     args = parser.parse_args()
-    for name, least in ("steps", 1), ("num", 1), ("best_of", 1), ("length", 2), ("temperature", 0):
-        if (value := getattr(args, name)) not in (None, "auto") and not value >= least:
-            fail(f"--{name.replace('_', '-')} {value} is too small: give at least {least}")
-    for name, what in (("vqa", "a question"), ("infill", "a text with blanks")):
-        if any(len(job) < 2 for job in getattr(args, name)):
-            fail(f"--{name} wants an image and then {what}: --{name} img.png \"...\"")
-    for paths in (args.caption, *(paths for *paths, _ in args.vqa + args.infill)):
-        if missing := [path for path in paths if not os.path.exists(path)]:
-            fail(f"{missing[0]}: no such image{' (one question per --vqa, in quotes)' * (len(paths) > 1)}")
-    if any("_" not in text for *_, text in args.infill):
-        fail("--infill's text has no blank: each underscore stands for one token to fill in")
-    texts = len(args.caption) + sum(len(job) - 1 for job in args.infill + ([] if args.options else args.vqa))
-    if args.trace and texts + bool(args.t2i) != 1:
-        fail("--trace FILE shows one text, or what --t2i draws, not several")
-    for path in [args.out] * bool(args.t2i) + [args.trace] * bool(args.trace):
-        if not path.lower().endswith(EXTENSIONS) or not os.path.isdir(os.path.dirname(path) or "."):
-            fail(f"{path}: give a picture's name, like out.png, in a folder that is there")
     if not (args.vqa or args.caption or args.infill or args.t2i):
         fail("nothing to do: give --vqa, --caption, --t2i or --infill (--help shows how)")
+    for path in args.caption + [path for path, _ in args.vqa + args.infill]:
+        if not os.path.exists(path):
+            fail(f"{path}: no such image")
+    for _, text in args.infill:
+        if "_" not in text:
+            fail("--infill's text has no blank: each underscore stands for one token to fill in")
     return args
 
 
 def prepare_text(dd, text, room):
-    """A typed text as the model knows it: in lower case, if that takes fewer tokens of a vocabulary that has capitals
-    only as single letters. Warns of unknown words, and of more than `room` tokens."""
+    """Returns a typed text as the model knows it: in lower case, if a small vocabulary takes fewer
+    tokens for that. Warns of unknown words, and of more than `room` tokens."""
     pieces = dd.tokenizer.pieces
-    if all(len(p.strip("▁")) == 1 for p in map(pieces.id_to_piece, range(len(pieces))) if p != p.lower()):
-        text = min(text, text.lower(), key=lambda text: len(pieces.encode(text)))
-    if unseen := unseen_words(dd.tokenizer, text):
+    lower = text.lower()
+    if len(pieces) < 10_000 and len(pieces.encode(lower)) < len(pieces.encode(text)):
+        text = lower
+    unseen = unseen_words(dd.tokenizer, text)
+    if unseen:
         warn(f"never seen in training, so expect little: {', '.join(unseen)}")
-    tokens = sum(len(dd.tokenizer.encode(part)) - 1 for part in text.split("_")) + text.count("_")
+    tokens = text.count("_")  # a blank is one token
+    for part in text.split("_"):
+        tokens += len(pieces.encode(part))
     if tokens > room:
         warn(f"{text[:40]!r}... has {tokens} tokens, the model takes {room}: its end is left out")
     return text
 
 
-def save_image(path, frames, chunks=None):
-    """Write an image; several as frames of a GIF."""
-    with replacing(path) as beside:
-        frames[0].save(beside, Image.registered_extensions()[os.path.splitext(path)[1].lower()], pnginfo=chunks,
-                       save_all=len(frames) > 1, append_images=frames[1:], duration=150, loop=0)
-    print(path)
+def print_pass(tokenizer, tokens):
+    """Prints a text as it is after a pass: "_" for a mask, "·" for the end of the text."""
+    special = {tokenizer.mask_id: "_", tokenizer.eos_id: "·"}
+    words = []
+    for i in tokens.tolist():
+        words.append(special[i] if i in special else tokenizer.pieces.id_to_piece(i).strip("▁"))
+    tqdm.write(" ".join(words))
 
 
 def read_images(dd, args, generator):
-    """--vqa, --caption, --infill: print what is read, a line per image and text; of a trace a row per pass."""
-    (width, height), length, trace = args.size, dd.config.settings.length, []
-    frame = dd.tokenizer.prompt_ids(dd.config.settings.answer_suffix, 10 * length)  # "Q:", the suffix, "A:"
-    question_room = length - min(8, length // 3) - len(frame)
+    """Does --vqa, --caption and --infill: prints what is read, a line per image."""
+    settings = dd.config.settings
+    length = settings.length
+    suffix = dd.tokenizer.prompt_ids(settings.answer_suffix, 10 * length)  # with "Q:" and "A:"
+    question_room = length - min(8, length // 3) - len(suffix)
 
     def watch(tokens, reveal):
-        trace.append((words_of(dd.tokenizer, tokens[0]), reveal[0]))
+        print_pass(dd.tokenizer, tokens[0])
 
-    def read(reader, jobs, **how):
-        for part in slices(len(jobs), height, width):
-            paths, *texts = zip(*jobs[part])
-            images = torch.from_numpy(to_pixels([load_image(path, width, height) for path in paths]))
-            tqdm.write("\n".join(reader(dd, images, *texts, **how)))
+    def read(reader, paths, *texts, **how):
+        parts = slices(len(paths), args.height, args.width)
+        if args.show_passes:
+            parts = [slice(k, k + 1) for k in range(len(paths))]
+        for part in parts:
+            images = [load_image(path, args.height, args.width) for path in paths[part]]
+            pixels = torch.from_numpy(to_pixels(images))
+            lines = reader(dd, pixels, *[column[part] for column in texts], **how)
+            tqdm.write("\n".join(lines))
             sys.stdout.flush()
 
-    def with_text(jobs, room):  # one job per image
-        return [(path, prepare_text(dd, text, room)) for *paths, text in jobs for path in paths]
-
-    how = {"length": args.length, "steps": args.steps, "order": args.order, "temperature": args.temperature,
-           "generator": generator, "watch": watch if args.trace else None}
+    how = {"length": args.length, "steps": args.steps, "order": args.order,
+           "temperature": args.temperature, "generator": generator}
+    if args.show_passes:
+        how["watch"] = watch
+    paths = [path for path, _ in args.vqa]
+    questions = [prepare_text(dd, question, question_room) for _, question in args.vqa]
     if args.options:
-        options = [prepare_text(dd, text, length) for text in args.options]
-        read(rank, with_text(args.vqa, question_room), options=options)
+        options = [prepare_text(dd, option, length) for option in args.options]
+        read(rank, paths, questions, options=options)
     else:
-        read(answer, with_text(args.vqa, question_room), **how)
-    read(caption, [(path,) for path in args.caption], **how)
-    read(infill, with_text(args.infill, length - 1), **how)
-    if trace:
-        save_image(args.trace, [text_page(trace)])
+        read(answer, paths, questions, **how)
+    read(caption, args.caption, **how)
+    paths = [path for path, _ in args.infill]
+    texts = [prepare_text(dd, text, length - 1) for _, text in args.infill]
+    read(infill, paths, texts, **how)
 
 
 def draw_page(dd, args, generator):
-    """--t2i: draw, keep the best, write the page of all images, and of a trace a page per step. The PNG's text chunk
-    "parameters" says how it was drawn, in the form in which viewers of such images read it."""
-    settings, trace, (width, height) = dd.config.settings, {}, args.size
-    *texts, negative = (prepare_text(dd, text, settings.length - 1) for text in [*args.t2i, args.negative])
-    prompts = [text for text in texts for _ in range(args.num)]
-    candidates = [text for text in prompts for _ in range(args.best_of)]
-    steps, cfg = args.steps or 28, settings.cfg if args.cfg is None else args.cfg
+    """Does --t2i: draws, keeps the best, and writes the page of all images. As a trace it writes a
+    page for each step (.gif), or a row for each image with a column for each step."""
+    room = dd.config.settings.length - 1
+    negative = prepare_text(dd, args.negative, room)
+    prompts = []
+    for text in args.t2i:
+        prompts += [prepare_text(dd, text, room)] * args.num
+    candidates = []
+    for prompt in prompts:
+        candidates += [prompt] * args.best_of
+    trace = {}  # time: images
 
-    def watch(x, t, velocity):  # the image in which the line from here ends
-        trace.setdefault(t, []).extend(map(Image.fromarray, to_images(dd.decode_image(x - t * velocity))))
+    def watch(x, t, velocity):
+        heading_for = dd.decode_image(x - t * velocity)  # where a straight line from here ends
+        trace.setdefault(t, []).extend(to_images(heading_for))
 
-    pixels = text_to_image(dd, candidates, negative, height, width, steps=steps, cfg=cfg, generator=generator,
-                           watch=watch if args.trace else None)
+    pixels = text_to_image(dd, candidates, negative, args.height, args.width, steps=args.steps or 28,
+                           cfg=args.cfg, generator=generator, watch=watch if args.trace else None)
     if args.best_of > 1:
         pixels = keep_likeliest(dd, pixels, prompts, args.best_of)
-    chunks, name = PngImagePlugin.PngInfo(), os.path.splitext(os.path.basename(args.ckpt.rstrip("/")))[0]
-    chunks.add_text("parameters", "\n".join([
-        *texts, *[f"Negative prompt: {args.negative}"] * bool(args.negative), f"Steps: {steps}, "
-        f"CFG scale: {cfg}, Seed: {args.seed}, Size: {width}x{height}, Model: {name}"]))
-    columns = args.num if len(texts) > 1 else round(args.num ** 0.5 + 0.4)
-    save_image(args.out, [tile([Image.fromarray(image) for image in to_images(pixels)], columns)], chunks)
-    if args.trace.lower().endswith(".gif"):
-        pages = [tile(images, columns * args.best_of) for images in trace.values()]
-        save_image(args.trace, pages + pages[-1:] * 10)
-    elif args.trace:  # a row per image, a column per step
-        save_image(args.trace, [tile([image for row in zip(*trace.values()) for image in row], len(trace))])
+    columns = args.num
+    if len(args.t2i) == 1:
+        columns = round(args.num ** 0.5 + 0.4)
+    save_image(args.out, [page(to_images(pixels), columns)])
+    print(args.out)
+    if args.trace:
+        if args.trace.lower().endswith(".gif"):
+            frames = [page(images, columns * args.best_of) for images in trace.values()]
+            frames += [frames[-1]] * 10
+        else:
+            rows = zip(*trace.values())
+            frames = [page([image for row in rows for image in row], len(trace))]
+        save_image(args.trace, frames)
+        print(args.trace)
 
 
 def main():
     args = parse_args()
-    reads, dtype = args.vqa + args.caption + args.infill, "bf16" if args.device.type == "cuda" else "fp32"
-    dd = DualDiffusion.load(args.ckpt, args.t5, args.vae, args.spiece, args.device, DTYPES[args.dtype or dtype],
+    reads = args.vqa or args.caption or args.infill
+    if args.trace and not args.t2i:
+        fail("--trace shows what --t2i draws; for a text give --show-passes")
+    dtype = args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")
+    dd = DualDiffusion.load(args.ckpt, args.t5, args.vae, args.spiece, args.device, DTYPES[dtype],
                             args.offload)
-    if missing := missing_parts(dd):
+    missing = missing_parts(dd)
+    if missing:
         fail(f"{args.ckpt}: holds no {' and no '.join(missing)}")
     if reads and not dd.ddit.text_head.linear.weight.any():
         warn("this model's text head was never trained: it can draw, but what it reads means nothing")
-    settings, generator = dd.config.settings, torch.Generator().manual_seed(args.seed)
-    if args.length not in (None, "auto"):
+    settings = dd.config.settings
+    if isinstance(args.length, int):
         settings.length = args.length
-    settings.answer_suffix = settings.answer_suffix if args.suffix is None else args.suffix
-    args.size = [int(side) for side in (args.size or str(settings.size)).split("x") * 2][:2]
-    latent_size(dd, *args.size[::-1])  # raises before any work is done in vain
+    if args.suffix is not None:
+        settings.answer_suffix = args.suffix
+    args.height, args.width = args.size or (settings.size, settings.size)
+    latent_size(dd, args.height, args.width)  # raises before any work is done in vain
+    generator = torch.Generator().manual_seed(args.seed)
     if reads:
         read_images(dd, args, generator)
     if args.t2i:

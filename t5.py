@@ -1,13 +1,13 @@
 """Reading text: T5's SentencePiece tokenizer, texts as tokens, and the encoder half of T5 v1.1.
 
-The encoder knows nothing of diffusion. It takes tokens, the mask token among them (to T5 a token like any other), and
-returns one vector per token. The transformer does the rest.
-References: Raffel et al., T5, arXiv 1910.10683; v1.1 (gated GELU, no weight sharing), Shazeer, arXiv 2002.05202
+The encoder knows nothing of diffusion. It takes tokens and returns one vector per token. The mask
+token is to T5 a token like any other. The transformer (model.py) does the rest.
+
+References: Raffel et al., T5, arXiv 1910.10683; v1.1 (gated GELU), Shazeer, arXiv 2002.05202
   Zhang & Sennrich, RMSNorm, arXiv 1910.07467
   Kudo & Richardson, SentencePiece, arXiv 1808.06226
 """
 import io
-import itertools
 import math
 import re
 import string
@@ -23,68 +23,95 @@ SENTINELS = 100  # <extra_id_0> ... <extra_id_99>, counted down from the top of 
 
 
 class Tokenizer:
-    """Text to ids and back. Ids: the SentencePiece model's own pieces (pad 0, end of sequence 1, unknown 2), then
-    the 100 sentinels, the last of which, `<extra_id_0>`, serves as the mask token.
+    """Turns text into ids and back. The ids are the SentencePiece model's own pieces (padding 0,
+    end of sequence 1, unknown 2), then the 100 sentinels. The last sentinel, `<extra_id_0>`, is
+    the mask token.
 
-    The sentinels live outside the SentencePiece model, so nothing a user types can become one."""
+    The sentinels are not in the SentencePiece model, so nothing that a user types can become one.
+
+    There is no attention mask anywhere. A shorter text is padded with EOS (end of sequence), and to
+    the model this padding is text like any other: it is masked, predicted and counted in the loss.
+    So the model learns where to stop, and `decode` cuts at the first EOS."""
     def __init__(self, model: bytes):
         """`model`: the bytes of a `spiece.model` file. Raises ValueError for anything else."""
-        self.model, self.pieces = model, open_pieces(model)
+        self.model = model
+        self.pieces = open_pieces(model)
         self.eos_id = self.pieces.eos_id()
         self.vocab_size = len(self.pieces) + SENTINELS
         self.mask_id = self.vocab_size - 1
 
-    def encode(self, text: str, length: int | None = None) -> list[int]:
-        """-> ids ending in EOS; with `length`, exactly that many: cut (EOS kept) or padded with further EOS."""
-        ids = self.pieces.encode(text) + [self.eos_id]
-        if length is not None:
-            ids = ids[:length - 1] + [self.eos_id] * max(1, length - len(ids))
-        return ids
+    def encode(self, text, length=None):
+        """Returns ids that end in EOS; with `length`, exactly that many."""
+        ids = self.pieces.encode(text)
+        return self.pad(ids, length or len(ids) + 1)
 
-    def decode(self, ids) -> str:
-        """Ids -> text, up to the first EOS. Sentinels are spelt out as T5 does, `<extra_id_7>`."""
-        text, ids = [], itertools.takewhile(lambda i: i != self.eos_id, map(int, ids))
-        for plain, run in itertools.groupby(ids, lambda i: i < len(self.pieces)):
-            text += [self.pieces.decode(list(run))] if plain else [f"<extra_id_{self.mask_id - i}>" for i in run]
-        return " ".join(filter(None, text))
+    def pad(self, ids, length):
+        """Returns exactly `length` ids: cut, or padded with EOS. The last is EOS in either case."""
+        ids = ids[:length - 1]
+        return ids + [self.eos_id] * (length - len(ids))
 
-    # How texts become tokens. There is no attention mask: a shorter text is padded with EOS, and to the model this
-    # padding is text like any other. It is masked, predicted and counted in the loss; so the model learns where to
-    # stop, and `decode` cuts at the first EOS. The functions below give ids and which of them may be masked (maskable).
+    def decode(self, ids):
+        """Returns the text of ids up to the first EOS. Sentinels are left out."""
+        ids = [int(i) for i in ids]
+        if self.eos_id in ids:
+            ids = ids[:ids.index(self.eos_id)]
+        return self.pieces.decode([i for i in ids if i < len(self.pieces)])
 
-    def caption_ids(self, text, length):
-        """-> ids, maskable: all but the last token. That one is EOS in every text, so leaving it gives nothing away. If
-        it too were masked, sampling would start from nothing but mask tokens, and T5, which knows only relative
-        positions, could not tell them apart. The EOS shows each how far away the end is. (The authors mask it too.)"""
-        return self.encode(text, length), [True] * (length - 1) + [False]
+    def text_ids(self, text, length, caption_prompt="", answer_suffix="", rng=None):
+        """Turns a caption (str), or a question with its answer (a pair of str), into ids, and says
+        which of them may be masked -> ids, maskable: two lists of this length.
 
-    def question_ids(self, question, answer, length):
-        """-> ids, maskable: the answer and the EOS tokens after it but the last, never the question."""
-        prompt = self.prompt_ids(question, length)
-        ids, maskable = self.caption_ids(answer, length - len(prompt))
-        return prompt + ids, [False] * len(prompt) + maskable
+        A question becomes "Q: {question} A:", and only the answer may be masked. A caption stands
+        alone; or it answers the question `caption_prompt`, if the model has learned it so.
+        `answer_suffix` is added to every other question that does not end with it. With `rng`, as
+        in training, a text that is too long gives one of its windows (`random_window`).
+
+        The last token is EOS in every text and is never masked. It tells T5, which knows only
+        distances between tokens, how far away the end is; in a text of masks alone all tokens
+        would look the same. (The authors' code masks it too.)"""
+        if isinstance(text, str):
+            question = caption_prompt
+        else:
+            question, text = text
+            if not question.endswith(answer_suffix):
+                question = f"{question} {answer_suffix}"
+        prompt = self.prompt_ids(question, length) if question else []
+        words = self.pieces.encode(text)
+        room = length - 1 - len(prompt)
+        if rng is not None and len(words) >= room > 0:
+            return random_window(self, prompt, words, length, rng)
+        ids = self.pad(prompt + words, length)
+        maskable = [False] * len(prompt) + [True] * room + [False]
+        return ids, maskable
 
     def prompt_ids(self, question, length):
-        """"Q: {question} A:" as ids, without EOS, in the words of the authors' code. A question that is too long loses
-        its end, not the "A:". A third of the length, but at most eight tokens, is kept for the answer."""
-        room = length - min(8, length // 3)
-        asks = self.encode("A:")[:-1]
-        return self.encode(f"Q: {question}")[:-1][:room - len(asks)] + asks
+        """Returns "Q: {question} A:" as ids, without EOS; the words are those of the authors' code.
+        A question that is too long is cut, but keeps its "A:". Room is left for the answer: a third
+        of the length, at most eight tokens."""
+        question = self.pieces.encode(f"Q: {question}")
+        ending = self.pieces.encode("A:")
+        room = length - min(8, length // 3) - len(ending)
+        return question[:room] + ending
 
     def blank_ids(self, text, length):
-        """A text with underscores -> ids, maskable: each underscore is one token to fill in."""
-        first, *others = (self.encode(part)[:-1] for part in text.split("_"))
-        space = self.pieces.piece_to_id("▁")  # SentencePiece begins every text with it, but in "_?" it is out of place
-        ids = first
-        for part in others:
-            ids = ids + [self.mask_id] + (part[1:] if part[:1] == [space] else part)
-        ids = ids[:length - 1] + [self.eos_id] * max(1, length - len(ids))
+        """Turns a text with underscores into ids, maskable: each underscore is one token to fill
+        in."""
+        space = self.pieces.piece_to_id("▁")  # SentencePiece begins every text with a space
+        ids = []
+        for k, part in enumerate(text.split("_")):
+            part = self.pieces.encode(part)
+            if k > 0:
+                ids.append(self.mask_id)
+                if part[:1] == [space]:  # no space was typed between "_" and, say, "?"
+                    part = part[1:]
+            ids += part
+        ids = self.pad(ids, length)
         return ids, [i == self.mask_id for i in ids]
 
 
 @dataclass
 class T5Config:
-    """The defaults are T5-XXL's encoder."""
+    """The defaults are those of T5-XXL's encoder."""
     d_model: int = 4096
     num_layers: int = 24
     num_heads: int = 64
@@ -105,33 +132,46 @@ class RMSNorm(nn.Module):
 
 
 def relative_position_bucket(distance, buckets, max_distance):
-    """Key position minus query position -> bucket: half the buckets for each direction; in each half, one bucket per
-    distance up to a quarter of them all, then ever wider ones (logarithmically) up to `max_distance`."""
-    half, exact = buckets // 2, buckets // 4
+    """Maps a distance, key position minus query position, to a bucket. Half of the buckets are for
+    each direction. Within a half, each distance up to a quarter of all buckets has a bucket of its
+    own; beyond, buckets grow wider logarithmically, up to `max_distance`."""
+    half = buckets // 2
+    exact = buckets // 4
     near = distance.abs()
-    far = exact + (torch.log(near.clamp(min=1) / exact) / math.log(max_distance / exact) * (half - exact)).long()
-    return (distance > 0) * half + torch.where(near < exact, near, far.clamp(max=half - 1))
+    growth = torch.log(near.clamp(min=1) / exact) / math.log(max_distance / exact)
+    far = exact + (growth * (half - exact)).long()
+    bucket = torch.where(near < exact, near, far.clamp(max=half - 1))
+    return (distance > 0) * half + bucket
 
 
 class SelfAttention(nn.Module):
-    """T5's: no 1/sqrt(d) (it is folded into the initialisation), no bias, positions as a bias on the scores."""
+    """T5's attention has no biases in its projections and no division by sqrt(d_kv), which is part
+    of the initial weights instead. Positions enter as a bias on the scores."""
     def __init__(self, config, has_relative_bias):
         super().__init__()
-        self.config, inner = config, config.num_heads * config.d_kv
-        self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
+        self.config = config
+        inner = config.num_heads * config.d_kv
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
         if has_relative_bias:
-            table = torch.empty(config.buckets, config.num_heads)  # filled by init_weights, or from a file
-            self.relative_attention_bias = nn.Embedding.from_pretrained(table, freeze=False)
+            self.relative_attention_bias = empty_embedding(config.buckets, config.num_heads)
 
     def position_bias(self, length, device):
-        at = torch.arange(length, device=device)
-        bucket = relative_position_bucket(at[None, :] - at[:, None], self.config.buckets, self.config.max_distance)
+        """Returns (1,heads,length,length), to be added to the scores of every layer."""
+        config = self.config
+        position = torch.arange(length, device=device)
+        distance = position[None, :] - position[:, None]
+        bucket = relative_position_bucket(distance, config.buckets, config.max_distance)
         bias = rearrange(self.relative_attention_bias(bucket), "q k heads -> 1 heads q k")
-        return bias.contiguous()  # once here; fused attention would copy it in every layer
+        return bias.contiguous()  # once here, or fused attention would copy it in every layer
 
     def forward(self, x, bias):
-        q, k, v = (rearrange(f(x), "b l (h d) -> b h l d", h=self.config.num_heads) for f in (self.q, self.k, self.v))
+        heads = self.config.num_heads
+        q = rearrange(self.q(x), "b l (h d) -> b h l d", h=heads)
+        k = rearrange(self.k(x), "b l (h d) -> b h l d", h=heads)
+        v = rearrange(self.v(x), "b l (h d) -> b h l d", h=heads)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return self.o(rearrange(out, "b h l d -> b l (h d)"))
 
@@ -144,20 +184,25 @@ class DenseGated(nn.Module):
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x):
-        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+        gate = F.gelu(self.wi_0(x), approximate="tanh")
+        return self.wo(gate * self.wi_1(x))
 
 
 class Block(nn.Module):
-    """Module names are the checkpoint's: `layer.0` attends, `layer.1` is the feed-forward."""
-    def __init__(self, config, first):
+    """Attention (`layer.0` in the checkpoint), then the feed-forward network (`layer.1`)."""
+    def __init__(self, config, has_relative_bias):
         super().__init__()
-        attend = nn.ModuleDict({"SelfAttention": SelfAttention(config, first), "layer_norm": RMSNorm(config.d_model)})
-        dense = nn.ModuleDict({"DenseReluDense": DenseGated(config), "layer_norm": RMSNorm(config.d_model)})
-        self.layer = nn.ModuleList([attend, dense])
+        attention = nn.ModuleDict()
+        attention["SelfAttention"] = SelfAttention(config, has_relative_bias)
+        attention["layer_norm"] = RMSNorm(config.d_model)
+        dense = nn.ModuleDict()
+        dense["DenseReluDense"] = DenseGated(config)
+        dense["layer_norm"] = RMSNorm(config.d_model)
+        self.layer = nn.ModuleList([attention, dense])
 
     def forward(self, x, bias):
-        attend, dense = self.layer
-        x = x + attend["SelfAttention"](attend["layer_norm"](x), bias)
+        attention, dense = self.layer
+        x = x + attention["SelfAttention"](attention["layer_norm"](x), bias)
         return x + dense["DenseReluDense"](dense["layer_norm"](x))
 
 
@@ -165,17 +210,21 @@ class T5Encoder(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), False)  # not frozen
-        self.encoder = nn.ModuleDict({
-            "block": nn.ModuleList(Block(config, first=i == 0) for i in range(config.num_layers)),
-            "final_layer_norm": RMSNorm(config.d_model)})
+        self.shared = empty_embedding(config.vocab_size, config.d_model)
+        self.encoder = nn.ModuleDict()
+        self.encoder["block"] = nn.ModuleList()
+        for k in range(config.num_layers):
+            self.encoder["block"].append(Block(config, has_relative_bias=k == 0))
+        self.encoder["final_layer_norm"] = RMSNorm(config.d_model)
         init_weights(self)
 
     def forward(self, tokens):
-        """Tokens (B,L), long -> states (B,L,d_model), on the tokens' device even if T5 itself is on another.
-        No attention mask: padding is text too (it is EOS)."""
-        x, blocks = self.shared(tokens.to(self.shared.weight.device)), self.encoder["block"]
-        bias = blocks[0].layer[0]["SelfAttention"].position_bias(tokens.shape[1], x.device)
+        """Tokens (B,L), long -> states (B,L,d_model): one vector per token. They come back on the
+        tokens' device, even if T5 itself is on another."""
+        x = self.shared(tokens.to(self.shared.weight.device))
+        blocks = self.encoder["block"]
+        first_attention = blocks[0].layer[0]["SelfAttention"]  # its position bias serves all blocks
+        bias = first_attention.position_bias(tokens.shape[1], x.device)
         for block in blocks:
             x = block(x, bias)
         return self.encoder["final_layer_norm"](x).to(tokens.device)
@@ -184,26 +233,78 @@ class T5Encoder(nn.Module):
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
 
 
+def empty_embedding(rows, dim):
+    """Makes a table that `init_weights` fills, or a file. (nn.Embedding would draw it twice.)"""
+    return nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
+
+
 def init_weights(encoder):
-    """As T5's authors did: every matrix but the table has standard deviation 1/sqrt(fan-in), q's divided by sqrt(d_kv),
-    the attention scale that T5 leaves out. Only the position bias differs. It alone tells the order of the tokens,
-    and an optimizer takes thousands of small steps to sharpen it; so it starts sharp, as in ALiBi (Press et al.,
-    arXiv 2108.12409): even heads look back, odd heads ahead, some near and some far."""
-    c = encoder.config
+    """Draws the initial weights as T5's authors did: the standard deviation of a matrix is
+    1/sqrt(fan-in), of the token table 1. That of q is smaller by sqrt(d_kv), since T5's attention
+    does not divide by it."""
+    config = encoder.config
     if encoder.shared.weight.is_meta:  # a file will give the values
         return
     for name, p in encoder.named_parameters():
-        std = {"q": (c.d_model * c.d_kv) ** -0.5, "o": (c.num_heads * c.d_kv) ** -0.5, "wo": c.d_ff ** -0.5,
-               "shared": 1.0}.get(name.split(".")[-2], c.d_model ** -0.5)
-        if p.ndim == 2:
-            nn.init.normal_(p, std=std)
-    away = torch.arange(-c.max_distance, c.max_distance + 1)
-    bucket = relative_position_bucket(away, c.buckets, c.max_distance)
-    table = encoder.encoder["block"][0].layer[0]["SelfAttention"].relative_attention_bias.weight
+        if p.ndim != 2:
+            continue
+        fan_in = p.shape[1]
+        if ".q." in name:
+            fan_in *= config.d_kv
+        elif name == "shared.weight":
+            fan_in = 1
+        nn.init.normal_(p, std=fan_in ** -0.5)
+    attention = encoder.encoder["block"][0].layer[0]["SelfAttention"]
     with torch.no_grad():
-        for head in range(c.num_heads):
-            slope, wrong_way = 2.0 ** -(head // 2 * 8 / c.num_heads), away > 0 if head % 2 == 0 else away < 0
-            table[bucket, head] = -slope * away.abs() - 4.0 * wrong_way
+        init_position_bias(attention.relative_attention_bias.weight, config)
+
+
+def init_position_bias(table, config):
+    """Fills the position bias, in which we differ from T5's authors. It alone tells the order of
+    the tokens, and an optimizer takes thousands of small steps to sharpen it. So it starts sharp,
+    as in ALiBi (Press et al., arXiv 2108.12409): even heads look back and odd heads look ahead,
+    some of them near and some far."""
+    distance = torch.arange(-config.max_distance, config.max_distance + 1)
+    bucket = relative_position_bucket(distance, config.buckets, config.max_distance)
+    for head in range(config.num_heads):
+        slope = 2.0 ** -(head // 2 * 8 / config.num_heads)
+        wrong_way = distance > 0 if head % 2 == 0 else distance < 0
+        table[bucket, head] = -slope * distance.abs() - 4.0 * wrong_way
+
+
+# ---------------------------------------------------------------- texts that are too long
+# A window is a part of a long text: the prompt, the words before some place, as many as fit, and a
+# block of words from there on. A model that has learned such windows writes a text of any length,
+# block by block (`unmask_in_blocks` in sample.py).
+
+
+def random_window(tokenizer, prompt, words, length, rng):
+    """Draws one of the windows in which a text that is too long would be written -> ids, maskable.
+    The first of them is the beginning of the text, written whole."""
+    room = length - 1 - len(prompt)
+    starts = [0]
+    starts += range(room, len(words) + 1, block_size(room))
+    start = starts[rng.integers(len(starts))]
+    return window_ids(tokenizer, prompt, words, start, length)
+
+
+def block_size(room):
+    """Returns how many tokens of a window are new, if it has `room` beside prompt and last EOS."""
+    return max(1, room // 4)
+
+
+def window_ids(tokenizer, prompt, words, start, length):
+    """Returns the ids of a window, and which are maskable. Its block, which is maskable, holds the
+    words from `start` on, then EOS. The first window, at start 0, is all block."""
+    room = length - 1 - len(prompt)
+    block = block_size(room) if start else room
+    before = words[start - (room - block):start]
+    new = tokenizer.pad(words[start:start + block], block + 1)
+    maskable = [False] * (length - 1 - block) + [True] * block + [False]
+    return prompt + before + new, maskable
+
+
+# ---------------------------------------------------------------- Table 9: no T5
 
 
 @dataclass
@@ -214,21 +315,27 @@ class EmbeddingsConfig:
 
 
 class Embeddings(nn.Module):
-    """In T5's place (D-DiT, Table 9): learned embeddings of tokens and positions."""
+    """Learned embeddings of tokens and positions, in T5's place (D-DiT, Table 9)."""
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions = nn.Parameter(torch.randn(config.positions, config.d_model) * config.d_model ** -0.5)
+        positions = torch.randn(config.positions, config.d_model) * config.d_model ** -0.5
+        self.positions = nn.Parameter(positions)
         self.encoder = nn.ModuleDict({"final_layer_norm": RMSNorm(config.d_model)})
 
     def forward(self, tokens):
-        x = self.shared(tokens.to(self.shared.weight.device)) + self.positions[:tokens.shape[1]]
+        x = self.shared(tokens.to(self.shared.weight.device))
+        x = x + self.positions[:tokens.shape[1]]
         return self.encoder["final_layer_norm"](x).to(tokens.device)
 
 
+# ---------------------------------------------------------------- SentencePiece
+
+
 def open_pieces(model):
-    """The bytes of a `spiece.model` -> SentencePiece's object. Raises ValueError if they are another model's."""
+    """Returns SentencePiece's object for the bytes of a `spiece.model`. Raises ValueError if they
+    are another model's."""
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
@@ -240,23 +347,32 @@ def open_pieces(model):
 
 
 def train_tokenizer(lines, vocab_size):
-    """Text lines -> a Tokenizer of at most `vocab_size` pieces, numbered as T5's are. It uses byte-pair merges, unlike
-    T5's: in a small vocabulary they keep every frequent word whole."""
+    """Makes a Tokenizer of at most `vocab_size` pieces from lines of text, numbered as T5's are.
+    Unlike T5's it merges pairs of bytes, which in a small vocabulary keeps every frequent word
+    whole. Raises ValueError if the texts have more letters than that."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-            required_chars=string.ascii_letters + string.digits + ".,?!:;'-", minloglevel=2, num_threads=1)
+            sentence_iterator=iter(lines), model_writer=model, model_type="bpe",
+            vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=1.0,
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+            required_chars=string.ascii_letters + string.digits + ".,?!:;'-",
+            minloglevel=2, num_threads=1)
     except RuntimeError as error:
-        raise ValueError(f"these texts have more letters than --vocab {vocab_size}: give more ({error})") from error
+        raise ValueError(f"these texts have more letters than --vocab {vocab_size}: give more "
+                         f"({error})") from error
     return Tokenizer(model.getvalue())
 
 
 def unseen_words(tokenizer, text):
-    """The words that this vocabulary cannot write or, if it is small (not T5's), spells almost letter by letter."""
-    def spelt(word):
+    """Returns the words that this vocabulary cannot write or, if it is small (not T5's), spells
+    almost letter by letter."""
+    unseen = []
+    small = len(tokenizer.pieces) < 10_000
+    for word in re.findall(r"\w+|[^\w\s]", text.replace("_", " ")):
         ids = tokenizer.pieces.encode(word)
-        small = len(tokenizer.pieces) < 10_000 and word.isalnum()
-        return tokenizer.pieces.unk_id() in ids or small and len(ids) > max(1, len(word) / 2)
-    return list(dict.fromkeys(filter(spelt, re.findall(r"\w+|[^\w\s]", text.replace("_", " ")))))
+        is_unknown = tokenizer.pieces.unk_id() in ids
+        is_spelt = small and word.isalnum() and len(ids) > max(1, len(word) / 2)
+        if (is_unknown or is_spelt) and word not in unseen:
+            unseen.append(word)
+    return unseen

@@ -2,17 +2,19 @@
 
     python train.py --stage 0      the tokenizer and the VAE; only where no pretrained parts exist
     python train.py --stage 1      dual diffusion on captions
-    python train.py --stage 2      the same, in the paper with better captions; of T5 only the mask's embedding learns
+    python train.py --stage 2      the same with better captions; the mask token's embedding learns, too
     python train.py --stage 2hr    between 2 and 3, optional: higher resolution
     python train.py --stage 3      question answering, mixed with captions; the image loss stays
 
-With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/, and the same
-command goes on from there. `torchrun --nproc_per_node N train.py ...` takes the same steps; N has to divide the batch.
-References: Li et al., D-DiT, 2501.00289, section 4; Jordan et al., Muon, 2024; Zhao et al., FSDP, 2304.11277
+With no other argument this is the `tiny` preset on the built-in world. A stage writes into
+OUT/stageN/, and the same command goes on from there. `torchrun --nproc_per_node N train.py ...`
+takes the same steps; N has to divide the batch.
+
+References: Li et al., D-DiT, arXiv 2501.00289, section 4; Jordan et al., Muon, 2024
+  Zhao et al., FSDP, arXiv 2304.11277
 """
 import argparse
 import copy
-import hashlib
 import json
 import logging
 import os
@@ -50,7 +52,7 @@ import t5
 import vae
 from data import one_line
 from model import DTYPES, PRESETS, DualDiffusion, JointBlock, find_parts, missing_parts
-from sample import SHIPPED, fail
+from sample import SHIPPED, at_least, fail
 
 
 def setting(default, meaning):
@@ -59,13 +61,14 @@ def setting(default, meaning):
 
 @dataclass
 class Recipe:
-    """The numbers of one stage. A flag of the same name overrides each. Table 6 has steps, batch, rate, warmup,
-    weight_decay, size, length and text_weight. Clipping, the running average, the empty captions and the text length of
-    stage 3 come from the authors' scripts. Muon and the linear schedule are ours."""
+    """The numbers of one stage; a flag of the same name overrides each. The defaults are the
+    paper's, stage 1. Table 6 has steps, batch, rate, warmup, weight_decay, size, length and
+    text_weight. Clipping, the running average and the empty captions come from the authors' code.
+    Muon and the linear schedule are ours."""
     steps: int = setting(60_000, "optimizer steps")
     batch: int = setting(512, "rows per step, over all processes")
     rate: float = setting(5e-5, "AdamW's learning rate after the warm-up")
-    muon: float = setting(0.0, "Muon's learning rate, for the matrices inside the blocks; 0: AdamW learns them too")
+    muon: float = setting(0.0, "Muon's learning rate, for the matrices inside the blocks; 0: AdamW learns them, too")
     warmup: int = setting(5000, "steps in which the rates rise from 0")
     schedule: str = setting("constant", "of the learning rates; linear: falling to nearly 0")
     beta2: float = setting(0.999, "AdamW's decay of the squared gradients, per step")
@@ -77,7 +80,7 @@ class Recipe:
     text_weight: float = setting(0.2, "weight of the text loss in Eq. 9")
     image_weight: float = setting(1.0, "weight of the image loss; 0: the text loss alone, as in Table 10")
     time_mean: float = setting(0.0, "mean of the image times' logit; above 0: more noise")
-    time_std: float = setting(1.0, "deviation of the image times' logit")
+    time_std: float = setting(1.0, "standard deviation of the image times' logit")
     drop: float = setting(0.1, "share of captions left empty in the image half, for guidance")
     questions: float = setting(0.0, "share of the text half that is questions with answers, not captions")
     learn_t5: str = setting("no", "what learns in T5; mask: the mask token's embedding alone")
@@ -85,69 +88,105 @@ class Recipe:
     vocab: int = setting(412, "pieces, at most, of the tokenizer that stage 0 makes")
 
 
-# Plain shapes stay readable under much noise: the layout is settled at t > 0.9, which mean 0 rarely draws.
+# Plain shapes show through much noise: their layout is settled at t > 0.9, which mean 0 rarely draws.
 _tiny = Recipe(steps=600, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, ema=0.0, size=64, length=24,
                text_weight=1.0, time_mean=1.5, time_std=1.2, learn_t5="all")
+_late = Recipe(rate=3e-5, warmup=1000, length=256)
 RECIPES = {
     "tiny": {"0": replace(_tiny, steps=2000, batch=16, schedule="linear"),
              "1": _tiny,
              "2": replace(_tiny, steps=40, learn_t5="mask"),
              "2hr": replace(_tiny, steps=300),
              "3": replace(_tiny, steps=3000, questions=0.65, schedule="linear")},
-    "sd3-medium": {"1": Recipe(),  # whose defaults are the paper's
-                   "2": Recipe(steps=200_000, rate=3e-5, warmup=1000, length=256, learn_t5="mask"),
-                   "2hr": Recipe(steps=80_000, batch=768, rate=3e-5, warmup=1000, length=256, size=512),
-                   "3": Recipe(steps=50_000, rate=3e-5, warmup=1000, length=128, text_weight=1.0, questions=0.5)},
+    "sd3-medium": {"1": Recipe(),
+                   "2": replace(_late, steps=200_000, learn_t5="mask"),
+                   "2hr": replace(_late, steps=80_000, batch=768, size=512),
+                   "3": replace(_late, steps=50_000, length=128, text_weight=1.0, questions=0.5)},
 }
 RECIPES["end-to-end"] = RECIPES["sd3-medium"]
 
 
-def training_losses(dd, batch, recipe):
-    """-> total, image loss, text loss (scalars). batch: a data.Batch, its images as moments: mean and log-variance of
-    the VAE's Gaussian. All random numbers are drawn for the whole batch, from the step's seed, and a process uses those
+def training_losses(learner, batch):
+    """The losses of one pass -> total, image loss, text loss (scalars). batch: a data.Batch.
+
+    All random numbers are drawn for the whole batch, from the step's seed, and a process uses those
     of its own rows. So any number of processes takes the same step."""
-    rows, generator = batch.rows, torch.Generator().manual_seed(batch.seed)
+    dd = learner.dd
+    recipe = learner.recipe
+    rows = batch.rows
+    generator = torch.Generator().manual_seed(batch.seed)
+    moments = learner.moments(batch.images)
     image_t = losses.logit_normal_times(recipe.batch, recipe.time_mean, recipe.time_std, generator)[rows]
     text_t = losses.stratified_times(recipe.batch, generator=generator)[rows]
-    vae_noise, noise = batch_noise(2, recipe.batch, batch.images.shape[2:], generator, dd.device)[:, rows]
-    noisy, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id,
-                                       skip_rows(generator, rows, recipe.length))
+    vae_noise, noise = batch_noise((2, recipe.batch, *moments.shape[2:]), generator, dd.device)[:, rows]
+    torch.rand(rows.start, recipe.length, generator=generator)  # skips the numbers of the rows before
+    noisy_tokens, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id, generator)
 
-    # Copy the inputs to the network's device in the background. (`nonzero` runs before: on a GPU it would stall.)
-    captions, tokens, noisy, image_t, text_t, *masked = (x.to(dd.device, non_blocking=True) for x in (
-        batch.captions, batch.tokens, noisy, image_t, text_t, *masked.nonzero(as_tuple=True)))
-    latents = text_latents = dd.vae.normalize(dd.vae.sample(*batch.images.unbind(1), vae_noise))
-    if batch.text_images is not None:  # the text half is about other images (--text-data)
-        text_latents = dd.vae.normalize(dd.vae.sample(*batch.text_images.unbind(1), vae_noise))
+    def to_device(x):  # without waiting
+        return x.to(dd.device, non_blocking=True)
+
+    latents = text_latents = sample_latents(dd.vae, moments, vae_noise)
+    if batch.text_images is not batch.images:  # the text half is about other images (--text-data)
+        text_latents = sample_latents(dd.vae, learner.moments(batch.text_images), vae_noise)
     n = len(latents) if recipe.image_weight else 0  # Table 10: no image half
-    return losses.joint_loss(
-        dd.ddit, dd.t5, losses.ImageHalf(latents[:n], captions[:n], noise[:n], image_t[:n]),
-        losses.TextHalf(text_latents, tokens, noisy, tuple(masked), text_t), recipe.text_weight, recipe.image_weight)
+    image_t = to_device(image_t[:n])
+    noisy_latents = losses.noise_latents(latents[:n], noise[:n], image_t)
+    images = losses.ImageHalf(latents[:n], noise[:n], noisy_latents, image_t, to_device(batch.captions[:n]))
+    texts = losses.TextHalf(text_latents, batch.tokens, to_device(noisy_tokens), masked, text_t)
+    return losses.joint_loss(dd.ddit, dd.t5, images, texts, recipe.text_weight, recipe.image_weight)
 
 
-def train(learner, loader, log, signals, validation, sheet, args, recipe):
-    """The loop, to the last step. loader gives a list of data.Batch per step; signals are those that have come in;
-    validation() gives the losses on images that are held out; sheet(step) draws samples."""
+def sample_latents(vae, moments, noise):
+    """Draws latents from the VAE's Gaussians: moments (B,2,C,h,w) -> latents (B,C,h,w)."""
+    mean, logvar = moments.unbind(1)
+    return vae.normalize(vae.sample(mean, logvar, noise))
+
+
+def learning_rate(recipe, step):
+    """The factor on every learning rate at a step (0-based)."""
+    factor = min(1.0, (step + 1) / max(recipe.warmup, 1))
+    if recipe.schedule == "linear":
+        factor *= 1 - step / recipe.steps
+    return factor
+
+
+def train(learner, loader, log, signals):
+    """The loop, to the last step. loader gives a list of data.Batch per step; signals lists those
+    that have come in (Ctrl-C, SIGTERM)."""
+    recipe = learner.recipe
     for step, batches in zip(log.bar, loader):
         for k, batch in enumerate(batches, 1):  # several, if one does not fit in memory
-            loss, *parts = learner.forward(batch)  # encodes images, if they are not yet, and calls training_losses
-            learner.backward(loss / len(batches), last=k == len(batches))
-            log.window.append(torch.stack(parts).detach())
-        norm = learner.step(step)
+            sync_gradients(learner, last=k == len(batches))
+            loss, *parts = learner.losses(learner, batch)  # training_losses; in stage 0 autoencoder_losses
+            (loss / len(batches)).backward()
+            log.losses.append(torch.stack(parts).detach())
+
+        norm = nn.utils.clip_grad_norm_(learner.parameters, recipe.clip)
+        for p, view in learner.views:  # Muon's matrices, which AdamW must not see
+            view.grad = p.grad.to_local().flatten(1)
+            p.grad = None
+        for optimizer in learner.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate(recipe, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        for average, p in zip(learner.averages, learner.parameters):
+            average.to_local().lerp_(p.detach().to_local(), 1 - recipe.ema)
 
         done = step + 1
-        asked = torch.tensor([float(len(signals)), learner.save_is_due()])  # what one process asks for, all do
-        stop, save_now = (share > 0 for share in mean_over_processes(asked))
-        save_now = save_now or stop or done == recipe.steps
-        show_now = done % args.show_every == 0 and done < recipe.steps
+        finished = done == recipe.steps
+        stop, save_now = any_process(bool(signals), learner.save_is_due())
+        save_now = save_now or stop or finished
+        show_now = done % learner.args.show_every == 0 and not finished
         if done % 20 == 0 or save_now or show_now:  # only here does the loop wait for the device
-            log.write(done, norm, learner, validation() if show_now or done == recipe.steps else ())
+            log.write(done, norm.full_tensor(), learner, validate(learner) if show_now or finished else ())
         if save_now:
             learner.save(done)
         if show_now:
-            sheet(done)
+            show_samples(learner, f"samples-{done:06d}")
         if stop:
-            fail(f"stopped after step {done}; the same command goes on from there", 128 + (signals or [15])[0])
+            number = signals[0] if signals else signal.SIGTERM
+            fail(f"stopped after step {done}; the same command goes on from there", 128 + number)
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
@@ -161,36 +200,38 @@ def warn(message):
         data.warn(message)
 
 
-def batch_noise(count, batch, shape, generator, device):
-    """(count, batch, *shape) standard normal, made on the device that needs it: at full size 50 million numbers."""
+def batch_noise(shape, generator, device):
+    """Draws standard normal noise on the device that needs it: at full size 50 million numbers."""
     seed = int(torch.randint(2 ** 62, (), generator=generator))
-    return torch.randn(count, batch, *shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device)
 
 
-def skip_rows(generator, rows, length):
-    """The generator, past the numbers that mask the rows before these."""
-    torch.rand(rows.start, length, generator=generator)
-    return generator
-
-
-def autoencoder_losses(dd, batch, recipe):
-    """What a step of stage 0 learns from -> total, reconstruction, KL."""
-    pixels, factor = batch.images.to(dd.device, non_blocking=True), dd.config.vae.factor
-    shape = dd.config.vae.latent_channels, pixels.shape[2] // factor, pixels.shape[3] // factor
-    noise = batch_noise(1, recipe.batch, shape, torch.Generator().manual_seed(batch.seed), dd.device)[0, batch.rows]
+def autoencoder_losses(learner, batch):
+    """The losses of a pass of stage 0 -> total, reconstruction, KL."""
+    dd = learner.dd
+    pixels = batch.images.pixels.to(dd.device, non_blocking=True)
+    side = pixels.shape[2] // dd.config.vae.factor
+    shape = learner.recipe.batch, dd.config.vae.latent_channels, side, side
+    generator = torch.Generator().manual_seed(batch.seed)
+    noise = batch_noise(shape, generator, dd.device)[batch.rows]
     return losses.autoencoding_loss(dd.vae, pixels, noise)
 
 
 # ---------------------------------------------------------------- where a stage starts
 
-def subsets(paths, args, recipe):
-    """-> data.Subsets of the user's records or of the built-in world: to learn from, and held out."""
+
+def find_data(paths, args, recipe):
+    """Finds the user's records, or makes the built-in world -> data.Subsets: to learn from, and held
+    out."""
     if not paths:
-        unseen = data.World(UNSEEN + args.seed), np.arange(min(250, recipe.pool // 20 + 1))
-        return data.Subset(data.World(args.seed), np.arange(recipe.pool)), data.Subset(*unseen)
-    source, names = data.Records(paths, recipe.size, args.out), " ".join(paths)
+        learn = data.Subset(data.World(args.seed), np.arange(recipe.pool))
+        count = min(250, recipe.pool // 20 + 1)
+        return learn, data.Subset(data.World(UNSEEN + args.seed), np.arange(count))
+    source = data.Records(paths, recipe.size, args.out)
+    names = " ".join(paths)
     if source.incomplete:
-        warn(f"{names}: {source.incomplete} records cannot be used and are left out; {source.first_incomplete[0]}")
+        warn(f"{names}: {source.incomplete} records cannot be used and are left out; {source.first_incomplete}")
     unseen, ids = source.split(250)
     unseen = [i for i in unseen if data.readable(source, i) is not None]
     if not unseen or not len(ids):
@@ -202,13 +243,18 @@ def subsets(paths, args, recipe):
     return data.Subset(source, ids), data.Subset(source, np.array(unseen))
 
 
+BEFORE = {"0": [], "1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}
+
+
 def starting_file(args):
-    """The checkpoint that a stage begins with: what the stage before left; for stage 1, else, the shipped file."""
-    for stage in {"0": [], "1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}[args.stage]:
+    """Returns the checkpoint that a stage begins with: --init, or what the stage before left. Stage 1
+    without a stage 0 takes the VAE and tokenizer of --vae or of the shipped file. Stage 0 needs
+    none: ""."""
+    for stage in BEFORE[args.stage]:
         before = os.path.join(args.out, f"stage{stage}", "model.safetensors")
         if os.path.exists(before):
-            for other in filter(None, (args.init, args.t5, args.vae, args.spiece)):
-                if not os.path.samefile(before, other):
+            for other in (args.init, args.t5, args.vae, args.spiece):
+                if other and not os.path.samefile(before, other):
                     warn(f"{other} is taken, not what {before} holds")
             return args.init or before
     if args.init or args.stage == "0":
@@ -221,33 +267,44 @@ def starting_file(args):
 
 
 def starting_point(args, recipe, texts, device, dtype):
-    """-> the system, and what learns of it in this stage, {name: module}, in float32. All else is in `dtype`, or as the
-    file has it."""
+    """Makes the system with which a stage starts -> the system, {name: module} of what learns in this
+    stage, in float32. All else is in `dtype`; None: as in the file."""
     torch.manual_seed(args.seed)
     preset = copy.deepcopy(PRESETS[args.preset])
     if args.stage == "0":
         tokenizer = t5.train_tokenizer(tokenizer_texts(texts, args.seed), recipe.vocab)
         dd = DualDiffusion.build(preset, tokenizer, ["vae"]).to(device)
         return dd, {"vae": dd.vae}
-    found = find_parts(args.start, args.t5, args.vae, args.spiece)[0].t5
-    learns_all = recipe.learn_t5 == "all" or isinstance(found, t5.EmbeddingsConfig)
-    # The VAE is small, and its rounding would stay in the stored latents: always float32.
-    dtypes = {"ddit": torch.float32, "t5": torch.float32 if learns_all else dtype, "vae": dtype and torch.float32}
+
+    found, _, _ = find_parts(args.start, args.t5, args.vae, args.spiece)
+    learns_all = recipe.learn_t5 == "all" or isinstance(found.t5, t5.EmbeddingsConfig)
+    dtypes = {"ddit": torch.float32, "t5": dtype, "vae": dtype}
+    if learns_all:
+        dtypes["t5"] = torch.float32
+    if dtype is not None:
+        dtypes["vae"] = torch.float32  # it is small, and its rounding would stay in stored latents
     dd = DualDiffusion.load(args.start, args.t5, args.vae, args.spiece, device, dtypes)
-    anew = args.stage == "1" and args.start in (args.vae, SHIPPED) and not args.init or dd.ddit is dd.t5 is None
-    if args.stage == "1" and args.text_encoder == "none" and not anew:
+
+    has_no_network = dd.ddit is None and dd.t5 is None
+    from_shipped_parts = args.stage == "1" and args.start in (args.vae, SHIPPED) and not args.init
+    starts_anew = has_no_network or from_shipped_parts
+    if args.stage == "1" and args.text_encoder == "none" and not starts_anew:
         fail("--text-encoder none starts from nothing: give --vae and --spiece, but no --init")
-    if anew and dd.tokenizer:  # tokenizer and VAE are taken, the rest starts at random
+    if starts_anew and dd.tokenizer:
         if args.text_encoder == "none":
-            positions = max(recipe.length, preset.settings.length)  # for the longest texts of any stage
-            preset.t5 = t5.EmbeddingsConfig(preset.ddit.width, positions)
-            preset.ddit.text_dim, learns_all = preset.ddit.width, True
-        fresh = DualDiffusion.build(replace(preset, vae=dd.config.vae), dd.tokenizer, ["ddit", "t5"])
-        fresh.vae = dd.vae
-        dd = fresh.to(device)
-    if missing := missing_parts(dd):
+            learns_all = True
+        dd = fresh_networks(dd, preset, recipe, args.text_encoder).to(device)
+    missing = missing_parts(dd)
+    if missing:
         fail(f"{args.start}: holds no {' and no '.join(missing)}")
-    dd.config.settings.size, dd.config.settings.length = recipe.size, recipe.length  # to be used as it was trained
+
+    settings = dd.config.settings  # the file is to be used as it was trained
+    settings.size = recipe.size
+    settings.length = recipe.length
+    if args.caption_prompt is not None:
+        settings.caption_prompt = args.caption_prompt
+    if args.answer_suffix is not None:
+        settings.answer_suffix = args.answer_suffix
     dd.requires_grad_(False)
     modules = {"ddit": dd.ddit.requires_grad_()}
     if learns_all:
@@ -257,66 +314,113 @@ def starting_point(args, recipe, texts, device, dtype):
     return dd, modules
 
 
+def fresh_networks(dd, preset, recipe, text_encoder):
+    """Makes a system of new networks with the tokenizer and the VAE of another."""
+    preset.vae = dd.config.vae
+    if text_encoder == "none":
+        positions = max(recipe.length, preset.settings.length)  # for the longest texts of any stage
+        preset.t5 = t5.EmbeddingsConfig(preset.ddit.width, positions)
+        preset.ddit.text_dim = preset.ddit.width
+    fresh = DualDiffusion.build(preset, dd.tokenizer, ["ddit", "t5"])
+    fresh.vae = dd.vae
+    return fresh
+
+
 def tokenizer_texts(subset, seed, count=5000):
-    """Texts that stage 0 makes a vocabulary from."""
+    """Yields the texts that stage 0 makes a vocabulary from."""
     for k in range(count):
         rng = np.random.default_rng([seed, 4, k])
         i = int(data.pick(rng, subset.ids))
-        question = subset.source.question(i, rng) or ("", "")
+        question, answer = subset.source.question(i, rng) or ("", "")
         yield subset.source.caption(i, rng) or ""
-        yield "Q: {} A: {}".format(*question)
+        yield f"Q: {question} A: {answer}"
 
 
 class MaskRow(nn.Module):
     """The one embedding of a frozen T5 that learns in stage 2, the mask token's."""
     def __init__(self, encoder, mask_id):
         super().__init__()
-        self.mask_id, self.row = mask_id, nn.Parameter(encoder.shared.weight[mask_id].detach().float().clone())
-        encoder.shared.register_forward_hook(lambda table, tokens, embedded: self(tokens[0], embedded))
+        self.mask_id = mask_id
+        self.row = nn.Parameter(encoder.shared.weight[mask_id].detach().float().clone())
+
+        def replace_row(table, inputs, embedded):
+            tokens, = inputs
+            return self(tokens, embedded)
+
+        encoder.shared.register_forward_hook(replace_row)
 
     def forward(self, tokens, embedded):
-        return torch.where((tokens == self.mask_id)[..., None], self.row.to(embedded), embedded)
+        is_mask = (tokens == self.mask_id)[..., None]
+        return torch.where(is_mask, self.row.to(embedded), embedded)
 
 
 # ---------------------------------------------------------------- processes, optimizers, checkpoints
 
+
 def make_mesh(device, parallel):
-    """How the processes hold the weights. ddp: every process holds everything. fsdp: the processes of a node share out
-    gradients and optimizer state, and gather weights for a step (ZeRO-2); every node holds all of it."""
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if parallel == "fsdp" else 1
+    """Says how the processes hold the weights. ddp: every process holds everything. fsdp: the
+    processes of a node share out gradients and optimizer state, and gather weights for a step
+    (ZeRO-2); every node holds all of it."""
+    sharing = 1
+    if parallel == "fsdp":
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     shape = dist.get_world_size() // sharing, sharing
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def parallelize(module, mesh, dtype):
-    """Share a module out among the processes of a mesh, in place, by FSDP2 (`fully_shard`). From then on its parameters
-    are DTensors: `p.to_local()` is what this process holds, which in ddp is all of it.
-    The network computes in `dtype`. The weights themselves, their gradients' mean over the processes and the optimizer
-    stay in float32 (the "master weights"): a bf16 weight could not take a step smaller than 1/256 of itself."""
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here changes one in place
+    """Shares a module out among the processes of a mesh, in place, by FSDP2. From then on its
+    parameters are DTensors: `p.to_local()` is what this process holds, which in ddp is all of it.
+
+    The network computes in `dtype`. The weights themselves, their mean gradients and the optimizer
+    stay in float32 (the "master weights"): a bf16 weight could not take a step smaller than 1/256
+    of itself."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # none is changed in place
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for part in [*(part for part in module.modules() if isinstance(part, JointBlock)), module]:
+    parts = [part for part in module.modules() if isinstance(part, JointBlock)]
+    for part in parts + [module]:
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
-def make_optimizers(modules, recipe):
-    """modules: {"ddit", "t5" or "vae": module} -> optimizers, [(parameter, view)].
+def sync_gradients(learner, last):
+    """Lets only the last pass of a step all-reduce gradients and free gathered weights. (With fsdp
+    every pass reduce-scatters within a node.)"""
+    for module in learner.modules.values():
+        module.set_requires_all_reduce(last)
+        module.set_reshard_after_backward(last)
 
-    Muon, where the recipe has it, learns the matrices inside the blocks: a view of each, on the same memory, and a
-    convolution's as (out, in * k * k). AdamW learns all else, with decay for matrices alone."""
-    decayed, plain, views, muon_groups = [], [], [], []
+
+def make_optimizers(modules, recipe):
+    """Makes the optimizers of {"ddit", "t5" or "vae": module} -> optimizers, [(parameter, view)].
+
+    Muon, where the recipe has it, learns the matrices inside the blocks: a view of each, on the same
+    memory, a convolution's as (out, in * k * k). AdamW learns all else, with decay for matrices
+    alone."""
+    decayed = []
+    plain = []
+    views = []
+    muon_groups = []
     for name, module in modules.items():
-        layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-        blocks = [part for part in module.modules() if isinstance(part, BLOCKS)]
-        matrices, in_blocks = {id(layer.weight) for layer in layers}, {id(p) for b in blocks for p in b.parameters()}
-        # T5 has neither 1/sqrt(d) on its attention scores nor norms on q and k: at Muon's full rate they explode.
-        muon_groups.append({"params": [], "peak": recipe.muon * (0.2 if name == "t5" else 1.0)})
+        matrices = set()
+        in_blocks = set()
+        for part in module.modules():
+            if isinstance(part, nn.Linear | nn.Conv2d):
+                matrices.add(part.weight)
+            if isinstance(part, BLOCKS):
+                in_blocks.update(part.parameters())
+        muon = []
         for p in module.parameters():
-            if recipe.muon and id(p) in matrices & in_blocks:
-                views.append((p, nn.Parameter(p.data.to_local().flatten(1))))
-                muon_groups[-1]["params"].append(views[-1][1])
+            if p not in matrices:
+                plain.append(p)
+            elif recipe.muon and p in in_blocks:
+                view = nn.Parameter(p.data.to_local().flatten(1))
+                views.append((p, view))
+                muon.append(view)
             else:
-                (decayed if id(p) in matrices else plain).append(p)
+                decayed.append(p)
+        # T5 has neither 1/sqrt(d) on its attention scores nor norms on q and k, which explode at Muon's full rate.
+        peak = 0.2 * recipe.muon if name == "t5" else recipe.muon
+        muon_groups.append({"params": muon, "peak": peak})
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay, "peak": recipe.rate},
               {"params": plain, "weight_decay": 0.0, "peak": recipe.rate}]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=True)]
@@ -325,99 +429,95 @@ def make_optimizers(modules, recipe):
     return optimizers, views
 
 
-def learning_rate(recipe, step):
-    """The factor on every learning rate at a step (0-based)."""
-    rise = min(1.0, (step + 1) / max(recipe.warmup, 1))
-    return rise * (1 - step / recipe.steps if recipe.schedule == "linear" else 1.0)
+def empty_state(optimizers):
+    """Makes the state that optimizers have before their first step, for a checkpoint to be read
+    into."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if isinstance(optimizer, torch.optim.Muon):
+                    optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+                else:
+                    step = torch.zeros((), device=p.device)
+                    optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p),
+                                          "exp_avg_sq": torch.zeros_like(p)}
 
 
 class Learner:
-    """What learns in a stage: modules of the system dd, {name: module}, shared out among the processes, with their
-    optimizers, running averages and checkpoints."""
-    def __init__(self, dd, modules, recipe, args, dtype, folder):
-        self.dd, self.modules, self.recipe, self.args, self.saved = dd, modules, recipe, args, time.monotonic()
+    """All that a run consists of: the system dd and those of its modules that learn, {name: module},
+    shared out among the processes; their parameters, optimizers and running averages; the recipe and
+    the arguments; the folder and its checkpoints; the images that are held out."""
+    def __init__(self, dd, modules, recipe, args, dtype, folder, held_out=None):
+        self.dd = dd
+        self.modules = modules
+        self.recipe = recipe
+        self.args = args
+        self.folder = folder
+        self.held_out = held_out  # two Subsets, for the two losses
+        self.checkpoints = os.path.join(folder, "checkpoints")
+        self.losses = training_losses if dd.ddit else autoencoder_losses
+        self.saved = time.monotonic()
         self.autocast = dd.device.type == "cuda" and dtype == torch.bfloat16
-        self.folder = os.path.join(folder, "checkpoints")
-        mesh = make_mesh(dd.device, args.parallel)
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # see `save`: we mean it
-        for block in [m for m in dd.modules() if isinstance(m, JointBlock | t5.Block)]:
-            if args.compile:  # not block.compile(), which around checkpoint and FSDP's hooks compiles nothing
+        for block in dd.modules():
+            if not isinstance(block, JointBlock | t5.Block):
+                continue
+            if args.compile:  # block.compile(), around FSDP's hooks and a checkpoint, compiles nothing
                 block.forward = torch.compile(block.forward)
             if args.checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        mesh = make_mesh(dd.device, args.parallel)
         for module in modules.values():
             parallelize(module, mesh, dtype)
         self.optimizers, self.views = make_optimizers(modules, recipe)
         self.parameters = [p for module in modules.values() for p in module.parameters()]
-        self.averages = [p.detach().clone() for p in self.parameters] if recipe.ema else []
+        self.averages = []
+        if recipe.ema:
+            self.averages = [p.detach().clone() for p in self.parameters]
 
     def moments(self, images):
-        """Images of a batch -> the moments (B,2,C,h,w) of their latents, on the device: stored ones, or pixels encoded
-        now. These are used once and not stored, so bf16 may round them."""
-        images = images.to(self.dd.device, non_blocking=True)
-        if images.ndim == 4:
-            with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, self.autocast):
-                images = torch.stack(self.dd.vae.encode(images), 1)
-        return images.float()
-
-    def forward(self, batch):
-        """-> the loss to learn from, and two to look at. Nothing here waits for the device."""
-        if self.dd.ddit is None:
-            return autoencoder_losses(self.dd, batch, self.recipe)
-        images, text_images = (x if x is None else self.moments(x) for x in (batch.images, batch.text_images))
-        return training_losses(self.dd, batch._replace(images=images, text_images=text_images), self.recipe)
-
-    def backward(self, loss, last):
-        """Only a step's last pass all-reduces gradients and frees gathered weights; fsdp reduce-scatters in each."""
-        for module in self.modules.values():
-            module.set_requires_all_reduce(last)
-            module.set_reshard_after_backward(last)
-        loss.backward()
-
-    def step(self, step):
-        """Let the optimizers take this step -> the gradient's norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
-        for p, view in self.views:
-            view.grad, p.grad = p.grad.to_local().flatten(1), None
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * learning_rate(self.recipe, step)
-            optimizer.step()
-            optimizer.zero_grad()
-        for average, p in zip(self.averages, self.parameters):
-            average.to_local().lerp_(p.detach().to_local(), 1 - self.recipe.ema)
-        return norm.full_tensor()
+        """data.Images -> the moments (B,2,C,h,w) of their latents, on the device: stored ones, or
+        pixels encoded now. These are used once and not stored, so bf16 may round them."""
+        device = self.dd.device
+        if images.moments is not None:
+            return images.moments.to(device, non_blocking=True).float()
+        pixels = images.pixels.to(device, non_blocking=True)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, self.autocast):
+            return torch.stack(self.dd.vae.encode(pixels), 1).float()
 
     def weights(self):
-        """-> {name: state dict}, whole and on the CPU: what the stage leaves."""
+        """Returns {name: state dict}, whole and on the CPU: what the stage leaves."""
         for average, p in zip(self.averages, self.parameters):
             p.data.copy_(average)
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return {name: get_model_state_dict(module, options=whole) for name, module in self.modules.items()}
 
     def state(self, step):
-        """All that a run must remember. Loading writes into these very tensors. A shard knows its place in the whole,
-        so any number of processes can read what any other number wrote."""
-        return {"step": torch.tensor(step), "files": torch.tensor(dist.get_world_size()),  # each process writes one
+        """Returns all that a run must remember. Loading writes into these very tensors. A shard knows
+        its place in the whole, so any number of processes can read what any other number wrote."""
+        return {"step": torch.tensor(step),
+                "files": torch.tensor(dist.get_world_size()),  # each process writes one
                 "modules": {name: module.state_dict() for name, module in self.modules.items()},
                 "optimizers": {str(k): o.state_dict()["state"] for k, o in enumerate(self.optimizers)},
                 "averages": dict(enumerate(self.averages))}
 
     def save(self, step):
-        """Write a checkpoint atomically: every process writes its part beside, then rank 0 renames the folder."""
-        path, first = os.path.join(self.folder, f"step-{step:08d}"), dist.get_rank() == 0
+        """Writes a checkpoint atomically: every process writes its part beside, then rank 0 renames
+        the folder."""
+        path = os.path.join(self.checkpoints, f"step-{step:08d}")
+        beside = f"{path}.partial"
         try:
             barrier()
-            # A lone process saves without collectives, in which gloo's threads start OpenMP teams of their own: then
-            # there are more threads than cores, and training took 1.6 times as long.
-            writer = HuggingFaceStorageWriter(f"{path}.partial", save_distributed=True)
+            # A lone process saves without collectives, in which gloo's threads start OpenMP teams of their own:
+            # then there are more threads than cores, and training took 1.6 times as long.
+            writer = HuggingFaceStorageWriter(beside, save_distributed=True)
             dcp.save(self.state(step), storage_writer=writer, no_dist=dist.get_world_size() == 1)
         except (Exception, CheckpointException) as error:
-            shutil.rmtree(f"{path}.partial", ignore_errors=True)
+            shutil.rmtree(beside, ignore_errors=True)
             fail(f"{path}: could not be written ({one_line(error)}); the checkpoints before it stand")
-        if first:
-            os.replace(f"{path}.partial", path)
-            for old in checkpoints(self.folder)[:-self.args.keep]:
+        if dist.get_rank() == 0:
+            os.replace(beside, path)
+            for old in checkpoints(self.checkpoints)[:-self.args.keep]:
                 shutil.rmtree(old)
         self.saved = time.monotonic()
 
@@ -425,20 +525,22 @@ class Learner:
         return time.monotonic() - self.saved >= 60 * self.args.save_minutes
 
     def load(self):
-        """Load the newest readable checkpoint -> its step; 0 if there is none. Unreadable ones are moved aside."""
-        logging.disable(logging.WARNING)  # torch.distributed.checkpoint would print tracebacks of what one line says
-        for leftover in glob(f"{escape(self.folder)}/*.partial") if dist.get_rank() == 0 else ():
-            shutil.rmtree(leftover)  # of a kill
-        if not checkpoints(self.folder):
+        """Loads the newest checkpoint that can be read -> its step; 0 if there is none. Those that
+        cannot be read are moved aside."""
+        logging.disable(logging.WARNING)  # torch would print tracebacks of what one line says
+        if dist.get_rank() == 0:
+            for leftover in glob(f"{escape(self.checkpoints)}/*.partial"):  # of a kill
+                shutil.rmtree(leftover)
+        if not checkpoints(self.checkpoints):
             return 0
-        for p in self.parameters:
-            p.grad = torch.zeros_like(p)
-        self.step(-1)  # optimizers have no state before their first step; one at rate 0 changes nothing
+        empty_state(self.optimizers)
         state = self.state(0)
-        for path in reversed(checkpoints(self.folder)):
+        for path in reversed(checkpoints(self.checkpoints)):
             try:
-                dcp.load(state, storage_reader=HuggingFaceStorageReader(path), no_dist=dist.get_world_size() == 1)
-                if (files := len(os.listdir(path))) != state["files"]:  # the reader notices no missing one
+                reader = HuggingFaceStorageReader(path)
+                dcp.load(state, storage_reader=reader, no_dist=dist.get_world_size() == 1)
+                files = len(os.listdir(path))
+                if files != state["files"]:  # the reader notices no missing one
                     raise ValueError(f"{files} files, not {state['files']}")
                 return int(state["step"])
             except (Exception, CheckpointException) as error:
@@ -446,132 +548,211 @@ class Learner:
                 barrier()
                 if dist.get_rank() == 0:
                     os.replace(path, f"{path}.unreadable")
-        fail(f"{self.folder}: none of its checkpoints can be read")
+        fail(f"{self.checkpoints}: none of its checkpoints can be read")
 
 
 def checkpoints(folder):
-    """The checkpoints that a run has left, oldest first. What a killed process was writing ends in .partial."""
-    return sorted(glob(os.path.join(escape(folder), "step-" + "[0-9]" * 8)))
+    """Lists the checkpoints that a run has left, oldest first. What a killed process was writing ends
+    in .partial."""
+    digits = "[0-9]" * 8
+    return sorted(glob(f"{escape(folder)}/step-{digits}"))
 
 
 # ---------------------------------------------------------------- what a run says of itself
 
+
 class Log:
-    """The progress bar, and metrics.jsonl, in which a run that goes on forgets what came after `start`."""
-    def __init__(self, folder, names, start, steps):
-        self.names, self.window, self.since = names, [], time.perf_counter()
-        self.step, self.rank, self.metrics = start, dist.get_rank(), os.path.join(folder, "metrics.jsonl")
+    """The progress bar, and metrics.jsonl. A run that goes on from step `start` drops the lines that
+    came after it."""
+    def __init__(self, learner, start):
+        steps = learner.recipe.steps
+        self.rank = dist.get_rank()
+        self.names = ("image_loss", "text_loss") if learner.dd.ddit else ("reconstruction", "kl")
+        self.losses = []  # of each pass since the last line
+        self.step = start
+        self.since = time.perf_counter()
+        self.metrics = os.path.join(learner.folder, "metrics.jsonl")
         if self.rank == 0 and os.path.exists(self.metrics):
-            with open(self.metrics) as f:
-                matches = [re.match(r'{"step": (\d+),.*}\n', line) for line in f]  # None: cut off by a power cut
-            with data.replacing(self.metrics) as beside, open(beside, "w") as f:
-                f.writelines(match[0] for match in matches if match and int(match[1]) <= start)
-        self.bar = tqdm(range(start, steps), os.path.basename(folder), initial=start, total=steps, mininterval=1,
-                        disable=self.rank > 0)
+            self.drop_after(start)
+        self.bar = tqdm(range(start, steps), os.path.basename(learner.folder), initial=start, total=steps,
+                        mininterval=1, disable=self.rank > 0)
+
+    def drop_after(self, start):
+        kept = []
+        with open(self.metrics) as f:
+            for line in f:
+                match = re.match(r'{"step": (\d+),.*}\n', line)  # None: cut off by a power cut
+                if match and int(match[1]) <= start:
+                    kept.append(line)
+        with data.replacing(self.metrics) as beside, open(beside, "w") as f:
+            f.writelines(kept)
 
     def write(self, done, norm, learner, validation):
-        """A line of metrics, means over the steps since the last one. Raises ValueError if a loss is not finite."""
-        *parts, norm = mean_over_processes([*torch.stack(self.window).mean(0), norm])
+        """Writes a line of metrics, means over the steps since the last one. Raises ValueError if a
+        loss is not finite."""
+        means = torch.stack(self.losses).mean(0)
+        *parts, norm = mean_over_processes([*means, norm])
         if not np.isfinite([*parts, norm]).all():
             raise ValueError(f"the loss or its gradient is not a number at step {done}, so nothing of it was saved. "
-                             f"Lower --rate or --muon")
+                             "Lower --rate or --muon")
+        line = {"step": done, **dict(zip(self.names, parts)), "grad_norm": norm}
+        line["rate"] = learner.optimizers[0].param_groups[0]["lr"]
         images = (done - self.step) * learner.recipe.batch
-        line = {"step": done, **dict(zip(self.names, parts)), "grad_norm": norm,
-                "rate": learner.optimizers[0].param_groups[0]["lr"],
-                "images_per_s": images / (time.perf_counter() - self.since)}
-        line |= {f"val_{name}": loss for name, loss in zip(self.names, validation)}
-        self.bar.set_postfix({name: f"{loss:.4f}" for name, loss in zip(self.names, parts)}
-                             | {"rate": f"{line['rate']:.1e}", "images/s": f"{line['images_per_s']:.0f}"})
+        line["images_per_s"] = images / (time.perf_counter() - self.since)
+        for name, loss in zip(self.names, validation):
+            line[f"val_{name}"] = loss
+        shown = {name: f"{loss:.4f}" for name, loss in zip(self.names, parts)}
+        self.bar.set_postfix(shown, rate=f"{line['rate']:.1e}", images_per_s=round(line["images_per_s"]))
         if self.rank == 0:
             with open(self.metrics, "a") as f:
                 f.write(json.dumps(line) + "\n")
-        self.window, self.step, self.since = [], done, time.perf_counter()
+        self.losses = []
+        self.step = done
+        self.since = time.perf_counter()
 
 
 def mean_over_processes(numbers):
-    """A few numbers -> list of their means over all processes."""
-    x = torch.stack([*numbers]).cpu()
+    """Takes a few numbers of each process -> list of their means over all."""
+    x = torch.stack(list(numbers)).cpu()
     dist.all_reduce(x)
     return (x / dist.get_world_size()).tolist()
 
 
+def any_process(*flags):
+    """For each flag: is it set in any process? So all do what one process asks for."""
+    x = torch.tensor(flags, dtype=torch.float32)
+    dist.all_reduce(x)
+    return (x > 0).tolist()
+
+
 def barrier():
-    """Let all processes wait for each other, on the CPU."""
+    """Lets all processes wait for each other, on the CPU."""
     dist.all_reduce(torch.zeros(1))
 
 
 @contextmanager
 def noted_signals():
-    """-> a list. Ctrl-C and SIGTERM do nothing but add their number to it."""
+    """Gives a list. Ctrl-C and SIGTERM do nothing but add their number to it."""
     signals = []
-    handlers = {kind: signal.signal(kind, lambda number, frame: signals.append(number))
-                for kind in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        signals.append(number)
+
+    on_interrupt = signal.signal(signal.SIGINT, note)
+    on_term = signal.signal(signal.SIGTERM, note)
     try:
         yield signals
     finally:
-        for kind, handler in handlers.items():
-            signal.signal(kind, handler)
+        signal.signal(signal.SIGINT, on_interrupt)
+        signal.signal(signal.SIGTERM, on_term)
 
 
 def own_session(worker):
-    """Shield a process that makes batches from signals to the whole program: the step before the end needs it."""
+    """Shields a process that makes batches from signals to the whole program: the last step needs it."""
     os.setsid()
 
 
-def show(dd, subset, path=None):
-    """A sheet: eight images drawn from captions, eight with the model's caption and answer; in stage 0, images beside
-    their reconstructions. All processes must draw, as they gather weights; the one with a path writes."""
-    source, rng, generator = subset.source, np.random.default_rng([0, 3]), torch.Generator().manual_seed(0)
+@torch.no_grad()
+def validate(learner):
+    """Computes both losses on images that are held out, with the same noise and masks every time."""
+    steps = -(-min(256, len(learner.held_out[1].ids)) // learner.recipe.batch)
+    batches = make_batches(learner, learner.held_out, UNSEEN)
+    parts = []
+    for step in range(steps):
+        for batch in batches[step]:
+            _, *losses_of_batch = learner.losses(learner, batch)
+            parts.append(torch.stack(losses_of_batch))
+    return mean_over_processes(torch.stack(parts).mean(0))
+
+
+def make_batches(learner, subsets, seed):
+    """Makes the data.Batches of this process."""
+    images, texts = subsets
+    dd = learner.dd
+    share = learner.recipe.batch // dist.get_world_size()
+    first = share * dist.get_rank()
+    rows = slice(first, first + share)
+    return data.Batches(images, texts, dd.tokenizer, dd.config.settings, learner.recipe, seed, rows,
+                        learner.args.accumulate)
+
+
+def show_samples(learner, name):
+    """Writes a sheet: eight images drawn from captions, eight with the model's caption and answer; in
+    stage 0, images beside their reconstructions. All processes must draw, as they gather weights;
+    rank 0 writes."""
+    _, subset = learner.held_out
+    cells = sample_cells(learner.dd, subset)
+    if dist.get_rank() == 0:
+        sample.sheet(f"{learner.folder}/{name}.png", cells)
+
+
+def sample_cells(dd, subset):
+    """Draws and reads held-out images -> [(image, text)]."""
+    source = subset.source
+    rng = np.random.default_rng([0, 3])
+    generator = torch.Generator().manual_seed(0)
     ids = rng.permutation(subset.ids)  # or sorted data would show one class alone
     images = [source.image(i) for i in ids[-8:]]
     pixels = torch.from_numpy(data.to_pixels(images))
+    cells = []
     if dd.ddit is None:
         with torch.no_grad():
-            decoded = data.to_images(dd.vae(pixels.to(dd.device), torch.zeros(()))[0])  # of the mean, without noise
-        cells = [cell for pair in zip(images, decoded) for cell in zip(pair, ("image", "reconstruction"))]
-    else:
-        prompts = [source.caption(i, rng) or "" for i in ids[:8]]
-        drawn = sample.text_to_image(dd, prompts, generator=generator)
-        questions = [(source.question(i, rng) or ("what is this?",))[0] for i in ids[-8:]]
-        captions = sample.caption(dd, pixels, generator=generator)
-        answers = sample.answer(dd, pixels, questions, generator=generator)
-        texts = [*map("drawn: {}".format, prompts), *map("read: {}\n{}\n> {}".format, captions, questions, answers)]
-        cells = [*zip([*data.to_images(drawn), *images], texts)]
-    if path:
-        sample.sheet(path, cells)
+            decoded, _, _ = dd.vae(pixels.to(dd.device), torch.zeros(()))  # of the mean, without noise
+        for image, again in zip(images, data.to_images(decoded)):
+            cells += [(image, "image"), (again, "reconstruction")]
+        return cells
+    prompts = [source.caption(i, rng) or "" for i in ids[:8]]
+    drawn = data.to_images(sample.text_to_image(dd, prompts, generator=generator))
+    questions = []
+    for i in ids[-8:]:
+        question, *_ = source.question(i, rng) or ("what is this?",)
+        questions.append(question)
+    captions = sample.caption(dd, pixels, generator=generator)
+    answers = sample.answer(dd, pixels, questions, generator=generator)
+    for image, prompt in zip(drawn, prompts):
+        cells.append((image, f"drawn: {prompt}"))
+    for image, caption, question, answer in zip(images, captions, questions, answers):
+        cells.append((image, f"read: {caption}\n{question}\n> {answer}"))
+    return cells
 
 
+@torch.no_grad()
 def show_batch(dd, batch, path):
-    """A sheet of what a stage learns from: images through the VAE, texts as cut; [what may be masked]."""
-    images, say = batch.images if batch.text_images is None else batch.text_images, dd.tokenizer.decode
-    if images.ndim == 5:  # stored moments
-        images = dd.decode_image(dd.vae.normalize(images[:16, 0].to(dd.device).float()))
-    sample.sheet(path, [(image, f"{say(ids[~free])} [{say(ids[free])}]".strip()) for image, ids, free in zip(
-        data.to_images(images[:16]), batch.tokens, batch.maskable)])
+    """Writes a sheet of what a stage learns from: images through the VAE, texts as cut; brackets hold
+    what may be masked."""
+    images, moments = batch.text_images
+    if images is None:
+        mean = moments[:16, 0].to(dd.device).float()
+        images = dd.decode_image(dd.vae.normalize(mean))
+    cells = []
+    for image, ids, may in zip(data.to_images(images[:16]), batch.tokens, batch.maskable):
+        prompt = dd.tokenizer.decode(ids[~may])
+        text = dd.tokenizer.decode(ids[may])
+        cells.append((image, f"{prompt} [{text}]".strip()))
+    sample.sheet(path, cells)
 
 
 # ---------------------------------------------------------------- a stage from end to end, and its settings
 
+
 def prepare(args, recipe, folder):
-    """What a stage begins with -> dd, its modules that learn, Subsets (to learn from; held out), the run's settings."""
+    """Finds what a stage begins with -> dd, {name: module} of what learns, Subsets to learn from (for
+    the two losses), held-out Subsets, the run's settings."""
     args.start = starting_file(args)
     if args.stage not in ("0", "1"):
-        start = find_parts(args.start, args.t5, args.vae, args.spiece)[0].settings
-        lengths = {recipe.length for recipe in RECIPES[args.preset].values()}
-        if args.length is None and start.length not in lengths:
-            warn(f"{args.start} was trained at --length {start.length}; this stage takes {recipe.length}")
-        if args.size is None and start.size > recipe.size:
-            warn(f"{args.start} was trained at --size {start.size}; this stage takes {recipe.size}")
-    images, unseen_images = subsets(args.image_data or args.data, args, recipe)
-    texts, unseen = images, unseen_images
+        warn_of_other_numbers(args, recipe)
+    images, unseen_images = find_data(args.image_data or args.data, args, recipe)
+    texts, unseen_texts = images, unseen_images
     if args.image_data or args.text_data:
-        texts, unseen = subsets(args.text_data or args.data, args, recipe)
+        texts, unseen_texts = find_data(args.text_data or args.data, args, recipe)
     os.makedirs(folder, exist_ok=True)
-    args.lock = data.claim(os.path.join(args.out, ".lock")) if dist.get_rank() == 0 else None  # until the end
+    if dist.get_rank() == 0:
+        args.lock = data.claim(os.path.join(args.out, ".lock"))  # until the end
     settings = check_settings(folder, args, recipe, images, texts)
     if dist.get_rank() == 0 and (args.data or args.text_data):
+        names = [unseen_texts.source.record(i).image for i in unseen_texts.ids]
         with data.replacing(os.path.join(folder, "held-out.txt")) as beside, open(beside, "w") as f:
-            f.writelines(dict.fromkeys(f"{unseen.source.record(i).image}\n" for i in unseen.ids))
+            f.writelines(f"{name}\n" for name in dict.fromkeys(names))
     if args.data and args.start == SHIPPED and not args.init:
         warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
              f"python train.py --stage 0 --data {' '.join(args.data)} --out {args.out}")
@@ -579,93 +760,115 @@ def prepare(args, recipe, folder):
     if dd.ddit:
         sample.latent_size(dd, recipe.size, recipe.size)  # refuses now what is too large
         limit = args.latents if args.data or args.image_data else recipe.pool
-        encode = partial(data.with_latents, vae=dd.vae, folder=args.out, limit=limit)
-        images, texts = (encode(images),) * 2 if texts is images else (encode(images), encode(texts))
-    return dd, modules, (images, texts), (unseen_images, unseen), settings
+        same = texts is images
+        images = data.with_latents(images, dd.vae, args.out, limit)
+        texts = images if same else data.with_latents(texts, dd.vae, args.out, limit)
+    return dd, modules, (images, texts), (unseen_images, unseen_texts), settings
+
+
+def warn_of_other_numbers(args, recipe):
+    """Warns where the starting file was trained with longer texts or larger images."""
+    found, _, _ = find_parts(args.start, args.t5, args.vae, args.spiece)
+    lengths = [other.length for other in RECIPES[args.preset].values()]
+    for name, differs in (("length", found.settings.length not in lengths + [recipe.length]),
+                          ("size", found.settings.size > recipe.size)):
+        if differs and getattr(args, name) is None:
+            warn(f"{args.start} was trained at --{name} {getattr(found.settings, name)}; this stage takes "
+                 f"{getattr(recipe, name)}")
 
 
 def run_stage(args, recipe):
-    """One stage, from its start or its newest checkpoint to the file that it leaves."""
-    rank, share, device = dist.get_rank(), recipe.batch // dist.get_world_size(), args.device
-    folder, rows = os.path.join(args.out, f"stage{args.stage}"), slice(rank * share, (rank + 1) * share)
+    """Runs one stage, from its start or its newest checkpoint to the file that it leaves."""
+    rank = dist.get_rank()
+    folder = os.path.join(args.out, f"stage{args.stage}")
+    path = os.path.join(folder, "model.safetensors")
     if rank > 0:
         barrier()  # what rank 0 prepares, the others find
-    dd, modules, (images, texts), held_out, settings = prepare(args, recipe, folder)
+    dd, modules, subsets, held_out, settings = prepare(args, recipe, folder)
     if rank == 0:
         barrier()
-    learner = Learner(dd, modules, recipe, args, DTYPES[settings["dtype"]], folder)
-    start, path = learner.load(), os.path.join(folder, "model.safetensors")
+    learner = Learner(dd, modules, recipe, args, DTYPES[settings["dtype"]], folder, held_out)
+    start = learner.load()
     if start > recipe.steps:
         fail(f"{folder} is already at step {start}, beyond --steps {recipe.steps}")
-    newest = os.path.getmtime(checkpoints(learner.folder)[-1]) if start == recipe.steps else float("inf")
-    if os.path.exists(path) and os.path.getmtime(path) >= newest:  # leave it, for a later stage may have begun with it
-        return print(f"finished: {path}") if rank == 0 else None
+    if start == recipe.steps and os.path.exists(path):
+        newest = checkpoints(learner.checkpoints)[-1]
+        if os.path.getmtime(path) >= os.path.getmtime(newest):  # a later stage may have begun with this file
+            if rank == 0:
+                print(f"finished: {path}")
+            return
+    images, texts = subsets
+    batches = make_batches(learner, subsets, args.seed)
     if rank == 0:
-        print(f"{sum(p.numel() for p in learner.parameters):,} parameters learn from {len(texts.ids):,} records, in "
-              f"{settings['dtype']}, on {dist.get_world_size()} x {device.type}"
-              + f"; going on from step {start}" * (start > 0), file=sys.stderr)
+        count = sum(p.numel() for p in learner.parameters)
+        going_on = f"; going on from step {start}" if start else ""
+        print(f"{count:,} parameters learn from {len(texts.ids):,} records, in {settings['dtype']}, "
+              f"on {dist.get_world_size()} x {args.device.type}{going_on}", file=sys.stderr)
+        show_batch(dd, batches[0][0], f"{folder}/data.png")
 
-    log = Log(folder, ("image_loss", "text_loss") if dd.ddit else ("reconstruction", "kl"), start, recipe.steps)
-    batches = data.Batches(images, texts, dd.tokenizer, recipe, args.seed, rows, args.accumulate)
     quick = images.latents or isinstance(images.source, data.World)  # but a GPU must not wait for one core
-    workers = 0 if device.type == "cpu" and quick else min(4, os.cpu_count() or 1)
-    loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), pin_memory=device.type == "cuda",
-                        num_workers=workers if args.workers is None else args.workers,
-                        worker_init_fn=own_session)
-    if rank == 0:
-        with torch.no_grad():
-            show_batch(dd, batches[0][0], f"{folder}/data.png")
-    unseen_batches = data.Batches(*held_out, dd.tokenizer, recipe, UNSEEN, rows, args.accumulate)
-
-    def validate():
-        """Both losses on images that are held out, with the same noise and masks every time and in every run."""
-        steps = -(-min(256, len(held_out[1].ids)) // recipe.batch)
-        with torch.no_grad():
-            parts = [torch.stack(learner.forward(batch)[1:]) for k in range(steps) for batch in unseen_batches[k]]
-        return mean_over_processes(torch.stack(parts).mean(0))
-
+    workers = args.workers
+    if workers is None:
+        workers = 0 if args.device.type == "cpu" and quick else min(4, os.cpu_count() or 1)
+    loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), num_workers=workers,
+                        pin_memory=args.device.type == "cuda", worker_init_fn=own_session)
+    log = Log(learner, start)
     with noted_signals() as signals:
-        train(learner, loader, log, signals, validate,
-              lambda done: show(dd, held_out[1], rank == 0 and f"{folder}/samples-{done:06d}.png"), args, recipe)
+        train(learner, loader, log, signals)
     weights = learner.weights()
-    show(dd, held_out[1], rank == 0 and f"{folder}/samples.png")
+    show_samples(learner, "samples")
     if rank == 0:
         write_model(args, recipe, weights, texts, path)
         print(f"wrote {path}")
 
 
 def write_model(args, recipe, weights, texts, path):
-    """The file for sample.py: what was trained, and the frozen parts anew from the starting file; all in float16."""
+    """Writes the file for sample.py: what was trained, and the frozen parts anew from the starting
+    file; all in float16."""
     dd, modules = starting_point(args, recipe, texts, torch.device("cpu"), None)
     for name, module in modules.items():
         module.load_state_dict(weights[name])
     if isinstance(modules.get("t5"), MaskRow):
         dd.t5.shared.weight.data[dd.tokenizer.mask_id] = modules["t5"].row.detach()
-    if args.stage == "0":  # bring latents to mean 0 and deviation 1, which the transformer expects
-        pixels = torch.stack([texts.record(k)[1] for k in range(min(512, len(texts.ids)))])
-        with torch.no_grad():
-            z = torch.cat([dd.vae.encode(pixels[part])[0] for part in data.slices(len(pixels), *pixels.shape[2:])])
-        dd.config.vae.shift, dd.config.vae.scale = z.mean().item(), 1 / z.std().item()
+    if args.stage == "0":
+        set_latent_scale(dd, texts)
     dd.save(path, dtype=torch.float16)
 
 
+@torch.no_grad()
+def set_latent_scale(dd, subset):
+    """Brings latents to mean 0 and standard deviation 1, which the transformer expects."""
+    pixels = torch.stack([subset.record(k)[1] for k in range(min(512, len(subset.ids)))])
+    means = []
+    for part in data.slices(len(pixels), *pixels.shape[2:]):
+        mean, _ = dd.vae.encode(pixels[part])
+        means.append(mean)
+    latents = torch.cat(means)
+    dd.config.vae.shift_factor = latents.mean().item()
+    dd.config.vae.scaling_factor = 1 / latents.std().item()
+
+
 def check_settings(folder, args, recipe, images, texts):
-    """-> the settings, which run.json keeps. A folder holds one run: another would overwrite what it has left, and is
-    refused. But a run at a constant rate may be made longer, and files and data may be moved."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # bf16, where it is fast; stage 0's narrow layers never gain
-    fast = args.device.type == "cuda" or args.device.type == "cpu" and args.stage != "0" and (
-        cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-    settings = {name: vars(args)[name] for name in ("preset", "text_encoder", "seed")} | asdict(recipe) | {
-        "data": [hashlib.sha256(source.fingerprint.encode()).hexdigest()[:12] for source, *_ in (images, texts)],
-        "files": [f"{os.path.basename(file)}, {os.stat(file).st_size} bytes, {time.ctime(os.stat(file).st_mtime)}"
-                  for path in (args.start, args.t5, args.vae, args.spiece) if path for file in data.files_of(path)],
-        "dtype": args.dtype or ("bf16" if fast else "fp32")}
-    if os.path.exists(path := os.path.join(folder, "run.json")) and checkpoints(f"{folder}/checkpoints"):
+    """Returns the settings of a run, which run.json keeps. A folder holds one run: another would
+    overwrite what it has left, and is refused. But a run at a constant rate may be made longer, and
+    files and data may be moved."""
+    settings = {name: getattr(args, name) for name in OF_A_RUN} | asdict(recipe)
+    settings["data"] = [data.short_hash(subset.source.fingerprint) for subset in (images, texts)]
+    settings["files"] = []
+    for path in (args.start, args.t5, args.vae, args.spiece):
+        for file in data.files_of(path) if path else []:
+            stat = os.stat(file)
+            settings["files"].append(f"{os.path.basename(file)}, {stat.st_size} bytes, {time.ctime(stat.st_mtime)}")
+    settings["dtype"] = args.dtype or default_dtype(args)
+    path = os.path.join(folder, "run.json")
+    if os.path.exists(path) and checkpoints(f"{folder}/checkpoints"):
         with open(path) as f:
             before = json.load(f)
-        may_change = {"steps"} if recipe.schedule == "constant" else set()
-        changed = [f"{name} {before.get(name)} is now {settings[name]}" for name in settings.keys() - may_change
-                   if before.get(name) != settings[name]]
+        changed = []
+        for name, value in settings.items():
+            is_longer = name == "steps" and recipe.schedule == "constant"
+            if before.get(name) != value and not is_longer:
+                changed.append(f"{name} {before.get(name)} is now {value}")
         if changed:
             fail(f"{folder} holds a run with other settings ({', '.join(changed)}); give its own, or another --out")
     if dist.get_rank() == 0:
@@ -674,54 +877,86 @@ def check_settings(folder, args, recipe, images, texts):
     return settings
 
 
+OF_A_RUN = ("preset", "text_encoder", "seed", "caption_prompt", "answer_suffix")
+
+
+def default_dtype(args):
+    """Returns bf16 where it is fast. The narrow layers of stage 0 never gain from it."""
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    if args.device.type == "cpu":
+        return "bf16" if fast and args.stage != "0" else "fp32"
+    return "bf16" if args.device.type == "cuda" else "fp32"
+
+
 def add_arguments(parser, recipe):
-    add, paths = parser.add_argument, "Images and texts: .json, .jsonl, .tar or folders"
-    add("--data", nargs="+", metavar="PATH", help=f"{paths} [the built-in world].")
-    add("--image-data", nargs="+", metavar="PATH", help=f"{paths}, for the image loss alone [--data].")
-    add("--text-data", nargs="+", metavar="PATH", help=f"{paths}, for the text loss alone [--data].")
-    add("--init", metavar="FILE", help="The checkpoint to start from [what the stage before left].")
+    add = parser.add_argument
+    paths = "Images and texts, in .json, .jsonl, .csv, .tar or folders"
+    add("--data", nargs="+", metavar="PATH", help=f"{paths} (default: the built-in world).")
+    add("--image-data", nargs="+", metavar="PATH", help=f"{paths}, for the image loss alone (default: --data).")
+    add("--text-data", nargs="+", metavar="PATH", help=f"{paths}, for the text loss alone (default: --data).")
+    add("--init", metavar="FILE", help="The checkpoint to start from (default: what the stage before left).")
     sample.add_parts(parser)
-    add("--text-encoder", choices=["t5", "none"], default="t5", help="none: embeddings that learn, as in Table 9 [t5].")
-    add("--out", default="runs", metavar="DIR", help="Where stageN/ folders are made [runs].")
-    add("--seed", type=int, default=0, help="Seeds all random numbers [0].")
+    add("--text-encoder", choices=["t5", "none"], default="t5",
+        help="With none embeddings learn in T5's place, as in Table 9 (default: t5).")
+    add("--caption-prompt", metavar="TEXT",
+        help="The question that asks for a caption; \"\" is none (default: the starting file's).")
+    add("--answer-suffix", metavar="TEXT", help="Is added to every question (default: the starting file's).")
+    add("--out", default="runs", metavar="DIR", help="Where stageN/ folders are made (default: runs).")
+    add("--seed", type=int, default=0, help="Seeds all random numbers (default: 0).")
+
     add = parser.add_argument_group("how it runs; what is learned is the same, up to rounding").add_argument
-    add("--device", type=sample.existing_device, default=sample.default_device(), help="Where [the GPU, if any].")
-    add("--dtype", choices=list(DTYPES), help="What to compute in [bf16 where the hardware has it].")
-    add("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp: split gradients and optimizer state [ddp].")
-    add("--accumulate", type=int, default=1, help="Passes per step; more take less memory, but more time [1].")
+    add("--device", type=sample.existing_device, default=sample.default_device(),
+        help="Where to train (default: the GPU, if there is one).")
+    add("--dtype", choices=list(DTYPES), help="What to compute in (default: bf16 where it is fast).")
+    add("--parallel", choices=["ddp", "fsdp"], default="ddp",
+        help="With fsdp processes share out gradients and optimizer state (default: ddp).")
+    add("--accumulate", type=at_least(1), default=1, metavar="N",
+        help="Passes per step; more take less memory, but more time (default: 1).")
     add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
-    add("--workers", type=int, help="Processes that make batches [4; on a CPU with stored latents 0].")
-    add("--latents", type=int, default=25_000, metavar="N", help="Store latents of --data, if there are at most N "
-        "records [25000].")
-    add("--save-minutes", type=float, default=10, metavar="N", help="Save every N minutes, and at the end [10].")
-    add("--show-every", type=int, default=500, help="Draw samples and validate every N steps [500].")
-    add("--keep", type=int, default=3, help="How many checkpoints to keep [3].")
-    add = parser.add_argument_group("numbers of a stage", "In brackets what this stage and preset have.").add_argument
+    add("--workers", type=at_least(0), metavar="N",
+        help="Processes that make batches (default: 4; on a CPU with stored latents 0).")
+    add("--latents", type=int, default=25_000, metavar="N",
+        help="Store the latents of --data, if there are at most N records (default: 25000).")
+    add("--save-minutes", type=float, default=10, metavar="N",
+        help="Save every N minutes, and at the end (default: 10).")
+    add("--show-every", type=at_least(1), default=500, metavar="N",
+        help="Draw samples and validate every N steps (default: 500).")
+    add("--keep", type=at_least(1), default=3, metavar="N", help="How many checkpoints to keep (default: 3).")
+
+    group = parser.add_argument_group("numbers of a stage, with this stage's and preset's defaults")
     choices = {"schedule": ["constant", "linear"], "learn_t5": ["no", "mask", "all"]}
     for f in fields(Recipe):
-        add("--" + f.name.replace("_", "-"), type=f.type, choices=choices.get(f.name),
-            metavar=None if f.name in choices else "N", help=f"{f.metadata['help']} [{getattr(recipe, f.name)}]")
+        flag = "--" + f.name.replace("_", "-")
+        meaning = f.metadata["help"]
+        group.add_argument(flag, type=f.type, choices=choices.get(f.name), metavar=None if f.name in choices else "N",
+                           help=f"{meaning[0].upper()}{meaning[1:]} (default: {getattr(recipe, f.name)}).")
 
 
 def parse_args():
     parser = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
-    parser.add_argument("--stage", choices=["0", "1", "2", "2hr", "3"], help="Which stage to train; needed.")
-    parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="Model and training numbers [tiny].")
+    parser.add_argument("--stage", choices=list(BEFORE), help="Which stage to train; needed.")
+    parser.add_argument("--preset", choices=list(PRESETS), default="tiny",
+                        help="Sizes of the model and numbers of its training (default: tiny).")
     first, _ = parser.parse_known_args()  # --help shows the numbers of this stage
+    recipes = RECIPES[first.preset]
     parser.add_argument("-h", "--help", action="help")
-    add_arguments(parser, RECIPES[first.preset].get(first.stage) or RECIPES[first.preset]["1"])
+    add_arguments(parser, recipes.get(first.stage, recipes["1"]))
     args = parser.parse_args()
+    if args.stage not in recipes:
+        fail(f"give --stage, one of {', '.join(recipes)}")
     if bool(args.image_data) != bool(args.text_data) and not args.data:
         fail("give --image-data and --text-data, or one of them and --data")
-    if args.stage not in RECIPES[args.preset]:
-        fail(f"give --stage, one of {', '.join(RECIPES[args.preset])}")
-    numbers = {f.name: vars(args)[f.name] for f in fields(Recipe) if vars(args)[f.name] is not None}
-    recipe = replace(RECIPES[args.preset][args.stage], **numbers)
+    recipe = copy.copy(recipes[args.stage])
+    for f in fields(Recipe):
+        value = getattr(args, f.name)
+        if value is not None:
+            setattr(recipe, f.name, value)
     if not (args.data or args.image_data) and recipe.size != data.SIDE:
         fail(f"the built-in world has {data.SIDE} pixels a side, not {recipe.size}: bring --data")
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if min(recipe.batch, args.accumulate) < 1 or recipe.batch % (processes * args.accumulate):
+    if recipe.batch < 1 or recipe.batch % (processes * args.accumulate):
         fail(f"--batch {recipe.batch} cannot be shared equally by {processes} processes x {args.accumulate} passes")
     if args.parallel == "fsdp" and recipe.muon:
         fail("--parallel fsdp cuts up the matrices that Muon needs whole: give --muon 0, or --parallel ddp")
@@ -735,15 +970,19 @@ def main():
     if args.device.type == "mps":
         warn("FSDP2 does not run on a Mac's GPU: training on the CPU")
         args.device = torch.device("cpu")
-    device = args.device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:" \
-        + dist.get_default_backend_for_device(device.type)
+    kind = args.device.type
+    backend = "gloo"
+    if kind != "cpu":
+        backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+    if kind == "cuda":
+        torch.cuda.set_device(args.device)
+    alone = {}
+    if "WORLD_SIZE" not in os.environ:
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    # The others wait for rank 0, which may read and encode images for hours.
     dist.init_process_group(backend, timeout=timedelta(hours=3), **alone)
     # On the CPU the backward pass of bf16 flash attention is slow: fall back on plain matrix products there.
-    torch.backends.cuda.enable_flash_sdp(device.type == "cuda")
+    torch.backends.cuda.enable_flash_sdp(kind == "cuda")
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     run_stage(args, recipe)
     dist.destroy_process_group()

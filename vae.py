@@ -1,11 +1,12 @@
 """Seeing images: the autoencoder of Stable Diffusion 3, which turns pixels into latents and back.
 
-An image of 8h x 8w pixels becomes a grid of h x w latents with 16 channels; the transformer works on those. The
-encoder answers with a Gaussian (mean and log-variance), so that training can sample the posterior.
+An image of 8h x 8w pixels becomes a grid of h x w latents with 16 channels; the transformer works
+on these. For each latent the encoder gives a Gaussian, by its mean and log-variance. Training draws
+a latent from it (it "samples the posterior"), so close latents decode to similar images.
+
 References: Esser et al., Scaling Rectified Flow Transformers (SD3), arXiv 2403.03206, section 5.2.1
-  Rombach et al., Latent Diffusion, arXiv 2112.10752, whose module names SD3's single file still carries
+  Rombach et al., Latent Diffusion, arXiv 2112.10752, whose module names SD3's file still carries
 """
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -16,43 +17,60 @@ from torch import nn
 
 @dataclass
 class VAEConfig:
-    """The defaults are SD3's. `shift` and `scale` bring raw latents to mean 0 and deviation 1."""
-    channels: int = 128     # of the first level inside the networks; the latents have latent_channels
-    multipliers: tuple = (1, 2, 4, 4)  # channels at each level; between two levels the side halves
+    """The defaults are SD3's. `shift_factor` and `scaling_factor` bring raw latents to mean 0 and
+    standard deviation 1."""
+    channels: int = 128     # of the finest level inside the networks
+    multipliers: tuple = (1, 2, 4, 4)  # of the channels at each level; each next level halves the side
     latent_channels: int = 16
     groups: int = 32
-    shift: float = 0.0609
-    scale: float = 1.5305
+    shift_factor: float = 0.0609
+    scaling_factor: float = 1.5305
 
     @property
-    def factor(self) -> int:
+    def factor(self):
+        """How many pixels one latent covers along a side."""
         return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def widths(self):
+        """Channels at each level, from the finest to the coarsest."""
+        return [self.channels * multiplier for multiplier in self.multipliers]
 
 
 class ResnetBlock(nn.Module):
     def __init__(self, cin, cout, groups):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, cin, 1e-6), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, cout, 1e-6), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
 
 
 class AttnBlock(nn.Module):
-    """One head over all positions; the projections are 1x1 convolutions because SD3's file stores them so."""
+    """Attention with one head over all positions. The projections are 1x1 convolutions, as SD3's
+    file stores them."""
     def __init__(self, channels, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, 1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        q = rearrange(self.q(h), "b c h w -> b 1 (h w) c")
+        k = rearrange(self.k(h), "b c h w -> b 1 (h w) c")
+        v = rearrange(self.v(h), "b c h w -> b 1 (h w) c")
         h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+        h = rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return x + self.proj_out(h)
 
 
 class Downsample(nn.Module):
@@ -61,7 +79,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # pad only below and on the right, as in training
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # SD3's pads only on the right and below
 
 
 class Upsample(nn.Module):
@@ -74,53 +92,69 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then `resample` (named downsample or upsample, as in the file)."""
-    def __init__(self, cin, cout, blocks, groups, **resample):
+    """The residual blocks of one resolution, then a change of resolution, if there is one."""
+    def __init__(self, cin, cout, blocks, groups, downsample=None, upsample=None):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(cin if i == 0 else cout, cout, groups) for i in range(blocks))
-        for name, module in resample.items():
-            self.add_module(name, module)
+        self.block = nn.ModuleList()
+        for _ in range(blocks):
+            self.block.append(ResnetBlock(cin, cout, groups))
+            cin = cout
+        self.downsample = downsample or nn.Identity()
+        self.upsample = upsample or nn.Identity()
 
     def forward(self, x):
-        for module in (*self.block, *(m for n, m in self.named_children() if n != "block")):
-            x = module(x)
-        return x
+        for block in self.block:
+            x = block(x)
+        return self.upsample(self.downsample(x))
 
 
-def middle(c, groups):
-    return nn.Sequential(OrderedDict(
-        block_1=ResnetBlock(c, c, groups), attn_1=AttnBlock(c, groups), block_2=ResnetBlock(c, c, groups)))
+class Middle(nn.Module):
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        widths, last = [config.channels * m for m in config.multipliers], len(config.multipliers) - 1
+        widths = config.widths
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], w, 2, config.groups, **({"downsample": Downsample(w)} if i < last else {}))
-            for i, w in enumerate(widths))
-        self.mid = middle(widths[-1], config.groups)
-        self.norm_out = nn.GroupNorm(config.groups, widths[-1], 1e-6)
+        self.down = nn.ModuleList()
+        cin = widths[0]
+        for k, width in enumerate(widths):
+            downsample = Downsample(width) if k < len(widths) - 1 else None
+            self.down.append(Level(cin, width, 2, config.groups, downsample=downsample))
+            cin = width
+        self.mid = Middle(widths[-1], config.groups)
+        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        x = self.mid(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
+    """`up` is numbered from the finest level, as `down` is, so it runs from its last to its first."""
     def __init__(self, config):
         super().__init__()
-        widths, last = [config.channels * m for m in config.multipliers], len(config.multipliers) - 1
+        widths = config.widths
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = middle(widths[-1], config.groups)
-        self.up = nn.ModuleList(  # numbered by resolution as `down` is, so it is run from the last to the first
-            Level(widths[min(i + 1, last)], w, 3, config.groups, **({"upsample": Upsample(w)} if i > 0 else {}))
-            for i, w in enumerate(widths))
-        self.norm_out = nn.GroupNorm(config.groups, widths[0], 1e-6)
+        self.mid = Middle(widths[-1], config.groups)
+        self.up = nn.ModuleList()
+        coarser = widths[1:] + widths[-1:]  # the width of the level that runs before
+        for k, width in enumerate(widths):
+            upsample = Upsample(width) if k > 0 else None
+            self.up.append(Level(coarser[k], width, 3, config.groups, upsample=upsample))
+        self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
@@ -134,11 +168,14 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
 
     def encode(self, pixels):
-        """Pixels (B,3,H,W) in [-1,1], H and W multiples of 8 -> mean and log-variance, each (B,16,H/8,W/8), raw."""
-        mean, logvar = self.encoder(pixels.to(self.encoder.conv_in.weight.dtype)).chunk(2, dim=1)
+        """Pixels (B,3,H,W) in [-1,1], H and W multiples of 8 -> mean and log-variance, each
+        (B,16,H/8,W/8), of the raw latents."""
+        pixels = pixels.to(self.encoder.conv_in.weight.dtype)
+        mean, logvar = self.encoder(pixels).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
@@ -146,18 +183,20 @@ class VAE(nn.Module):
         return self.decoder(z.to(self.decoder.conv_in.weight.dtype))
 
     def forward(self, pixels, noise):
-        """Training's round trip through a sample of the posterior -> reconstruction, mean, log-variance."""
+        """Encodes, samples the posterior, decodes -> reconstruction, mean, log-variance. This is
+        what stage 0 trains."""
         mean, logvar = self.encode(pixels)
         return self.decode(self.sample(mean, logvar, noise)), mean, logvar
 
     @staticmethod
     def sample(mean, logvar, noise):
-        """A draw from the Gaussian; noise: standard normal, of its shape."""
+        """Draws raw latents from the Gaussian; noise: standard normal, of the same shape."""
         return mean + torch.exp(0.5 * logvar) * noise
 
     def normalize(self, z):
-        """Raw latents -> what the transformer sees."""
-        return (z - self.config.shift) * self.config.scale
+        """Raw latents -> latents as the transformer sees them."""
+        return (z - self.config.shift_factor) * self.config.scaling_factor
 
     def denormalize(self, z):
-        return z / self.config.scale + self.config.shift
+        """The other way round."""
+        return z / self.config.scaling_factor + self.config.shift_factor
