@@ -1,14 +1,12 @@
 """What is learned from: the built-in world of coloured shapes, and the user's own images and texts.
 
-A source of data has a `size`, the side of its images in pixels, a `fingerprint` that tells it from
-other sources, and numbered records:
+A source of data has a `size`, the side of its images in pixels, and numbered records:
 
     image(i)            of record i, (size,size,3) uint8
     caption(i, rng)     one of its captions; None if it has none
     question(i, rng)    one of its questions, with the answer; None if it has none
 
-`World` draws as many scenes as one likes, with nothing to download. `Records`, further below, reads
-the user's files.
+`World` draws scenes without end, with nothing to download. `Records`, further below, reads the user's files.
 """
 import colorsys
 import csv
@@ -27,42 +25,27 @@ import warnings
 import zlib
 from array import array
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
 from tqdm import tqdm
 
 SIDE = 64  # pixels; an image has four quarters of 32 x 32, with at most one thing in each
 SIZES = {"small": (6.0, 7.0), "large": (10.5, 11.8)}  # least and largest radius in pixels
 COLORS = {"red": 0, "yellow": 52, "green": 125, "cyan": 180, "blue": 222, "purple": 285}  # hue, degrees
 
-
-# A shape is a function of x, y and its radius r. x (32,) and y (32,1) are how many pixels a point
-# lies right of and below the centre. The result is the approximate distance to the outline, negative
-# inside. No point of a shape may have |x| or |y| above 1.14 r.
-
-
-def circle(x, y, r):
-    return np.hypot(x, y) - r
-
-
-def square(x, y, r):
-    return np.maximum(abs(x), abs(y)) - 0.88 * r
-
-
-def triangle(x, y, r):
-    return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r  # equilateral, point up
-
-
-def cross(x, y, r):
-    longer = np.maximum(abs(x), abs(y))
-    shorter = np.minimum(abs(x), abs(y))
-    return np.maximum(longer - r, shorter - 0.36 * r)
-
-
-SHAPES = {"circle": circle, "square": square, "triangle": triangle, "cross": cross}
+# A shape is a function of x, y and its radius r. x (32,) and y (32,1) say how many pixels points lie right of and
+# below the centre. The result is about the distance to the outline, negative inside. No point of a shape may have
+# |x| or |y| above 1.14 r.
+SHAPES = {
+    "circle": lambda x, y, r: np.hypot(x, y) - r,
+    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.88 * r,
+    "triangle": lambda x, y, r: np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r,  # equilateral, point up
+    "cross": lambda x, y, r: np.maximum(np.maximum(abs(x), abs(y)) - r, np.minimum(abs(x), abs(y)) - 0.36 * r)}
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")  # row by row
 # Each relation has an axis (0: rows, 1: columns) and a direction.
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1)}
@@ -79,24 +62,13 @@ class Thing(NamedTuple):
         return f"{self.size} {self.color} {self.shape}"
 
 
-class Look(NamedTuple):
-    """How a thing is drawn."""
-    x: float  # of its centre, in pixels
-    y: float
-    radius: float
-    rgb: tuple
-
-
 def pick(rng, options):
-    """Returns one of the options, each with the same probability."""
     return list(options)[rng.integers(len(options))]
 
 
 class World:
-    """Scenes of one to three things, 64x64. Scene i depends on (seed, pairs, i) alone.
-
-    pairs: "train" never shows a HELD pair of colour and shape, "held" shows at least one in every
-    scene. kinds: which of KINDS questions are of, each as often as the others."""
+    """Scenes of one to three things, 64x64. Scene i depends on (seed, pairs, i) alone. pairs: "train" never shows a
+    HELD pair of colour and shape, "held" shows at least one in every scene. kinds: the KINDS of questions."""
     size = SIDE
 
     def __init__(self, seed=0, pairs="train", kinds=None):
@@ -104,21 +76,13 @@ class World:
         self.pairs = pairs
         self.kinds = list(kinds or KINDS)
 
-    @property
-    def fingerprint(self):
-        """Changes with the shapes, too: it has checksums of some images."""
-        checksums = [zlib.crc32(self.image(i)) for i in range(20)]
-        return repr((self.seed, self.pairs, self.kinds, checksums))
-
     @functools.lru_cache(maxsize=100_000)  # training comes back to the same scenes
     def scene(self, i):
-        """Returns the things of scene i, their looks, and the background's RGB."""
+        """Returns the things of scene i; how each looks, as (x, y, radius, RGB); the background's RGB."""
         rng = np.random.default_rng([self.seed, self.pairs == "held", i])
-        things = []
-        looks = []
+        things, looks = [], []
         quarters = rng.permutation(4).tolist()
-        count = pick(rng, (1, 2, 3))
-        for quarter in quarters[:count]:
+        for quarter in quarters[:pick(rng, (1, 2, 3))]:
             color, shape = self.new_pair(things, rng)
             size = pick(rng, SIZES)
             radius = rng.uniform(*SIZES[size])
@@ -129,7 +93,7 @@ class World:
             saturation = rng.uniform(0.75, 0.92)
             value = rng.uniform(0.8, 0.95)
             things.append(Thing(size, color, shape, quarter))
-            looks.append(Look(x, y, radius, colorsys.hsv_to_rgb(hue, saturation, value)))
+            looks.append((x, y, radius, colorsys.hsv_to_rgb(hue, saturation, value)))
         background = rng.uniform(0.86, 0.97) + rng.uniform(-0.02, 0.02, 3)
         return things, looks, background
 
@@ -137,29 +101,26 @@ class World:
         """Draws a colour and a shape that `pairs` allows and that no thing of the scene has."""
         taken = [(thing.color, thing.shape) for thing in things]
         while True:
-            color = pick(rng, COLORS)
-            shape = pick(rng, SHAPES)
-            is_held = (color, shape) in HELD
+            pair = pick(rng, COLORS), pick(rng, SHAPES)
             if self.pairs == "train":
-                allowed = not is_held
+                allowed = pair not in HELD
             else:
-                allowed = is_held or things  # the first thing has to be a held one
-            if allowed and (color, shape) not in taken:
-                return color, shape
+                allowed = pair in HELD or things  # the first thing has to be a held one
+            if allowed and pair not in taken:
+                return pair
 
     def image(self, i):
-        """Draws scene i -> (64,64,3) uint8. Edges are smooth: a pixel that an outline crosses is
-        part thing, part background."""
+        """Draws scene i -> (64,64,3) uint8. A pixel that an outline crosses is part thing, part background."""
         things, looks, background = self.scene(i)
         canvas = np.broadcast_to(background, (SIDE, SIDE, 3)).copy()
-        for thing, look in zip(things, looks):
+        for thing, (center_x, center_y, radius, rgb) in zip(things, looks):
             top = thing.quarter // 2 * 32
             left = thing.quarter % 2 * 32
             quarter = canvas[top:top + 32, left:left + 32]
-            x = np.arange(left, left + 32) + 0.5 - look.x  # of the pixels' centres
-            y = np.arange(top, top + 32)[:, None] + 0.5 - look.y
-            inside = np.clip(0.5 - SHAPES[thing.shape](x, y, look.radius), 0, 1)
-            quarter += inside[..., None] * (look.rgb - quarter)
+            x = np.arange(left, left + 32) + 0.5 - center_x  # of the pixels' centres
+            y = np.arange(top, top + 32)[:, None] + 0.5 - center_y
+            inside = np.clip(0.5 - SHAPES[thing.shape](x, y, radius), 0, 1)
+            quarter += inside[..., None] * (rgb - quarter)
         return (canvas * 255 + 0.5).astype(np.uint8)
 
     def caption(self, i, rng):
@@ -168,15 +129,13 @@ class World:
         order = [things[k] for k in rng.permutation(len(things))]
         relation = None
         if len(order) > 1:
-            first = order[0].quarter
-            second = order[1].quarter
-            relation = pick(rng, [name for name in RELATIONS if related(first, name, second)])
+            a, b, *_ = [thing.quarter for thing in order]
+            relation = pick(rng, [name for name in RELATIONS if related(a, name, b)])
         beginning = pick(rng, ["", "", "", "there is "])
         return beginning + pick(rng, phrasings(order, relation))
 
     def question(self, i, rng, kind=None):
-        """Draws a question (of this kind, if one is given) with its answer. Returns None where many
-        tries find none that fits the scene."""
+        """Draws a question, of this kind if one is given, with its answer; None where many tries find none."""
         things, _, _ = self.scene(i)
         for _ in range(1 if kind else 100):
             name = kind or pick(rng, self.kinds)
@@ -196,8 +155,8 @@ def related(a, relation, b):
 
 
 def phrasings(order, relation):
-    """Lists the captions of these things in this order, with and without quarters and relations.
-    relation: of the first thing to the second; None if there is only one thing."""
+    """Lists the captions of these things in this order, with and without quarters and relations. relation: of the
+    first thing to the second; None if there is only one thing."""
     a = [f"a {thing}" for thing in order]
     at = [f"a {thing} in the {QUARTERS[thing.quarter]}" for thing in order]
     if len(order) == 1:
@@ -210,14 +169,10 @@ def phrasings(order, relation):
 
 
 def refer(thing, things, rng, hide=None):
-    """Draws a phrase that fits this thing alone and names some of its size, colour and shape ("red
-    cross", "small shape"). Returns None after a few tries. hide: the feature that the phrase must
-    not give away."""
+    """Draws a phrase that fits this thing alone and names some of its size, colour and shape ("red cross", "small
+    shape"), but not the feature `hide`. Returns None after a few tries."""
     for _ in range(6):
-        features = []
-        for feature in ("size", "color", "shape"):
-            if feature != hide and rng.random() < 0.55:
-                features.append(feature)
+        features = [f for f in ("size", "color", "shape") if f != hide and rng.random() < 0.55]
         words = [getattr(thing, feature) for feature in features]
         fitting = [o for o in things if words == [getattr(o, feature) for feature in features]]
         if features and len(fitting) == 1:
@@ -227,18 +182,15 @@ def refer(thing, things, rng, hide=None):
 
 
 def ask_color(thing, phrase, things, rng):
-    """Asks for the colour of a thing, which `phrase` describes without it -> question, answer. This
-    is one of the kinds of questions; the others stand below the line, in KINDS."""
+    """Asks for the colour of a thing, which `phrase` describes -> question, answer. KINDS, below, has other kinds."""
     question = pick(rng, [f"what color is the {phrase}?", f"what is the color of the {phrase}?"])
     return question, thing.color
 
 
 def draw_texts(source, i, rng, recipe):
-    """Draws the two texts of one row of a batch -> prompt, text to read.
-
-    The prompt is a caption, for the image loss. With probability `recipe.drop` it is left empty,
-    because guidance needs the velocity without a prompt, too (Eq. 10). The text to read is the same
-    caption; or, with probability `recipe.questions`, a pair (question, answer)."""
+    """Draws the two texts of one row of a batch -> prompt, text to read. The prompt, for the image loss, is a caption;
+    with probability `recipe.drop` it is left empty, because guidance needs the velocity without a prompt, too
+    (Eq. 10). The text to read is the same caption; with probability `recipe.questions` a pair (question, answer)."""
     caption = source.caption(i, rng)
     question = None
     if rng.random() < recipe.questions or caption is None:
@@ -252,12 +204,9 @@ def draw_texts(source, i, rng, recipe):
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
 
 # ---------------------------------------------------------------- kinds of questions
-# Each kind is a function of a thing, a phrase that fits it alone, all things of the scene and a
-# random generator, as `ask_color` is. It returns a question and its only right answer, or None if
-# this try finds no question; up to ten are made. So where yes and no should be equally frequent,
-# choose the answer first, then a question that has it. To add a kind, write such a function and
-# list it in KINDS.
-
+# Each kind is a function of a thing, a phrase that fits it alone, all things of the scene and a random generator. It
+# returns a question and its only right answer, or None if this try finds no question; up to ten are made. So where
+# yes and no should be equally frequent, choose the answer first, then a question that has it.
 
 def ask_shape(thing, phrase, things, rng):
     phrase = phrase.replace("shape", "thing")
@@ -297,20 +246,15 @@ def ask_relation(thing, phrase, things, rng):
 def ask_exists(thing, phrase, things, rng):
     size, color, shape, _ = thing
     if rng.random() >= 0.5:
-        size = pick(rng, SIZES)
-        color = pick(rng, COLORS)
-        shape = pick(rng, SHAPES)
+        size, color, shape = [pick(rng, options) for options in (SIZES, COLORS, SHAPES)]
     if rng.random() < 0.5 and len(things) > 1:  # the tempting mistake: two things' features mixed
         color = thing.color
         shape = pick(rng, things).shape
     size, color = pick(rng, [("", color), (size, color), (size, "")])
-    exists = False
-    for other in things:
-        if other.shape == shape and size in ("", other.size) and color in ("", other.color):
-            exists = True
+    fits = [o for o in things if o.shape == shape and size in ("", o.size) and color in ("", o.color)]
     name = " ".join(f"{size} {color} {shape}".split())
     question = pick(rng, [f"is there a {name}?", f"do you see a {name}?"])
-    return question, yes_or_no(exists)
+    return question, "yes" if fits else "no"
 
 
 def ask_compare(thing, phrase, things, rng):
@@ -322,24 +266,16 @@ def ask_compare(thing, phrase, things, rng):
     relation = pick(rng, RELATIONS)
     bigger = pick(rng, ["bigger", "smaller"])
     sizes = ("large", "small") if bigger == "bigger" else ("small", "large")
-    claims = [(f"is the {phrase} {relation} the {other_phrase}?",
-               related(thing.quarter, relation, other.quarter)),
-              (f"is the {phrase} {bigger} than the {other_phrase}?",
-               (thing.size, other.size) == sizes)]
+    claims = [(f"is the {phrase} {relation} the {other_phrase}?", related(thing.quarter, relation, other.quarter)),
+              (f"is the {phrase} {bigger} than the {other_phrase}?", (thing.size, other.size) == sizes)]
     fitting = [claim for claim in claims if claim[1] == wanted]
     question, truth = pick(rng, fitting or claims)
-    return question, yes_or_no(truth)
-
-
-def yes_or_no(truth):
-    return "yes" if truth else "no"
+    return question, "yes" if truth else "no"
 
 
 KINDS = {"color": ask_color, "shape": ask_shape, "size": ask_size, "count": ask_count,
          "exists": ask_exists, "where": ask_where, "relation": ask_relation, "compare": ask_compare}
 
-
-# ---------------------------------------------------------------- images
 
 Image.init()
 DECODED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -352,10 +288,9 @@ WHOLE_FILE = ("", 0, -1)
 
 
 def load_image(path, height, width=None, span=WHOLE_FILE):
-    """Reads an image file of one of FORMATS -> RGB image of PIL, height x width pixels (width: as
-    high). It is turned upright by its EXIF tag, pasted on white, resized (bicubic) to cover, and
-    cropped in the centre. span: see `Record`. Raises OSError if the file cannot be opened,
-    ValueError if it is no image."""
+    """Reads an image file of one of FORMATS -> RGB image of PIL, height x width pixels (width: as high). It is turned
+    upright by its EXIF tag, pasted on white, resized (bicubic) to cover, and cropped in the centre. span: see `Record`.
+    Raises OSError if the file cannot be opened, ValueError if it is no image."""
     shard, start, count = span
     width = width or height
     with open(shard or path, "rb") as f:
@@ -366,10 +301,10 @@ def load_image(path, height, width=None, span=WHOLE_FILE):
             twice = 2 * max(width, height)
             image.draft(None, (twice, twice))  # a large JPEG is decoded at a fraction of its size
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # grey in 16 bits
-                image = from_grey(np.asarray(image) / 257)
-            elif image.mode == "F":  # grey in fractions of 1
-                image = from_grey(np.asarray(image) * 255)
+            if image.mode[0] in "IF":  # grey in 16 bits, or in fractions of 1
+                scale = 255 if image.mode == "F" else 1 / 257
+                grey = (np.asarray(image) * scale).clip(0, 255)
+                image = Image.fromarray(grey.astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
@@ -382,13 +317,9 @@ def load_image(path, height, width=None, span=WHOLE_FILE):
     raise ValueError(f"{path}: cannot be read as an image ({why})")
 
 
-def from_grey(values):
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
-
-
 def to_pixels(images):
     """Images, (H,W,3) uint8 arrays or PIL's -> float32 array (B,3,H,W) in [-1,1]."""
-    pixels = np.stack([np.asarray(image) for image in images])
+    pixels = np.stack(list(images))
     return pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
 
 
@@ -400,14 +331,13 @@ def to_images(pixels):
 
 # ---------------------------------------------------------------- the user's files
 
-
 class Row(NamedTuple):
     """What a reader of files finds about one image."""
-    where: str               # for messages
-    fields: dict             # a JSON object, or a row of a .csv
-    base: str                # where its paths start
-    files: tuple = ()        # more texts, (name, bytes): .json, or anything else for a caption
-    image: str | None = None  # its image, where this is not one of the fields
+    where: str         # for messages
+    base: str          # where its paths start
+    fields: dict = {}  # a JSON object, or a row of a .csv
+    files: list = []   # more texts, (name, bytes): a JSON object in a .json, a caption in others
+    image: str = ""    # the image, where it is not among the fields
     span: tuple = WHOLE_FILE
 
 
@@ -420,8 +350,8 @@ class Record(NamedTuple):
 
     @classmethod
     def read(cls, row):
-        """Makes a Record of a Row in one of the usual forms. Raises ValueError for one that cannot
-        be used. Where there is a "re_caption", no other caption counts."""
+        """Makes a Record of a Row in one of the usual forms. Where there is a "re_caption", no other caption counts.
+        Raises ValueError for a row that cannot be used."""
         try:
             fields = row.fields.copy()
             for name, content in row.files:
@@ -432,40 +362,36 @@ class Record(NamedTuple):
                 fields |= {key: value for key, value in new.items() if value not in (None, "", [])}
             if row.image:
                 fields["image"] = row.image
-            images = texts_of(fields, "image") or texts_of(fields, "image_path", "file_name")
-            captions = texts_of(fields, "re_caption") or texts_of(fields, "caption", "text")
-            questions = conversation(fields.get("conversations") or [])
+            images = texts_of(fields, "image") or texts_of(fields, "image_path") or texts_of(fields, "file_name")
+            captions = texts_of(fields, "re_caption") or texts_of(fields, "caption") + texts_of(fields, "text")
             answers = texts_of(fields, "answers") or texts_of(fields, "answer")
-            answers.sort(key=answers.copy().count, reverse=True)
-            for question in texts_of(fields, "question"):
-                if answers:
-                    questions.append((question, *answers))
+            answers = sorted(answers, key=answers.count, reverse=True)
+            questions = conversation(fields.get("conversations") or [])
+            if answers:
+                questions += [(question, *answers) for question in texts_of(fields, "question")]
         except (KeyError, TypeError, AttributeError):
             raise ValueError("not in a form that this program knows") from None
         if len(images) != 1 or not captions + questions:
-            raise ValueError('holds not one "image" with a "caption", or with "question" and '
-                             '"answer"')
+            raise ValueError('holds not one "image" with a "caption", or with "question" and "answer"')
         return cls(os.path.join(row.base, images[0]), tuple(captions), tuple(questions), row.span)
 
 
-def texts_of(fields, *keys):
-    """Lists the texts that stand under these keys: one, or a list of them; numbers are texts, too."""
+def texts_of(fields, key):
+    """Lists the texts that stand under a key: one, or a list of them; numbers are texts, too."""
+    values = fields.get(key)
+    if not isinstance(values, list):
+        values = [values]
     texts = []
-    for key in keys:
-        values = fields.get(key)
-        if not isinstance(values, list):
-            values = [values]
-        for value in values:
-            if isinstance(value, dict):  # as in VQA
-                value = value.get("answer")
-            if isinstance(value, str | int | float) and str(value).strip():
-                texts.append(str(value).strip())
-    return texts
+    for value in values:
+        if isinstance(value, dict):  # as in VQA
+            value = value.get("answer")
+        if isinstance(value, str | int | float):
+            texts.append(str(value).strip())
+    return [text for text in texts if text]
 
 
 def conversation(turns):
-    """Reads LLaVA's conversations, in which a human and the model take turns -> [(question,
-    answer)]."""
+    """Reads LLaVA's conversations, in which a human and the model take turns -> [(question, answer)]."""
     questions = []
     for turn, reply in zip(turns, turns[1:]):
         if (turn["from"], reply["from"]) == ("human", "gpt"):
@@ -483,70 +409,52 @@ def read_list(path):
         if path.lower().endswith(".csv"):
             text = io.TextIOWrapper(f, "utf-8-sig", errors="replace", newline="")
             for k, fields in enumerate(csv.DictReader(text), 1):
-                yield Row(f"{path}, row {k}", fields, base)
+                yield Row(f"{path}, row {k}", base, fields)
         elif beginning.startswith(b"["):
             for k, fields in enumerate(parse(f.read(), path, list), 1):
-                yield Row(f"{path}, item {k}", fields, base)
+                yield Row(f"{path}, item {k}", base, fields)
         else:
             for k, line in enumerate(f, 1):
                 if line.strip():
-                    yield Row(f"{path}, line {k}", {}, base, ((".json", line),))
+                    yield Row(f"{path}, line {k}", base, files=[(".json", line)])
 
 
 LISTS = re.compile(r"(caption|label|annotation)[^/]*\.(txt|json)$|\.(jsonl|csv|tsv|parquet|arrow|zip)$")
 
 
 def read_folder(path):
-    """Reads a folder of images -> Rows. Texts are in every metadata.jsonl and metadata.csv; or
-    beside each image, in a .txt, .caption or .json of its name. If there is no text at all, the name
-    of the folder is taken, with a warning."""
+    """Reads a folder of images -> Rows. Texts are in every metadata.jsonl and metadata.csv; or beside each image, in a
+    .txt, .caption or .json of its name. If there is no text at all, the name of the folder is taken, with a warning."""
     files = files_of(path)
-    names = ("metadata.jsonl", "metadata.csv")
-    lists = [file for file in files if os.path.basename(file).lower() in names]
+    lists = [file for file in files if re.search(r"(^|/)metadata\.(jsonl|csv)$", file.lower())]
     for file in lists:
         yield from read_list(file)
     if lists:
         return
-    texts = {}
-    for file in files:
-        if file.lower().endswith((".txt", ".caption", ".json")):
-            texts[os.path.splitext(file)[0]] = file
-    images = {}
-    for file in files:
-        if file.lower().endswith(EXTENSIONS):
-            images[file] = texts.get(file) or texts.get(os.path.splitext(file)[0])  # 1.png.txt, 1.txt
+    texts = [file for file in files if file.lower().endswith((".txt", ".caption", ".json"))]
+    texts = {os.path.splitext(file)[0]: file for file in texts}
+    images = [file for file in files if file.lower().endswith(EXTENSIONS)]
+    images = {file: texts.get(file) or texts.get(os.path.splitext(file)[0]) for file in images}  # 1.png.txt, 1.txt
     no_texts = not any(images.values())
     if images and no_texts:
-        refuse_other_lists(files)
-        first = next(iter(images))
-        warn(f"{path}: {len(images)} images without texts, so the names of their folders are taken: "
-             f"{folder_name(first)!r} for {first}")
+        for file in files:
+            if LISTS.search(file.lower()):
+                raise ValueError(f"{file}: not read. The texts of a folder are a .txt, .caption or .json beside each "
+                                 "image, or metadata.jsonl or metadata.csv with file_name and text")
+        warn(f"{path}: {len(images)} images without texts, so the names of their folders are their captions")
     for image, file in images.items():
-        fields = {"caption": folder_name(image)} if no_texts else {}
-        found = []
         if file:
             with open(file, "rb") as f:
-                found.append((file, f.read()))
-        yield Row(image, fields, "", tuple(found), image)
-
-
-def refuse_other_lists(files):
-    """Raises ValueError if texts are in a list that we do not read."""
-    for file in files:
-        if LISTS.search(file.lower()):
-            raise ValueError(f"{file}: not read. The texts of a folder are a .txt, .caption or .json "
-                             "beside each image, or metadata.jsonl or metadata.csv with file_name "
-                             "and text")
-
-
-def folder_name(file):
-    return os.path.basename(os.path.dirname(os.path.abspath(file))).replace("_", " ")
+                yield Row(image, "", files=[(file, f.read())], image=image)
+        else:
+            folder = os.path.basename(os.path.dirname(os.path.abspath(image)))
+            fields = {"caption": folder.replace("_", " ")} if no_texts else {}
+            yield Row(image, "", fields, image=image)
 
 
 def read_shard(path):
-    """Reads a WebDataset shard, in one pass over the headers of a .tar -> Rows. An image and its
-    .txt or .json form a sample: they stand side by side, and share their name up to the first dot
-    (a leading dot does not count)."""
+    """Reads a WebDataset shard, in one pass over the headers of a .tar -> Rows. An image and its .txt or .json form a
+    sample: they stand side by side, and share their name up to the first dot (a leading dot does not count)."""
     def sample_of(member):
         return re.match(r"(.*/)?\.*[^.]*", os.path.normpath(member.name))[0]
 
@@ -555,25 +463,24 @@ def read_shard(path):
         with open(path, "rb") as f:
             tar = tarfile.open(path, "r:", f)
             for name, members in itertools.groupby(tar, sample_of):
-                members = [m for m in members if m.isfile() and not is_hidden(m.name)]
+                members = [m for m in members if m.isfile() and not HIDDEN.search(m.name)]
                 row = read_sample(tar, path, members)
                 if row and name in seen:
-                    raise ValueError(f"the files of {name} are not side by side: sort them "
-                                     "(tar --sort=name)")
+                    raise ValueError(f"the files of {name} are not side by side: sort them (tar --sort=name)")
                 if row:
                     yield row
                 seen.add(name)
-            f.seek(tar.offset)
-            check_end(f, tar.offset)
+            f.seek(tar.offset)  # tarfile takes a damaged header for the end, but after the end are only zeros
+            rest = f.read(2 ** 20)
+            if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+                raise ValueError(f"cut off or damaged at byte {tar.offset}")
     except Exception as error:  # of damaged headers tarfile raises whatever it likes
         raise ValueError(f"{path}: not a readable .tar shard ({error})") from None
 
 
 def read_sample(tar, path, members):
     """Joins the files of one sample of a shard -> Row; None if it has neither image nor text."""
-    files = []
-    image = None
-    span = WHOLE_FILE
+    files, image, span = [], "", WHOLE_FILE
     for member in members:
         if member.name.lower().endswith((".txt", ".json")):
             files.append((member.name, tar.extractfile(member).read()))
@@ -583,77 +490,55 @@ def read_sample(tar, path, members):
             image = member.name
             span = (path, member.offset_data, member.size)
     if files or image:
-        return Row(image or path, {}, path, tuple(files), image, span)
+        return Row(image or path, path, {}, files, image, span)
 
 
-def check_end(f, offset):
-    """Raises ValueError where a .tar is damaged. tarfile takes a damaged header for the end, but
-    after the end there are only zeros."""
-    rest = f.read(2 ** 20)
-    if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
-        raise ValueError(f"cut off or damaged at byte {offset}")
-
-
-def is_hidden(path):
-    """Is it what systems leave behind (._1.jpg, .ipynb_checkpoints, __MACOSX)? That is no data."""
-    for name in os.path.normpath(path).split("/"):
-        if name == "__MACOSX" or name.startswith(".") and name not in (".", ".."):
-            return True
-    return False
+# What systems leave behind (._1.jpg, .ipynb_checkpoints, __MACOSX) is no data. ("." and ".." are parts of paths.)
+HIDDEN = re.compile(r"(^|/)(\.(?!\.?(/|$))|__MACOSX(/|$))")
 
 
 def files_of(path):
-    """Lists all files in a folder and below, in order, or the one that `path` is. Linked folders
-    count, once."""
+    """Lists all files in a folder and below, in order, or the one that `path` is. Linked folders count, once."""
     if not os.path.isdir(path):
         return [path]
-    found = []
-    seen = set()
+    found, seen = [], set()
     for folder, folders, names in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        found += [os.path.join(folder, name) for name in names if not is_hidden(name)]
+        folders[:] = [name for name in folders if not HIDDEN.search(name)]
+        found += [f"{folder}/{name}" for name in names if not HIDDEN.search(name)]
     return sorted(found)
 
 
 @functools.cache
 def mapped(path):
-    """Maps a .npy's array, or another file's bytes, once per process. (Plain arrays are faster than
-    memmaps.)"""
+    """Maps a .npy's array, or another file's bytes, once per process. (Plain arrays are faster than memmaps.)"""
     if path.endswith(".npy"):
         return np.asarray(np.load(path, mmap_mode="r"))
     return np.asarray(np.memmap(path, mode="r"))
 
 
 class Records:
-    """The user's data, from one or several of these: a .json list, a .jsonl or .csv, a folder of
-    images, WebDataset shards (.tar). All is read once into an index on disk, which `folder` keeps
-    for the next time. So each record is one seek away, and none lies in memory.
-
-    captioned, questioned, incomplete: how many records have a caption, have a question, were left
-    out; fingerprint: of names and texts, wherever they lie. Raises ValueError or OSError, naming
-    line or file."""
+    """The user's data, from one or several of these: a .json list, a .jsonl or .csv, a folder of images, WebDataset
+    shards (.tar). All is read once into an index on disk, which `folder` keeps for the next time. So each record is
+    one seek away, and none lies in memory. captioned, questioned, incomplete: how many records have a caption, have a
+    question, were left out; hash: of names and texts. Raises ValueError or OSError, naming line or file."""
     def __init__(self, paths, size, folder=None):
         self.size = size
         if isinstance(paths, str):
             paths = [paths]
-        stamp = []
-        for path in paths:
-            for file in files_of(path):
-                stamp.append((file, os.stat(file).st_mtime_ns))
-        self.temporary = None if folder else tempfile.TemporaryDirectory()
+        stamp = [(file, os.stat(file).st_mtime_ns) for path in paths for file in files_of(path)]
+        self.temporary = tempfile.TemporaryDirectory()
         folder = folder or self.temporary.name
-        self.lines = os.path.join(folder, f"records-{short_hash(stamp)}.jsonl")
+        self.lines = f"{folder}/records-{short_hash(stamp)}.jsonl"
         if not os.path.exists(self.lines):
             os.makedirs(folder, exist_ok=True)
             write_index(self.lines, paths)
         totals = json.loads(mapped(self.lines)[self.index[-1, 0]:].tobytes())
-        for name, value in totals.items():
-            setattr(self, name, value)
+        self.__dict__.update(totals)
 
     @property
     def index(self):
@@ -666,23 +551,21 @@ class Records:
     def record(self, i):
         start, end = self.index[i:i + 2, 0]
         image, captions, questions, span = json.loads(mapped(self.lines)[start:end].tobytes())
-        questions = [tuple(question) for question in questions]
-        return Record(image, tuple(captions), tuple(questions), tuple(span))
+        return Record(image, tuple(captions), tuple(map(tuple, questions)), tuple(span))
 
     def count_images(self):
         """Counts the images; several records may be about one."""
         return len(np.unique(self.index[:-1, 1]))
 
     def changed(self, i):
-        """Returns when the file that holds image i was changed last, in ns; 0 if it is gone."""
+        """When was the file that holds image i changed last? In ns; 0 if it is gone."""
         record = self.record(i)
         file = record.span[0] or record.image
         return os.stat(file).st_mtime_ns if os.path.exists(file) else 0
 
     def split(self, count):
-        """Holds out some images: at most `count`, at most one in twenty, but at least one -> ids
-        held out, ids of the others. They are chosen by the hash of their names, so that all records
-        of an image stay together."""
+        """Holds out some images: at most `count`, at most one in twenty, but at least one -> ids held out, ids of the
+        others. They are chosen by the hash of their names, so that all records of an image stay together."""
         hashes = self.index[:-1, 1]
         images = np.unique(hashes)
         count = max(1, min(count, len(images) // 20))
@@ -690,8 +573,6 @@ class Records:
         return np.flatnonzero(hashes <= last), np.flatnonzero(hashes > last)
 
     def image(self, i):
-        """-> (size,size,3) uint8. Raises ValueError or OSError, naming the image, if it cannot be
-        read."""
         record = self.record(i)
         return np.asarray(load_image(record.image, self.size, span=record.span))
 
@@ -704,14 +585,14 @@ class Records:
 
 
 def write_index(path, sources):
-    """Reads the user's files, and writes a record per line, with totals in the last. A .npy beside
-    it has where each line starts, and a hash of its image: of the path as seen from the folder that
-    holds all sources, and in a shard of the member's name."""
+    """Reads the user's files, and writes a record per line, with totals in the last. A .npy beside it has where each
+    line starts, and a hash of its image: of the path as seen from the folder that holds all sources, and in a shard of
+    the member's name."""
     index = array("q")
     digest = hashlib.sha256()
-    totals = {"captioned": 0, "questioned": 0, "incomplete": 0, "first_incomplete": None}
+    totals = {"captioned": 0, "questioned": 0, "incomplete": 0, "first_incomplete": []}
     folders = [source if os.path.isdir(source) else os.path.dirname(source) for source in sources]
-    base = os.path.commonpath([os.path.realpath(folder) for folder in folders])
+    base = os.path.commonpath(map(os.path.realpath, folders))
     with replacing(path) as beside, open(beside, "wb") as f:
         for source in tqdm(sources, desc="reading", unit="file", disable=len(sources) == 1):
             for record in usable_records(source, totals):
@@ -726,22 +607,21 @@ def write_index(path, sources):
                 totals["captioned"] += bool(record.captions)
                 totals["questioned"] += bool(record.questions)
         index.extend((f.tell(), 0))
-        totals["fingerprint"] = digest.hexdigest()[:12]
+        totals["hash"] = digest.hexdigest()
         f.write(json.dumps(totals).encode())
         np.save(f"{path}.npy", np.reshape(index, (-1, 2)))
 
 
 def usable_records(source, totals):
-    """Reads one source -> Records, and counts those that are left out. Raises ValueError if none
-    can be used or, of a list or shard, only the smaller part."""
+    """Reads one source -> Records, and counts those that are left out. Raises ValueError if none can be used or, of a
+    list or shard, only the smaller part."""
     if os.path.isdir(source):
         rows = read_folder(source)
     elif source.endswith(".tar"):
         rows = read_shard(source)
     else:
         rows = read_list(source)
-    good = 0
-    bad = []
+    good, bad = 0, []
     for row in rows:
         try:
             record = Record.read(row)
@@ -756,11 +636,7 @@ def usable_records(source, totals):
     if not good or len(bad) > good and not os.path.isdir(source):
         raise ValueError(f"{source}: {len(bad)} records cannot be used, {good} can; {bad[0]}")
     totals["incomplete"] += len(bad)
-    if bad and not totals["first_incomplete"]:
-        totals["first_incomplete"] = bad[0]
-
-
-# ---------------------------------------------------------------- latents on disk
+    totals["first_incomplete"] = totals["first_incomplete"] or bad[:1]
 
 
 def readable(source, i):
@@ -778,9 +654,8 @@ class Subset(NamedTuple):
     latents: str = ""  # a .npy whose [i] are the moments of image i
 
     def record(self, k):
-        """Returns which record the k-th is, and its image: moments (2,C,h,w) if there are latents,
-        else pixels (3,H,W) in [-1,1]. In place of an image that cannot be read the next is
-        taken."""
+        """Returns which record the k-th is, and its image: moments (2,C,h,w) if there are latents, else pixels (3,H,W)
+        in [-1,1]. In place of an image that cannot be read the next is taken."""
         for n in range(k, k + 100):
             i = int(self.ids[n % len(self.ids)])
             if self.latents:
@@ -791,19 +666,26 @@ class Subset(NamedTuple):
         raise ValueError("a hundred images in a row cannot be read: mend the data")
 
 
+def fingerprint(source):
+    """Tells a source from all others, by what it holds: a World by some images, Records by names and texts."""
+    if isinstance(source, Records):
+        return source.hash
+    checksums = [zlib.crc32(source.image(i)) for i in range(20)]
+    return short_hash((source.seed, source.pairs, source.kinds, checksums))
+
+
 def with_latents(subset, vae, folder, limit):
-    """Returns the subset with its images encoded, if they are at most `limit`. Images that cannot
-    be read are left out of it. Moments are encoded once: they are in a file, whose name is a hash
-    of all that they depend on."""
+    """Returns the subset with its images encoded, if they are at most `limit`. Images that cannot be read are left out.
+    This is done once: the moments are in a file, whose name is a hash of all that they depend on."""
     source, ids, _ = subset
     if len(ids) > limit:
         return subset
     side = source.size // vae.config.factor
-    shape = (vae.config.latent_channels, side, side)
+    shape = vae.config.latent_channels, side, side
     times = [source.changed(i) for i in ids.tolist()] if isinstance(source, Records) else []
-    weights = [tensor.float().cpu().numpy().tobytes() for tensor in vae.state_dict().values()]
-    key = short_hash((source.fingerprint, source.size, len(ids), shape, times), *weights)
-    path = os.path.join(folder, f"latents-{key}.npy")
+    weights = [zlib.crc32(tensor.float().cpu().numpy().tobytes()) for tensor in vae.state_dict().values()]
+    key = short_hash((fingerprint(source), source.size, len(ids), shape, times, weights))
+    path = f"{folder}/latents-{key}.npy"
     if not os.path.exists(path):
         encode_images(source, ids, vae, (int(max(ids)) + 1, 2, *shape), path)
     ids = ids[~np.isnan(mapped(path)[ids, 0, 0, 0, 0])]
@@ -817,19 +699,15 @@ def encode_images(source, ids, vae, shape, path):
     """Writes the moments of the images `ids` into a .npy; NaN for those that cannot be read."""
     device = next(vae.parameters()).device
     tqdm.write(f"encoding the images of {len(ids):,} records once, into {path}", file=sys.stderr)
-    total = 2 * np.prod(shape)  # bytes
-    if total > shutil.disk_usage(os.path.dirname(path) or ".").free:
-        raise OSError(f"{path} would take {total / 1e9:.1f} GB, and the disk has less: free some, or "
-                      "give a smaller --latents")
+    gigabytes = 2e-9 * np.prod(shape)
+    if gigabytes > 1e-9 * shutil.disk_usage(os.path.dirname(path)).free:
+        raise OSError(f"{path} would take {gigabytes:.1f} GB, and the disk has less: free some, or lower --latents")
     with replacing(path) as beside:
         latents = np.lib.format.open_memmap(beside, "w+", np.float16, shape)
         for part in slices(len(ids), source.size, source.size, "encoding"):
             latents[ids[part]] = np.nan
-            images = {}
-            for i in ids[part].tolist():
-                image = readable(source, i)
-                if image is not None:
-                    images[i] = image
+            images = {i: readable(source, i) for i in ids[part].tolist()}
+            images = {i: image for i, image in images.items() if image is not None}
             if images:
                 pixels = torch.from_numpy(to_pixels(images.values())).to(device)
                 moments = torch.stack(vae.encode(pixels), 1)
@@ -839,41 +717,36 @@ def encode_images(source, ids, vae, shape, path):
 
 # ---------------------------------------------------------------- batches
 
-
 class Images(NamedTuple):
     """Images of a batch. One of the two fields is None."""
-    pixels: torch.Tensor | None   # (B,3,H,W) in [-1,1]
-    moments: torch.Tensor | None  # (B,2,C,h,w), mean and log-variance of their stored latents
+    pixels: Tensor = None   # (B,3,H,W) in [-1,1]
+    moments: Tensor = None  # (B,2,C,h,w), mean and log-variance of their stored latents
 
 
 class Batch(NamedTuple):
     """What one process computes in one pass of a step."""
     images: Images          # for the image loss
     text_images: Images     # for the text loss; the same object, except with --text-data
-    captions: torch.Tensor  # (B,L) tokens, for the image loss
-    tokens: torch.Tensor    # (B,L), for the text loss
-    maskable: torch.Tensor  # (B,L) bool, which of them may be masked
+    captions: Tensor  # (B,L) tokens, for the image loss
+    tokens: Tensor    # (B,L), for the text loss
+    maskable: Tensor  # (B,L) bool, which of them may be masked
     rows: slice             # which rows of the step's whole batch these are
     seed: int               # of the step
 
 
+@dataclass(eq=False)
 class Batches(torch.utils.data.Dataset):
-    """batches[step] is what one process computes at a step: a list of `accumulate` Batch, together
-    the `rows` (a slice) of the whole batch.
-
-    Rows are an endless stream, in which each epoch has every record once. A row depends on the seed
-    and its number alone. So a step is the same on any number of processes, and after any
-    interruption. images, texts: Subsets for the two losses, or twice the same; settings: how texts
-    become tokens, a model.Settings; recipe: a train.Recipe."""
-    def __init__(self, images, texts, tokenizer, settings, recipe, seed, rows, accumulate=1):
-        self.images = images
-        self.texts = texts
-        self.tokenizer = tokenizer
-        self.settings = settings
-        self.recipe = recipe
-        self.seed = seed
-        self.rows = rows
-        self.accumulate = accumulate
+    """batches[step] is what one process computes at a step: a list of `accumulate` Batch. Rows are an endless stream, in
+    which each epoch has every record once. A row depends on the seed and its number alone. So a step is the same on
+    any number of processes, and after any interruption."""
+    images: Subset
+    texts: Subset        # for the text loss; the same object, except with --text-data
+    tokenizer: object    # a t5.Tokenizer
+    settings: object     # a model.Settings
+    recipe: object       # a train.Recipe
+    seed: int
+    rows: slice          # of the whole batch, for this process
+    accumulate: int = 1  # passes per step
 
     def __getitem__(self, step):
         size = (self.rows.stop - self.rows.start) // self.accumulate
@@ -883,19 +756,13 @@ class Batches(torch.utils.data.Dataset):
     def batch(self, step, rows):
         first = step * self.recipe.batch
         columns = zip(*[self.row(first + k) for k in range(rows.start, rows.stop)])
-        images, text_images, captions, tokens, maskable = columns
+        images, text_images, *texts = columns
         images = stack(self.images, images)
-        if self.texts is self.images:
-            text_images = images
-        else:
-            text_images = stack(self.texts, text_images)
-        seed = self.seed * 1_000_003 + step
-        return Batch(images, text_images, torch.tensor(captions), torch.tensor(tokens),
-                     torch.tensor(maskable), rows, seed)
+        text_images = images if self.texts is self.images else stack(self.texts, text_images)
+        return Batch(images, text_images, *map(torch.tensor, texts), rows, self.seed * 1_000_003 + step)
 
     def row(self, n):
-        """Makes row n of the stream -> image, image of the text loss, caption's ids, text's ids,
-        and which of them are maskable."""
+        """Makes row n of the stream -> image, image of the text loss, caption's ids, text's ids, which are maskable."""
         settings = self.settings
         rng = np.random.default_rng([self.seed, 1, n])
         i, image = self.record(self.images, n)
@@ -905,9 +772,8 @@ class Batches(torch.utils.data.Dataset):
             j, text_image = self.record(self.texts, n)
             _, text = draw_texts(self.texts.source, j, rng, self.recipe)
         caption = self.tokenizer.encode(caption, settings.length)
-        ids, maskable = self.tokenizer.text_ids(text, settings.length, settings.caption_prompt,
-                                                settings.answer_suffix, rng)
-        return image, text_image, caption, ids, maskable
+        text = self.tokenizer.text_ids(text, settings.length, settings.caption_prompt, settings.answer_suffix, rng)
+        return image, text_image, caption, *text
 
     def record(self, subset, n):
         epoch, k = divmod(n, len(subset.ids))
@@ -920,37 +786,32 @@ class Batches(torch.utils.data.Dataset):
 
 def stack(subset, images):
     images = torch.stack(images)
-    return Images(None, images) if subset.latents else Images(images, None)
+    return Images(moments=images) if subset.latents else Images(pixels=images)
 
 
 # ---------------------------------------------------------------- what all files share
 
-# The most pixels of all images that go through the networks at once: 64 images of 64x64, or one of
-# 512x512. More gains nothing on a CPU.
-PIXELS = 2 ** 18
+PIXELS = 2 ** 18  # of all images that go through the networks at once: 64 of 64x64, or one of 512x512
 
 
 def slices(count, height, width, desc=None):
-    """Cuts `count` images of that size into slices of at most PIXELS. Several slices show a bar on
-    a terminal."""
+    """Cuts `count` images of that size into slices of at most PIXELS. Several slices show a bar on a terminal."""
     size = max(1, PIXELS // (height * width))
     parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     return tqdm(parts, desc, leave=False, disable=count <= size or None)
 
 
 def warn(message):
-    tqdm.write(f"warning: {message}", file=sys.stderr)  # tqdm's, or it would run into a bar
+    if os.environ.get("RANK", "0") == "0":  # of all the processes of torchrun, one speaks
+        tqdm.write(f"warning: {message}", file=sys.stderr)  # tqdm's, or it would run into a bar
 
 
 warn_once = functools.cache(warn)
 
 
-def short_hash(values, *more):
-    """Returns twelve letters that change with the values, or with more, which is bytes."""
-    digest = hashlib.sha256(repr(values).encode())
-    for content in more:
-        digest.update(content)
-    return digest.hexdigest()[:12]
+def short_hash(values):
+    """Returns twelve letters that change with the values."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
 
 def one_line(error):
@@ -960,23 +821,21 @@ def one_line(error):
 
 
 def parse(raw, where, kind):
-    """Reads JSON from bytes -> a list or dict (`kind`). Raises ValueError with one line, which
-    begins with `where`."""
+    """Reads JSON from bytes -> a list or dict (`kind`). Raises ValueError with one line, which begins with `where`."""
     try:
         value = json.loads(raw)
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON ({one_line(error)})") from None
     if not isinstance(value, kind):
-        ending = ", in a list" if kind is list else ""
-        raise ValueError(f'{where}: want {{"image": path, "caption": text}}{ending}')
+        raise ValueError(f'{where}: want {{"image": path, "caption": text}}, or a list of such')
     return value
 
 
 @contextmanager
 def replacing(path):
-    """Gives a path beside `path` to write to, and puts that file in the place of `path` once it is
-    whole. So a full disk or a Ctrl-C leaves what was there. Raises OSError with one line; a mistake
-    in what is to be written (ValueError) passes as it is."""
+    """Gives a path beside `path` to write to, and puts that file in the place of `path` once it is whole. So a full
+    disk or a Ctrl-C leaves what was there. Raises OSError with one line; a mistake in what is to be written
+    (ValueError) passes as it is."""
     beside = f"{path}.partial"
     try:
         yield beside
@@ -993,17 +852,21 @@ def replacing(path):
         raise OSError(f"{path}: could not be written ({one_line(error)})") from None
 
 
+def write_text(path, text):
+    """Writes a text file by `replacing`."""
+    with replacing(path) as beside, open(beside, "w") as f:
+        f.write(text)
+
+
 def claim(path):
-    """Locks a folder by a file in it -> the lock, held until it is closed. Raises OSError where
-    another run has it. (After a kill -9 of torchrun its workers go on.)"""
+    """Locks a folder by a file in it -> the lock, held until it is closed. Raises OSError where another run has it.
+    (After a kill -9 of torchrun its workers go on.)"""
     lock = open(path, "a")
     try:
         import fcntl  # Windows has none
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise OSError(f"{os.path.dirname(path)}: another run is at work here; let it end, or stop "
-                      "its processes")
+        raise OSError(f"{os.path.dirname(path)}: another run is at work here; let it end, or stop its processes")
     except (ImportError, OSError) as error:
-        warn(f"{path}: no locks here ({one_line(error)}), so see to it that no other run writes into "
-             "this folder")
+        warn(f"{path}: no locks here ({one_line(error)}), so see to it that no other run writes into this folder")
     return lock

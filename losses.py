@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 # ---------------------------------------------------------------- text: masked diffusion
 
@@ -25,41 +26,33 @@ MIN_TIME = 1e-3  # the smallest time of a text in training, where the weight 1/t
 
 
 def alpha(t):
-    """Returns the share of tokens that are still readable at time t. This is the schedule: both
-    the masking in training and the steps of sampling follow from it.
-
-    The paper's is a straight line from 1 to 0.001. (Sahoo et al. end just above 0, where the
-    logarithm of alpha would be infinite.)"""
+    """Returns the share of tokens that are still readable at time t. Both the masking in training and
+    the steps of sampling follow from this schedule. The paper's is a straight line from 1 to 0.001. (It
+    ends just above 0, where the logarithm of alpha would be infinite.)"""
     return 1 - 0.999 * t
 
 
 def reveal_rate(t):
-    """Returns the weight of Eq. 7, -alpha'(t) / (1 - alpha(t)); for the straight line this is
-    0.999 / (0.999 t) = 1/t. Another schedule needs its own.
-
-    The weight is the rate at which a masked token is revealed when time runs backwards: in a short
-    time dt a share -alpha'(t) dt of all tokens becomes readable, and these tokens come from the
-    share 1 - alpha(t) that is masked."""
+    """Returns the weight of Eq. 7, -alpha'(t) / (1 - alpha(t)); for the straight line this is 1/t.
+    Another schedule needs its own. The weight is the rate at which a masked token is revealed when time
+    runs backwards: in a short time dt a share -alpha'(t) dt of all tokens becomes readable, and these
+    tokens come from the share 1 - alpha(t) that is masked."""
     return 1 / t
 
 
 def stratified_times(n, eps=MIN_TIME, generator=None):
-    """Returns (n,) times in [eps, 1] for the texts of a batch, in random order.
-
-    The interval is cut into n equal strata, and each stratum gives one time, all at the same random
-    offset. So every time alone is uniform, but each batch has as many early times as late ones, and
-    its loss varies less."""
+    """Returns (n,) times in [eps, 1] for the texts of a batch, in random order. The interval is cut into
+    n equal strata, and each gives one time, all at the same random offset. So every time alone is
+    uniform, but each batch has as many early times as late ones, and its loss varies less."""
     offset = torch.rand(1, generator=generator)
     t = (offset + torch.randperm(n, generator=generator)) / n
     return eps + (1 - eps) * t
 
 
 def mask_tokens(tokens, t, maskable, mask_id, generator=None):
-    """The forward process of text: each maskable token becomes the mask independently, with
-    probability 1 - alpha(t).
-
-    tokens (B,L) long, t (B,), maskable (B,L) bool -> noisy tokens (B,L); masked (B,L) bool, which
-    of them are now the mask."""
+    """The forward process of text: each maskable token becomes the mask independently, with probability
+    1 - alpha(t). tokens (B,L) long, t (B,), maskable (B,L) bool -> noisy tokens (B,L); masked (B,L)
+    bool, which of them are now the mask."""
     chance = torch.rand(tokens.shape, generator=generator)
     share = 1 - alpha(t.double())
     masked = (chance < share[:, None]) & maskable  # Eq. 6
@@ -69,15 +62,13 @@ def mask_tokens(tokens, t, maskable, mask_id, generator=None):
 def masked_diffusion_loss(logits, tokens, masked, t):
     """Eq. 7: the cross-entropy of the masked tokens, weighted by `reveal_rate`, which is 1/t.
 
-    At time t only a share t of the tokens is masked and counted; dividing by t scales the sum up
-    to the whole text. The mean over all t is the cost of writing the text token by token in a
-    random order. This cost is an upper bound on the text's negative log-likelihood, in nats.
+    At time t only a share t of the tokens is masked and counted; dividing by t scales the sum up to the
+    whole text. The mean over all t is the cost of writing the text token by token in a random order, an
+    upper bound on its negative log-likelihood, in nats. The sum is divided by batch · length: it is per
+    token of the padded text. EOS padding costs like any token; the tokens of a question cost nothing.
 
-    The sum is divided by batch · length, so the loss is in nats per token of the padded text. EOS
-    padding costs like any token; the tokens of a question cost nothing.
-
-    Two facts need not be learned (SUBS): the mask token, the last of the V, is never right, so its
-    logit is left out; and a token that is not masked is known, so it costs nothing.
+    Two facts need not be learned (SUBS): the mask token, the last of the V, is never right, so its logit
+    is left out; and a token that is not masked is known, so it costs nothing.
 
     logits (B,L,V), or (N,V) at the N masked tokens; tokens (B,L); masked (B,L) bool; t (B,)
     -> scalar. tokens, masked and t may stay on the CPU."""
@@ -93,11 +84,10 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 
 # ---------------------------------------------------------------- images: flow matching
 
-
 def logit_normal_times(n, mean=0.0, std=1.0, generator=None):
-    """Returns (n,) image times in (0,1), the sigmoid of a normal variable. With mean 0 most lie in
-    the middle, where the network has most to learn: near t = 1 the mean of all images is a good
-    answer, and near t = 0 little is left to decide."""
+    """Returns (n,) image times in (0,1), the sigmoid of a normal variable. With mean 0 most lie in the
+    middle, where the network has most to learn: near t = 1 the mean of all images is a good answer, and
+    near t = 0 little is left to decide."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
 
 
@@ -119,26 +109,23 @@ def flow_matching_loss(velocity, latents, noise, weight=1.0):
     return (weight * error.square()).mean()  # Eq. 3
 
 
-# ---------------------------------------------------------------- both in one step
-
-
 class ImageHalf(NamedTuple):
     """What the image loss learns from: images to be drawn from their captions."""
-    latents: torch.Tensor   # (B,C,H,W) clean
-    noise: torch.Tensor     # (B,C,H,W)
-    noisy: torch.Tensor     # (B,C,H,W) latents and noise, mixed by `noise_latents`
-    t: torch.Tensor         # (B,)
-    captions: torch.Tensor  # (B,L) tokens, clean
+    latents: Tensor   # (B,C,H,W) clean
+    noise: Tensor     # (B,C,H,W)
+    noisy: Tensor     # (B,C,H,W) latents and noise, mixed by `noise_latents`
+    t: Tensor         # (B,)
+    captions: Tensor  # (B,L) tokens, clean
 
 
 class TextHalf(NamedTuple):
-    """What the text loss learns from: texts to be read from their images. tokens, masked and t
-    stay on the CPU: only their masked places go to the network's device."""
-    latents: torch.Tensor   # (B,C,H,W) clean
-    tokens: torch.Tensor    # (B,L) clean
-    noisy: torch.Tensor     # (B,L) the same tokens, some of them masked by `mask_tokens`
-    masked: torch.Tensor    # (B,L) bool, which of them are masked
-    t: torch.Tensor         # (B,) how many are masked; the network itself is given time 0
+    """What the text loss learns from: texts to be read from their images. tokens, masked and t stay on
+    the CPU; only their masked places go to the network's device."""
+    latents: Tensor   # (B,C,H,W) clean
+    tokens: Tensor    # (B,L) clean
+    noisy: Tensor     # (B,L) the same tokens, some of them masked by `mask_tokens`
+    masked: Tensor    # (B,L) bool, which of them are masked
+    t: Tensor         # (B,) how many are masked; the network itself is given time 0
 
 
 def joint_loss(ddit, t5, images, texts, text_weight=0.2, image_weight=1.0):
@@ -167,12 +154,10 @@ def joint_loss(ddit, t5, images, texts, text_weight=0.2, image_weight=1.0):
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
 
-
 def autoencoding_loss(vae, pixels, noise):
-    """The loss of stage 0: reconstruction + 3e-5 KL, per value -> total, reconstruction, KL.
-
-    pixels (B,3,H,W) in [-1,1]; noise, as in `VAE.forward`. Pixels far from the mean colour of
-    their image count four times: otherwise small objects on a plain ground are learned last."""
+    """The loss of stage 0: reconstruction + 3e-5 KL, per value -> total, reconstruction, KL. The arguments
+    are those of `VAE.forward`. Pixels far from the mean colour of their image count four times:
+    otherwise small objects on a plain ground are learned last."""
     decoded, mean, logvar = vae(pixels, noise)
     ground = pixels.mean((2, 3), keepdim=True)
     stands_out = (pixels - ground).abs().amax(1, keepdim=True) > 0.3

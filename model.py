@@ -1,11 +1,10 @@
-"""The transformer: D-DiT, which draws images from text and reads images into text with one set of
-weights.
+"""The transformer: D-DiT, which draws images from text and reads images into text with one set of weights.
 
-It is Stable Diffusion 3's MM-DiT with a second head (Figure 1). There are two streams of tokens,
-image and text, each with weights of its own. They meet in every block in one joint attention. At
-the top one head predicts the velocity of the image, the other the masked tokens. `DualDiffusion` is
-the whole system: transformer, T5, VAE and tokenizer. Modules carry the names of SD3's single-file
-checkpoint, so its weights load without translation.
+It is Stable Diffusion 3's MM-DiT with a second head (Figure 1). There are two streams of tokens, image
+and text, each with weights of its own. They meet in every block in one joint attention. At the top one
+head predicts the velocity of the image, the other the masked tokens. `DualDiffusion` is the whole system:
+transformer, T5, VAE and tokenizer. Modules carry the names of SD3's single-file checkpoint, so its weights
+load without translation.
 
 References: Li et al., Dual Diffusion (D-DiT), arXiv 2501.00289
   Esser et al., Scaling Rectified Flow Transformers (SD3: MM-DiT), arXiv 2403.03206
@@ -55,8 +54,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        """t (B,) in [0,1] -> (B,width). Cosines, then sines, of 1000 t at 128 frequencies from 1 to
-        nearly 1/10000."""
+        """t (B,) in [0,1] -> (B,width). Cosines, then sines, of 1000 t at 128 frequencies, 1 to 1/10000."""
         k = torch.arange(128, device=t.device, dtype=torch.float32)
         omega = torch.exp(-math.log(10000) * k / 128)
         angle = 1000 * t.float()[:, None] * omega
@@ -77,19 +75,18 @@ class Attention(nn.Module):
 
     def forward(self, x):
         """-> q, k, v, each (B,heads,N,head_dim)."""
-        qkv = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        q, k, v = qkv
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         return self.ln_q(q), self.ln_k(k), v
 
 
 class StreamBlock(nn.Module):
-    """A DiT block of one stream, split at the joint attention: `before` makes what goes into it,
-    `after` uses what comes out.
+    """A DiT block of one stream, split at the joint attention: `before` makes what goes into it, `after`
+    uses what comes out.
 
-    `vec` (B,width) is the time, embedded. From it come six vectors: shift, scale and gate for the
-    attention, and the same for the MLP. Shift and scale change what goes in; the gate says how
-    much of the result is added to the stream. Gates begin at zero (`DDiT.init_weights`): a new
-    block passes its input on unchanged, and learns from there."""
+    `vec` (B,width) is the time, embedded. From it come six vectors: shift, scale and gate for the attention,
+    and the same for the MLP. Shift and scale change what goes in; the gate says how much of the result is
+    added to the stream. Gates begin at zero (`DDiT.init_weights`): a new block passes its input on unchanged,
+    and learns from there."""
     def __init__(self, config):
         super().__init__()
         width = config.width
@@ -104,13 +101,12 @@ class StreamBlock(nn.Module):
 
     def before(self, x, vec):
         """-> (q, k, v), and the other four vectors, which `after` needs."""
-        shift, scale, gate, *for_mlp = self.adaLN_modulation(vec).chunk(6, dim=1)
-        qkv = self.attn(modulate(self.norm1(x), shift, scale))
-        return qkv, (gate, *for_mlp)
+        shift, scale, *modulation = self.adaLN_modulation(vec).chunk(6, dim=1)
+        return self.attn(modulate(self.norm1(x), shift, scale)), modulation
 
     def after(self, x, attended, modulation):
-        gate, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate[:, None] * self.attn.proj(attended)
+        gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = x + gate_attn[:, None] * self.attn.proj(attended)
         h = modulate(self.norm2(x), shift_mlp, scale_mlp)
         return x + gate_mlp[:, None] * self.mlp(h)
 
@@ -163,9 +159,8 @@ class TextHead(nn.Module):
 
 
 def sincos_table(size, dim):
-    """Makes the fixed 2-D position table, (1, size*size, dim): half of the channels hold sines and
-    cosines of x, the other half of y. Coordinates span 64 units whatever the size. With size 192
-    this is SD3-medium's table."""
+    """Makes the fixed 2-D position table, (1, size*size, dim): half of the channels hold sines and cosines of
+    x, the other half of y. Coordinates span 64 units whatever the size; size 192 is SD3-medium's table."""
     position = torch.arange(size, dtype=torch.float64) * 64 / size
     k = torch.arange(dim // 4, dtype=torch.float64)
     omega = 10000.0 ** (-k / (dim // 4))
@@ -177,8 +172,7 @@ def sincos_table(size, dim):
 
 
 class DDiT(nn.Module):
-    """Figure 1. The time embedding modulates both streams; where text is predicted, the time is 0,
-    because its image is clean."""
+    """Figure 1. The time modulates both streams. Where text is predicted it is 0, as the image is clean."""
     def __init__(self, config: DDiTConfig):
         super().__init__()
         self.config = config
@@ -194,37 +188,33 @@ class DDiT(nn.Module):
             self.init_weights()
 
     def init_weights(self):
-        """Draws the weights as DiT does. adaLN-Zero: gates, shifts, scales and both heads begin at
-        zero."""
+        """Draws the weights as DiT does. adaLN-Zero: gates, shifts, scales and both heads begin at zero."""
         self.pos_embed.copy_(sincos_table(self.config.pos_size, self.config.width))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for k in (0, 2):
+            nn.init.normal_(self.t_embedder.mlp[k].weight, std=0.02)
         for name, p in self.named_parameters():
             if "adaLN" in name or name.startswith(("final_layer.linear", "text_head.linear")):
                 nn.init.zeros_(p)
 
     def positions(self, h, w):
-        """Returns the centred h x w crop of the position table, (1, h*w, width). Raises ValueError
-        where h or w is larger than the table."""
+        """Returns the centred h x w crop of the position table, (1, h*w, width). Raises ValueError where the
+        table is smaller."""
         side = self.config.pos_size
         if h > side or w > side:
-            raise ValueError(f"an image of {h}x{w} patches is larger than the model's "
-                             f"{side}x{side} positions")
+            raise ValueError(f"an image of {h}x{w} patches is larger than the model's {side}x{side} positions")
         table = rearrange(self.pos_embed, "1 (h w) d -> 1 h w d", h=side)
         top = (side - h) // 2
         left = (side - w) // 2
         return table[:, top:top + h, left:left + w].flatten(1, 2)
 
     def forward(self, latents, t, text, predict=None, image_rows=None):
-        """latents (B,C,H,W), H and W multiples of the patch; t (B,) in [0,1]; text (B,L,text_dim),
-        T5's states -> velocity (B,C,H,W) and logits (B,L,V).
-
-        predict: (B,L) bool on the CPU; logits are computed only at its N true places, (N,V).
-        image_rows: the velocity is computed only for that many first rows."""
+        """latents (B,C,H,W), H and W multiples of the patch; t (B,) in [0,1]; text (B,L,text_dim), T5's states
+        -> velocity (B,C,H,W), logits (B,L,V). With predict, (B,L) bool on the CPU, logits are computed only at
+        its N true places, (N,V); with image_rows, the velocity only of that many first rows."""
         vec = self.t_embedder(t)
         x = self.x_embedder["proj"](latents.to(vec.dtype))
         h, w = x.shape[2:]
@@ -237,12 +227,54 @@ class DDiT(nn.Module):
         p = self.config.patch
         velocity = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
         if predict is not None:
-            rows, columns = torch.as_tensor(predict).nonzero(as_tuple=True)
-            rows = rows.to(text.device, non_blocking=True)
-            columns = columns.to(text.device, non_blocking=True)
-            text = text[rows, columns]
+            places, = torch.as_tensor(predict).flatten().nonzero(as_tuple=True)
+            text = text.flatten(0, 1)[places.to(text.device, non_blocking=True)]
         return velocity, self.text_head(text)
 
+
+class DualDiffusion(nn.Module):
+    """The whole system. `ddit`, `t5`, `vae` are modules, `tokenizer` is a t5.Tokenizer, `config` a Config. A
+    part that the file does not hold is None: stage 0 writes no ddit, and SD3's file may have no T5."""
+    def __init__(self, config, tokenizer, ddit=None, t5=None, vae=None):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.ddit = ddit
+        self.t5 = t5
+        self.vae = vae
+
+    @classmethod
+    def build(cls, config, tokenizer, parts=("ddit", "t5", "vae")):
+        """Makes a system with fresh random weights. Both vocabularies follow the tokenizer's; T5's is rounded
+        up to a multiple of 128."""
+        config.ddit.vocab = tokenizer.vocab_size
+        config.t5.vocab_size = 128 * math.ceil(tokenizer.vocab_size / 128)
+        modules = {part: make_part(getattr(config, part)) for part in parts}
+        return cls(config, tokenizer, **modules)
+
+    def encode_image(self, pixels):
+        """Pixels (B,3,H,W) in [-1,1] -> latents as the transformer sees them (the mean of the posterior)."""
+        mean, _ = self.vae.encode(pixels.to(self.device))
+        return self.vae.normalize(mean)
+
+    def decode_image(self, latents):
+        """Latents as the transformer sees them -> pixels (B,3,8h,8w), clamped to [-1,1]."""
+        return self.vae.decode(self.vae.denormalize(latents)).float().clamp(-1, 1)
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    @classmethod
+    def load(cls, path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
+        """Reads a file of ours, an SD3 single file, or a folder in diffusers layout: see `read_parts`."""
+        return cls(**read_parts(path, t5, vae, tokenizer, device, dtype, offload)).eval()
+
+    def save(self, path, dtype=None):
+        write_file(self, path, dtype)  # one self-contained .safetensors
+
+
+# ------------------------------------------------- the chapter ends here; what follows makes it practical
 
 @dataclass
 class Settings:
@@ -266,55 +298,6 @@ class Config:
     settings: Settings = field(default_factory=Settings)
 
 
-class DualDiffusion(nn.Module):
-    """The whole system. `ddit`, `t5`, `vae` are modules, `tokenizer` is a t5.Tokenizer, `config` a
-    Config. A part that the file does not hold is None: stage 0 writes no ddit, and SD3's file may
-    have no T5."""
-    def __init__(self, config, tokenizer, ddit=None, t5=None, vae=None):
-        super().__init__()
-        self.config = config
-        self.tokenizer = tokenizer
-        self.ddit = ddit
-        self.t5 = t5
-        self.vae = vae
-
-    @classmethod
-    def build(cls, config, tokenizer, parts=("ddit", "t5", "vae")):
-        """Makes a system with fresh random weights. Both vocabularies follow the tokenizer's; T5's
-        is rounded up to a multiple of 128."""
-        config.ddit.vocab = tokenizer.vocab_size
-        config.t5.vocab_size = 128 * math.ceil(tokenizer.vocab_size / 128)
-        modules = {part: make_part(getattr(config, part)) for part in parts}
-        return cls(config, tokenizer, **modules)
-
-    def encode_image(self, pixels):
-        """Pixels (B,3,H,W) in [-1,1] -> latents as the transformer sees them: the mean of the
-        posterior, without noise."""
-        mean, _ = self.vae.encode(pixels.to(self.device))
-        return self.vae.normalize(mean)
-
-    def decode_image(self, latents):
-        """Latents as the transformer sees them -> pixels (B,3,8h,8w), clamped to [-1,1]."""
-        return self.vae.decode(self.vae.denormalize(latents)).float().clamp(-1, 1)
-
-    @property
-    def device(self):
-        return next(self.parameters()).device
-
-    @classmethod
-    def load(cls, path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32,
-             offload=False):
-        """Reads a file of ours, an SD3 single file, or a folder in diffusers layout. The arguments
-        are those of `read_parts`."""
-        return cls(**read_parts(path, t5, vae, tokenizer, device, dtype, offload)).eval()
-
-    def save(self, path, dtype=None):
-        """Writes one self-contained .safetensors, see `write_file`."""
-        write_file(self, path, dtype)
-
-
-# ------------------------------------------------- the chapter ends here; what follows makes it practical
-
 PRESETS = {
     "sd3-medium": Config(),
     # Table 9 says 1.1 billion parameters, all trained from scratch. Depth and width are our guess.
@@ -335,23 +318,18 @@ def make_part(config):
 
 
 # ---------------------------------------------------------------- files
-# `find_parts` finds the tensors of each part under the names that our modules have, and the
-# configuration. That is in the header (our files), in config.json (diffusers' folders), or it is
-# SD3-medium's and T5-XXL's (files that say nothing). `read_part` then makes a module, which is the
-# only specification of its tensors: other names or shapes are refused. Tensors are mapped from
-# their files, and none is read before that.
+# `find_parts` finds the tensors of each part, under our modules' names, and the configuration. That is in the
+# header (our files), in config.json (diffusers' folders), or it is SD3-medium's and T5-XXL's (other files).
+# `read_part` then makes a module, which is the only specification of its tensors: other names or shapes are
+# refused. Tensors are mapped from their files, and none is read before that.
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # fp16 is too narrow for T5-XXL
-
 # Stability's single files have a prefix for each part, and so have ours.
-PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.",
-            "t5": "text_encoders.t5xxl.transformer."}
+PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}
 # A tensor that every file with that part has, and beginnings of names that we do not use.
-KEY_TENSORS = {"ddit": "joint_blocks.0.x_block.mlp.fc1.weight",
-               "vae": "encoder.down.0.block.0.conv1.weight",
+KEY_TENSORS = {"ddit": "joint_blocks.0.x_block.mlp.fc1.weight", "vae": "encoder.down.0.block.0.conv1.weight",
                "t5": "encoder.final_layer_norm.weight"}
-UNUSED = {"ddit": ("y_embedder.", "null_image_embd"), "vae": (),
-          "t5": ("decoder.", "lm_head.", "logit_scale")}
+UNUSED = {"ddit": ("y_embedder.", "null_image_embd"), "vae": (), "t5": ("decoder.", "lm_head.", "logit_scale")}
 SPIECE = "spiece_model"  # in our files the tokenizer, as a uint8 tensor
 # Each line has a piece of a name in diffusers, as a regular expression, and our name for it.
 RENAME = {"t5": "encoder.embed_tokens shared", "ddit": r"""
@@ -396,11 +374,9 @@ RENAME = {"t5": "encoder.embed_tokens shared", "ddit": r"""
 """}
 # The fields of a config.json that have other names than ours.
 FIELDS = {
-    "ddit": {"num_layers": "depth", "num_attention_heads": "heads", "patch_size": "patch",
-             "in_channels": "channels", "joint_attention_dim": "text_dim", "vocab_size": "vocab",
-             "pos_embed_max_size": "pos_size"},
-    "t5": {"relative_attention_num_buckets": "buckets",
-           "relative_attention_max_distance": "max_distance"},
+    "ddit": {"num_layers": "depth", "num_attention_heads": "heads", "patch_size": "patch", "in_channels": "channels",
+             "joint_attention_dim": "text_dim", "vocab_size": "vocab", "pos_embed_max_size": "pos_size"},
+    "t5": {"relative_attention_num_buckets": "buckets", "relative_attention_max_distance": "max_distance"},
     "vae": {"norm_num_groups": "groups"}}
 # The authors' release is tuned on instructions, to caption and to answer briefly.
 AUTHORS = {"size": 512, "length": 128, "caption_prompt": "Describe the image concisely.",
@@ -416,23 +392,19 @@ def read_json(path):
 
 
 def safetensors_files(folder):
-    """Lists the .safetensors of a part's folder: one file, or its shards. Of several variants
-    (model.fp16.safetensors) the one with the shortest name counts, the plain one."""
-    variants = {}
-    for name in sorted(os.listdir(folder)):
-        if name.endswith(".safetensors"):
-            stem = name.removesuffix(".safetensors").split("-00")[0]
-            variants.setdefault(stem, []).append(os.path.join(folder, name))
-    if not variants:
+    """Lists the .safetensors of a part's folder: one file, or its shards. Of several variants, like
+    model.fp16.safetensors, the one with the shortest name counts, the plain one."""
+    names = [name for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")]
+    if not names:
         raise ValueError(f"{folder}: holds no .safetensors file")
-    return variants[min(variants, key=len)]
+    stems = {name: name.removesuffix(".safetensors").split("-00")[0] for name in names}
+    plain = min(stems.values(), key=len)
+    return [f"{folder}/{name}" for name in names if stems[name] == plain]
 
 
 def open_checkpoint(path):
-    """Opens a .safetensors file, or a folder of one or of shards -> {name: tensor}, and the header's
-    {key: str}."""
-    tensors = {}
-    header = {}
+    """Opens a .safetensors file, or a folder of one or of shards -> {name: tensor}, the header's {key: str}."""
+    tensors, header = {}, {}
     for file in safetensors_files(path) if os.path.isdir(path) else [path]:
         try:
             with safe_open(file, "pt") as f:
@@ -441,8 +413,7 @@ def open_checkpoint(path):
                     tensors[name] = f.get_tensor(name)
         except SafetensorError as error:
             refuse_pointer(file)
-            raise ValueError(f"{file}: not a readable .safetensors file, or not all of one "
-                             f"({error})") from error
+            raise ValueError(f"{file}: not a readable .safetensors file, or not all of one ({error})") from error
     return tensors, header
 
 
@@ -450,13 +421,11 @@ def refuse_pointer(file):
     """Raises ValueError for the small text that git leaves in a file's place without git-lfs."""
     with open(file, "rb") as f:
         if f.read(40).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{file}: a git-lfs pointer, not the file itself: fetch it "
-                             "(git lfs pull)")
+            raise ValueError(f"{file}: a git-lfs pointer, not the file itself: fetch it (git lfs pull)")
 
 
 def by_our_names(part, tensors):
-    """Finds the tensors of a part in a file of ours, of Stability's or of diffusers ->
-    {our name: tensor}."""
+    """Finds the tensors of a part in a file of ours, Stability's or diffusers' -> {our name: tensor}."""
     prefix = PREFIXES[part]
     others = (*PREFIXES.values(), "text_encoders.")
     found = {}
@@ -473,33 +442,31 @@ def by_our_names(part, tensors):
 
 
 def our_config(path, header):
-    """Reads the configuration in the header of our files -> Config; None if there is none. Raises
-    ValueError for one whose fields are not ours."""
+    """Reads the configuration in the header of our files -> Config; None if there is none. Raises ValueError
+    for one whose fields are not ours."""
     try:
-        values = json.loads(header.get("config", "{}"))
+        sections = json.loads(header.get("config", "{}"))
     except ValueError:
-        values = {}
-    if not isinstance(values, dict) or "ddit" not in values:  # other tools write a "config", too
+        sections = {}
+    if not isinstance(sections, dict) or "ddit" not in sections:  # other tools write a "config", too
         return None
-    t5 = EmbeddingsConfig if "positions" in values.get("t5", ()) else T5Config
-    kinds = {"ddit": DDiTConfig, "t5": t5, "vae": VAEConfig, "settings": Settings}
-    config = {}
-    for name, kind in kinds.items():
-        section = values.get(name, {})
-        wrong = section.keys() ^ {f.name for f in fields(kind)}
+    config = Config()
+    for name in vars(config):
+        values = sections.get(name, {})
+        kind = EmbeddingsConfig if "positions" in values else type(getattr(config, name))
+        wrong = values.keys() ^ {f.name for f in fields(kind)}
         if wrong:
-            raise ValueError(f"{path}: the configuration in its header, {name}, lacks a field or has "
-                             f"an unknown one ({', '.join(sorted(wrong))})")
-        for key, value in section.items():
+            raise ValueError(f"{path}: the configuration in its header, {name}, lacks a field or has an unknown one "
+                             f"({', '.join(sorted(wrong))})")
+        for key, value in values.items():
             if isinstance(value, list):
-                section[key] = tuple(value)
-        config[name] = kind(**section)
-    return Config(**config)
+                values[key] = tuple(value)
+        setattr(config, name, kind(**values))
+    return config
 
 
 def their_config(part, values):
-    """Reads the configuration of a part from a config.json; what that does not say is SD3-medium's
-    or T5-XXL's."""
+    """Reads a part's configuration from a config.json; what that does not say is SD3-medium's or T5-XXL's."""
     config = getattr(Config(), part)
     names = {f.name for f in fields(config)}
     for key, value in values.items():
@@ -518,18 +485,17 @@ def their_config(part, values):
 def find_sources(path):
     """Lists the folders of the parts in a diffusers layout. Anything else is one source itself."""
     names = ["transformer", "vae", "text_encoder"]
-    if os.path.isdir(os.path.join(path, "text_encoder_3")):
+    if os.path.isdir(f"{path}/text_encoder_3"):
         names[2] = "text_encoder_3"  # beside it text_encoder is CLIP's
-    folders = [os.path.join(path, name) for name in names]
+    folders = [f"{path}/{name}" for name in names]
     return [folder for folder in folders if os.path.isdir(folder)] or [path]
 
 
 def find_parts(path, t5=None, vae=None, tokenizer=None):
-    """Finds what a checkpoint holds, a file or a folder -> Config, {part: {our name: tensor}},
-    Tokenizer or None. t5, vae: a file or folder to take that part from; tokenizer: a file."""
+    """Finds what a checkpoint holds, a file or a folder -> Config, {part: {our name: tensor}}, Tokenizer or None.
+    t5, vae: a file or folder to take that part from; tokenizer: a file."""
     config = Config()
-    parts = {}
-    spiece = None
+    parts, spiece = {}, None
     for source in find_sources(path):
         tensors, header = open_checkpoint(source)
         ours = our_config(source, header)
@@ -540,14 +506,14 @@ def find_parts(path, t5=None, vae=None, tokenizer=None):
             if KEY_TENSORS[part] in found:
                 parts[part] = found
                 if not ours:
-                    values = read_json(os.path.join(source, "config.json"))
+                    values = read_json(f"{source}/config.json")
                     setattr(config, part, their_config(part, values))
         config = ours or config
     if not parts:
         raise ValueError(f"{path}: holds no part of SD3, T5 or D-DiT")
     if "null_image_embd" in parts.get("ddit", ()):
         config.settings = Settings(**AUTHORS)
-    scheduler = read_json(os.path.join(path, "scheduler", "scheduler_config.json"))
+    scheduler = read_json(f"{path}/scheduler/scheduler_config.json")
     config.settings.shift = scheduler.get("shift", config.settings.shift)
     for part, other in (("t5", t5), ("vae", vae)):
         if other is not None:
@@ -560,10 +526,9 @@ def find_parts(path, t5=None, vae=None, tokenizer=None):
 
 
 def find_tokenizer(path, file, spiece):
-    """Makes a Tokenizer from a file, from a folder in `path`, or from these bytes; None if there is
-    none of them."""
+    """Makes a Tokenizer from a file, from a folder in `path`, or from these bytes; None without any of them."""
     for folder in ("tokenizer_3", "tokenizer"):
-        beside = os.path.join(path, folder, "spiece.model")
+        beside = f"{path}/{folder}/spiece.model"
         if file is None and os.path.exists(beside):
             file = beside
     if file:
@@ -578,15 +543,12 @@ def find_tokenizer(path, file, spiece):
         raise ValueError(f"{file or path}: {error}") from error
 
 
-def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32,
-               offload=False):
-    """Reads a file of ours, an SD3 single file, or a folder in diffusers layout -> the arguments of
-    DualDiffusion, by name.
+def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
+    """Reads a file of ours, an SD3 single file, or a folder in diffusers layout -> the arguments of DualDiffusion.
 
-    t5, vae: another file or folder to take that part from; tokenizer: a spiece.model; dtype: to
-    compute in, one for all or {"ddit": dtype, "t5": dtype, "vae": dtype} (float32 for a part that
-    is not named), None as in the file; offload: T5 stays on the CPU. Raises FileNotFoundError or
-    ValueError with one line that says what is wrong, and where."""
+    t5, vae: another file or folder to take that part from; tokenizer: a spiece.model; dtype: to compute in, one
+    for all or {"ddit": dtype, "t5": dtype, "vae": dtype} (float32 for a part that is not named), None as in the
+    file; offload: T5 stays on the CPU. Raises FileNotFoundError or ValueError with one line."""
     config, parts, tokenizer = find_parts(path, t5, vae, tokenizer)
     check_fit(path, config, parts, tokenizer)
     dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(PARTS, dtype)
@@ -597,6 +559,8 @@ def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torc
         kind = dtypes.get(part, torch.float32)
         try:
             modules[part] = read_part(part, tensors, getattr(config, part), on, kind)
+        except KeyError as error:
+            raise ValueError(f"{files[part]}: the tensor {error.args[0]} is missing: not all of the file") from None
         except ValueError as error:
             raise ValueError(f"{files[part]}: {error}") from None
     return {"config": config, "tokenizer": tokenizer, **modules}
@@ -604,27 +568,24 @@ def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torc
 
 def check_fit(path, config, parts, tokenizer):
     """Raises ValueError where parts come from different models."""
-    gives = {"t5": config.t5.d_model, "vae": config.vae.latent_channels}
-    takes = {"t5": config.ddit.text_dim, "vae": config.ddit.channels}
-    for part in gives:
-        if part in parts and "ddit" in parts and gives[part] != takes[part]:
-            raise ValueError(f"{path}: takes {takes[part]} channels from its {PARTS[part]}, this one "
-                             f"gives {gives[part]}; give the one that it was trained with")
+    for part, gives, takes in (("t5", config.t5.d_model, config.ddit.text_dim),
+                               ("vae", config.vae.latent_channels, config.ddit.channels)):
+        if part in parts and "ddit" in parts and gives != takes:
+            raise ValueError(f"{path}: takes {takes} channels from its {PARTS[part]}, this one gives {gives}; "
+                             f"give the one that it was trained with")
     if not tokenizer:
         return
     tokens = tokenizer.vocab_size
     head_differs = "ddit" in parts and config.ddit.vocab != tokens
     spare = config.t5.vocab_size - tokens  # the rows of T5's table are rounded up
     if head_differs or "t5" in parts and not 0 <= spare < 128:
-        raise ValueError(f"{path}: the text head knows {config.ddit.vocab} tokens, T5 "
-                         f"{config.t5.vocab_size}, the tokenizer {tokens}; give the one that they "
-                         "were trained with (--spiece)")
+        raise ValueError(f"{path}: the text head knows {config.ddit.vocab} tokens, T5 {config.t5.vocab_size}, the "
+                         f"tokenizer {tokens}; give the one that they were trained with (--spiece)")
 
 
 def read_part(part, tensors, config, device, dtype):
-    """Makes the module of a part, on its device. A tensor is converted once; one that needs no
-    conversion stays mapped from its file. Raises ValueError if a name or shape is not the
-    module's."""
+    """Makes the module of a part, on its device. A tensor is converted once; one that needs no conversion stays
+    mapped from its file. Raises KeyError if one is missing, ValueError if a name or shape is not the module's."""
     with torch.device("meta"):  # no memory yet, and no time spent on initial values
         module = make_part(config)
     if dtype is None:
@@ -640,12 +601,10 @@ def read_part(part, tensors, config, device, dtype):
             raise ValueError(f"has a tensor {name}, as no {PARTS[part]} that this program knows")
     state = {}
     for name, meta in wanted.items():
-        if name not in tensors:
-            raise ValueError(f"the tensor {name} is missing: another model, or not all of it")
         tensor = tensors[name]
         if tensor.shape not in (meta.shape, meta.shape[:2]):  # diffusers' 1x1 convolutions are 2-D
-            raise ValueError(f"the tensor {name} is {tuple(tensor.shape)}, it should be "
-                             f"{tuple(meta.shape)}: another model, or not all of it")
+            raise ValueError(f"the tensor {name} is {tuple(tensor.shape)}, it should be {tuple(meta.shape)}: "
+                             "another model, or not all of it")
         state[name] = tensor.to(device, dtype).reshape(meta.shape)
     module.load_state_dict(state, assign=True)
     if part == "vae" and torch.device(device).type == "cpu":
@@ -654,24 +613,17 @@ def read_part(part, tensors, config, device, dtype):
 
 
 def join_qkv(tensors):
-    """Brings tensors of diffusers' transformer into SD3's layout, others are returned as they are.
+    """Brings tensors of diffusers' transformer into SD3's layout; others are returned as they are.
 
-    diffusers keeps q, k and v apart. And where no MLP follows a modulation (in the image head, and
-    in the last block of SD3, which ends its text stream early), diffusers stores scale, then
-    shift."""
+    diffusers keeps q, k and v apart. And where no MLP follows a modulation (in the image head, and in the last
+    block of SD3, which ends its text stream early), diffusers stores scale, then shift."""
     if "joint_blocks.0.x_block.attn.q.weight" not in tensors:
         return tensors
     joined = {}
     for name, tensor in tensors.items():
         if ".attn.q." in name:
-            qkv = []
-            for letter in "qkv":
-                one = name.replace(".q.", f".{letter}.")
-                if one not in tensors:
-                    raise ValueError(f"the tensor {one} is missing: not all of a transformer")
-                qkv.append(tensors[one])
+            tensor = torch.cat([tensors[name.replace(".q.", f".{x}.")] for x in "qkv"])
             name = name.replace(".q.", ".qkv.")
-            tensor = torch.cat(qkv)
         elif ".attn.k." in name or ".attn.v." in name:
             continue
         elif "adaLN" in name and re.sub("adaLN.*", "mlp.fc2.weight", name) not in tensors:
@@ -684,11 +636,10 @@ def join_qkv(tensors):
 def new_in_ddit(tensors, config):
     """Makes what D-DiT has and SD3 lacks -> {name: tensor}; empty if the file is not SD3's.
 
-    SD3 adds CLIP's pooled vector to the time. With that vector at zero a constant is left,
-    y_embedder(0), which goes into the last bias of t_embedder. The last block of SD3 ends its text
-    stream with the attention. What follows there is new, and so is the text head; the velocity
-    depends on neither. With gates at zero the text passes unchanged. So for the same latents, time
-    and text states the velocity is SD3's own."""
+    SD3 adds CLIP's pooled vector to the time. With that vector at zero a constant is left, y_embedder(0), which
+    goes into the last bias of t_embedder. The last block of SD3 ends its text stream with the attention. What
+    follows there is new, and so is the text head; the velocity depends on neither. With gates at zero the text
+    passes unchanged. So for the same latents, time and text states the velocity is SD3's own."""
     new = {}
     if "y_embedder.mlp.0.bias" in tensors:
         hidden = F.silu(tensors["y_embedder.mlp.0.bias"].float())
@@ -711,9 +662,9 @@ def new_in_ddit(tensors, config):
 
 
 def write_file(dd, path, dtype=None):
-    """Writes one self-contained .safetensors: all parts under SD3's names, the tokenizer as bytes,
-    the configuration as JSON in the header. dtype: of the tensors in the file; None: as they are.
-    Raises OSError, and leaves what was there."""
+    """Writes one self-contained .safetensors: all parts under SD3's names, the tokenizer as bytes, the
+    configuration as JSON in the header. dtype: of the tensors in the file; None: as they are. Raises OSError,
+    and leaves what was there."""
     tensors = {}
     for part, prefix in PREFIXES.items():
         module = getattr(dd, part)
@@ -721,8 +672,7 @@ def write_file(dd, path, dtype=None):
             for name, tensor in module.state_dict().items():
                 tensors[prefix + name] = tensor.to("cpu", dtype or tensor.dtype).contiguous()
     if dd.tokenizer:
-        model = bytearray(dd.tokenizer.model)
-        tensors[SPIECE] = torch.frombuffer(model, dtype=torch.uint8)
+        tensors[SPIECE] = torch.frombuffer(bytearray(dd.tokenizer.model), dtype=torch.uint8)
     with replacing(path) as beside:
         save_file(tensors, beside, {"format": "pt", "config": json.dumps(asdict(dd.config))})
 

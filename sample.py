@@ -1,17 +1,14 @@
-"""Using it: draw images from text, read images into text, fill in the blanks of a text. Both
-diffusions run backwards: an image begins as noise and follows the velocity; a text begins as masks,
-which the network replaces by tokens.
+"""Using it: draw images from text, read images into text, fill in the blanks of a text. Both diffusions run
+backwards: an image begins as noise and follows the velocity; a text begins as masks, which become tokens.
 
     python sample.py --vqa img.png "what color is the circle?"
     python sample.py --caption img.png
     python sample.py --t2i "a large green triangle left of a small red circle" --num 8 --out out.png
     python sample.py --infill img.png "a _ green _ above a small _ circle and a small green square"
 
-References: Esser et al., SD3, arXiv 2403.03206, section 5.3.2
-  Ho & Salimans, Classifier-Free Guidance, arXiv 2207.12598
-  Kynkäänniemi et al., Limited-Interval Guidance, arXiv 2404.07724
-  Zheng et al., Time-Agnostic Masked Models, arXiv 2409.02908
-  Ben-Hamu et al., Entropy-Bounded Unmasking, arXiv 2505.24857
+References: Esser et al., SD3, arXiv 2403.03206, section 5.3.2; Ho & Salimans, Classifier-Free Guidance, 2207.12598
+  Kynkäänniemi et al., Limited-Interval Guidance, 2404.07724; Zheng et al., Time-Agnostic Masked Models, 2409.02908
+  Ben-Hamu et al., Entropy-Bounded Unmasking, 2505.24857
 """
 import argparse
 import os
@@ -19,7 +16,7 @@ import re
 import sys
 import textwrap
 
-# Idle threads of OpenMP spin, which slows other programs and us; this limits it (before torch comes).
+# Idle threads of OpenMP spin, which slows us beside other programs. This limits it, if set before torch comes.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -32,23 +29,19 @@ from data import ENDINGS, EXTENSIONS, load_image, replacing, slices, to_images, 
 from model import DTYPES, DualDiffusion, missing_parts
 from t5 import unseen_words, window_ids
 
-# ---------------------------------------------------------------- drawing
-
 
 def time_grid(steps, shift):
-    """Returns (steps+1,) times from 1 (noise) down to 0 (image). With shift > 1 more of the steps
-    are near the noise (SD3)."""
+    """Returns (steps+1,) times from 1 (noise) to 0 (image); shift > 1 puts more steps near the noise (SD3)."""
     t = torch.linspace(1, 0, steps + 1)
     return shift * t / (1 + (shift - 1) * t)
 
 
 def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
-    """Noise (B,C,h,w) -> pixels (B,3,8h,8w), all prompts at once: Euler's steps along the ODE, from
-    t = 1 to 0.
+    """Noise (B,C,h,w) -> pixels (B,3,8h,8w), all prompts at once: Euler's steps along the ODE, from t = 1 to 0.
 
-    Guidance predicts two velocities, one for the prompt and one for the negative text, which is
-    usually empty, and takes negative + cfg * (prompt - negative). With cfg 1 this is the velocity
-    for the prompt; a larger cfg goes further in the same direction."""
+    Guidance predicts two velocities, one for the prompt and one for the negative text, which is usually empty,
+    and takes negative + cfg * (prompt - negative). With cfg 1 this is the velocity for the prompt; a larger cfg
+    goes further in the same direction."""
     low, high = dd.config.settings.cfg_times
     x = x.to(dd.device)
     texts = list(prompts)
@@ -79,68 +72,55 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
 
 
 @torch.no_grad()
-def text_to_image(dd, prompts, negative="", height=None, width=None, length=None, steps=28, cfg=None,
-                  shift=None, noise=None, generator=None, watch=None):
+def text_to_image(dd, prompts, negative="", height=None, width=None, length=None, steps=28, cfg=None, shift=None,
+                  noise=None, generator=None, watch=None):
     """Draws one image for each prompt of a list -> pixels (B,3,height,width) in [-1,1].
 
-    height, width: pixels, multiples of 16; length: tokens to which a prompt is padded; steps: of
-    Euler's method, in SD3 28; cfg: guidance, 1 is none; shift: of the time grid; noise
-    (B,C,H/8,W/8): what to start from; watch(x, t, velocity) is called at every step. Where an
-    argument is None, the checkpoint's own is taken. Raises ValueError for a size that the model
-    cannot take."""
+    height, width: pixels, multiples of 16; length: tokens to which a prompt is padded; steps: of Euler's method,
+    in SD3 28; cfg: guidance, 1 is none; shift: of the time grid; noise (B,C,H/8,W/8): what to start from;
+    watch(x, t, velocity) is called at every step. Where an argument is None, the checkpoint's own is taken.
+    Raises ValueError for a size that the model cannot take."""
     settings = dd.config.settings
-    height = height or settings.size
-    width = width or settings.size
     length = length or settings.length
     shift = shift or settings.shift
     if cfg is None:
         cfg = settings.cfg
     if noise is None:
-        h, w = latent_size(dd, height, width)
-        shape = len(prompts), dd.config.vae.latent_channels, h, w
-        noise = torch.randn(shape, generator=generator)
-    drawn = []
-    for part in slices(len(prompts), height, width):
-        x = noise[part]
-        drawn.append(denoise(dd, x, prompts[part], negative, length, steps, cfg, shift, watch))
-    return torch.cat(drawn)
-
-
-# ---------------------------------------------------------------- reading
+        h, w = latent_size(dd, height or settings.size, width or settings.size)
+        noise = torch.randn(len(prompts), dd.config.vae.latent_channels, h, w, generator=generator)
+    factor = dd.config.vae.factor
+    parts = slices(len(prompts), noise.shape[2] * factor, noise.shape[3] * factor)
+    return torch.cat([denoise(dd, noise[k], prompts[k], negative, length, steps, cfg, shift, watch) for k in parts])
 
 
 def revealed_share(steps):
-    """Returns (steps+1,) float64: the share of tokens that are revealed at each time of an even
-    grid from t = 1 down to 0. It is alpha(t), scaled to run from 0 to 1.
-
-    (By Eq. 5 a token stays masked through a step from t to s with probability (1 - alpha(s)) /
-    (1 - alpha(t)). The product over all steps so far is 1 minus this share.)"""
+    """Returns (steps+1,) float64: the share of tokens that are revealed at each time of an even grid from t = 1 to
+    0. It is alpha(t), scaled to run from 0 to 1. (By Eq. 5 a token stays masked through a step from t to s with
+    probability (1 - alpha(s)) / (1 - alpha(t)). The product over all steps so far is 1 minus this share.)"""
     readable = losses.alpha(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     return (readable - readable[0]) / (readable[-1] - readable[0])  # Eq. 5
 
 
 def text_logits(dd, latents, tokens, predict):
-    """One forward pass: latents (B,C,H,W), tokens (B,L) -> logits (N,V) at the N true places of
-    predict (B,L) bool, on the CPU."""
+    """One forward pass: latents (B,C,H,W), tokens (B,L), predict (B,L) bool -> logits (N,V) at its N true places."""
     states = dd.t5(tokens.to(dd.device))
     times = torch.zeros(len(tokens), device=dd.device)
     _, logits = dd.ddit(latents, times, states, predict=predict, image_rows=0)
     return finite(logits)
 
 
-# An order of unmasking is a function. masked (B,L) bool says where masks are left. predict(places)
-# runs the network where places (B,L) is true -> predicted tokens (B,L), and the entropies of their
-# distributions (B,L), in nats. The order returns which masks are revealed now, (B,L) bool, and the
-# tokens. step_of (B,L) is the step of ancestral sampling at which each token is revealed.
+# An order of unmasking is a function. masked (B,L) bool says where masks are left. predict(places) runs the network
+# where places (B,L) is true -> predicted tokens (B,L), and the entropies of their distributions (B,L), in nats. The
+# order returns which masks are revealed now, (B,L) bool, and the tokens. step_of (B,L) is the step of ancestral
+# sampling at which each token is revealed.
 
 
 def in_random_order(masked, predict, step_of):
-    """Ancestral sampling, exactly, but with fewer passes: reveals in each row the masks whose step
-    is next.
+    """Ancestral sampling, exactly, but with fewer passes: reveals in each row the masks whose step is next.
 
-    Chance alone decides at which step a token is revealed, for each token on its own (Eq. 5). The
-    network only says which token it is, and it does not see the time. So all steps can be drawn
-    beforehand, and steps that reveal nothing cost nothing."""
+    Chance alone decides at which step a token is revealed, for each token on its own (Eq. 5). The network only says
+    which token it is, and it does not see the time. So all steps are drawn beforehand, and those that reveal
+    nothing cost nothing."""
     next_step = step_of.masked_fill(~masked, 2 ** 31).amin(1, keepdim=True)
     reveal = masked & (step_of == next_step)
     tokens, _ = predict(reveal)
@@ -153,10 +133,9 @@ GAMMA = 0.1  # nats; more makes fewer passes and more errors (tests/README.md ha
 def by_entropy(masked, predict, step_of):
     """Reveals the surest masks of each row, as many as are nearly independent.
 
-    One pass predicts each token on its own. Taking several at once errs by at most the sum of their
-    entropies, not counting the largest (a KL divergence: if all tokens but one are certain, nothing
-    is left that could depend on it). So a pass reveals the tokens of least entropy, as many as keep
-    this sum within GAMMA."""
+    One pass predicts each token on its own. Taking several at once errs by at most the sum of their entropies
+    without the largest (a KL divergence; if all tokens but one are certain, nothing can depend on it). So a pass
+    reveals the tokens of least entropy, as many as keep this sum within GAMMA."""
     tokens, nats = predict(masked)
     nats = nats.masked_fill(~masked, 1e9)
     surest_first = nats.argsort(1)
@@ -170,18 +149,15 @@ ORDERS = {"random": in_random_order, "entropy": by_entropy}
 
 
 @torch.no_grad()
-def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0, generator=None,
-           watch=None):
-    """Draws the maskable tokens, given the image and the other tokens -> tokens (B,L), number of
-    forward passes.
+def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0, generator=None, watch=None):
+    """Draws the maskable tokens, given the image and the other tokens -> tokens (B,L), number of forward passes.
 
-    latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; steps:
-    of ancestral sampling, for order "random"; order: one of ORDERS; temperature divides the logits,
-    0 takes the likeliest token; watch(tokens, reveal) is called after every pass. Order "random" at
-    temperature 1 is exact ancestral sampling.
+    latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; steps: of ancestral
+    sampling, for order "random"; order: one of ORDERS; temperature divides the logits, 0 takes the likeliest token;
+    watch(tokens, reveal) is called after every pass. Order "random" at temperature 1 is exact ancestral sampling.
 
-    A text is read up to its first EOS. Once that and all before it are revealed, the row's other
-    masks become EOS without a forward pass."""
+    A text is read up to its first EOS. Once that and all before it are revealed, the row's other masks become EOS
+    without a forward pass."""
     mask_id = dd.tokenizer.mask_id
     eos_id = dd.tokenizer.eos_id
     u = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
@@ -214,11 +190,10 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
 
 
 def draw_tokens(logits, temperature, generator):
-    """Draws a token from each row of logits (N,V) -> tokens (N,), the entropies (N,) of their
-    distributions in nats; both on the CPU. They are computed where the logits are, 256 rows at a
-    time to save memory. The mask token, the last of V, is never drawn."""
-    tokens = []
-    entropies = []
+    """Draws a token from each row of logits (N,V) -> tokens (N,), the entropies (N,) of their distributions in nats;
+    both on the CPU. They are computed where the logits are, 256 rows at a time to save memory. The mask token, the
+    last of V, is never drawn."""
+    tokens, entropies = [], []
     for part in logits[:, :-1].split(256):
         if temperature:
             probs = torch.softmax(in_float64(part) / temperature, dim=1)  # float32 loses rare tokens
@@ -232,29 +207,25 @@ def draw_tokens(logits, temperature, generator):
 
 
 def caption(dd, images, length=None, steps=None, **how):
-    """Describes images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; steps, how: as
-    in `unmask_texts`."""
+    """Describes images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; the rest: see `unmask_texts`."""
     texts = [text_ids(dd, "", length)] * len(images)
     return unmask_texts(dd, images, texts, length, steps, dd.config.settings.caption_steps, **how)
 
 
 def answer(dd, images, questions, length=None, steps=None, **how):
-    """Answers one question per image -> list of str. length: tokens of question and answer; the
-    others as in `caption`."""
+    """Answers one question per image -> list of str. length: tokens of question and answer."""
     texts = [text_ids(dd, (question, ""), length) for question in questions]
     return unmask_texts(dd, images, texts, length, steps, dd.config.settings.answer_steps, **how)
 
 
 def infill(dd, images, texts, length=None, steps=None, **how):
-    """Fills in the blanks of one text per image -> list of str. Every underscore stands for one
-    token."""
-    tokens = text_length(dd, length)
-    texts = [dd.tokenizer.blank_ids(text, tokens) for text in texts]
-    return unmask_texts(dd, images, texts, length, steps, tokens, whole=True, **how)
+    """Fills in the blanks of one text per image -> list of str. Every underscore stands for one token."""
+    length = text_length(dd, length)
+    texts = [dd.tokenizer.blank_ids(text, length) for text in texts]
+    return unmask_texts(dd, images, texts, length, steps, length, whole=True, **how)
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
-
 
 def text_length(dd, length):
     """Returns how many tokens a text has; "auto" begins with the checkpoint's own length."""
@@ -262,33 +233,30 @@ def text_length(dd, length):
 
 
 def text_ids(dd, text, length=None):
-    """Makes ids and maskable of a caption, or of a pair (question, answer), as this model was
-    trained on them. An empty caption or answer has EOS in all its places, to be masked."""
+    """Makes ids and maskable of a caption, or of a pair (question, answer), as this model was trained on them. An
+    empty caption or answer has EOS in all its places, to be masked."""
     settings = dd.config.settings
-    return dd.tokenizer.text_ids(text, text_length(dd, length), settings.caption_prompt,
-                                 settings.answer_suffix)
+    return dd.tokenizer.text_ids(text, text_length(dd, length), settings.caption_prompt, settings.answer_suffix)
 
 
 @torch.no_grad()
-def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, temperature=0.0,
-                 generator=None, watch=None, whole=False):
-    """Unmasks one text (ids, maskable) for each image -> list of str, from the first mask on, or
-    whole. order: by default "random", the paper's, if `steps` are given, else "entropy". length:
-    with "auto" a text is written in blocks, until EOS."""
+def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, temperature=0.0, whole=False, **how):
+    """Unmasks one text (ids, maskable) for each image -> list of str, from the first mask on, or whole. order: by
+    default "random", the paper's, if `steps` are given, else "entropy". length: with "auto" a text is written in
+    blocks, until EOS. how: generator and watch, as in `unmask`."""
     height, width = images.shape[2:]
     latent_size(dd, height, width)  # raises before any work is done in vain
     if len(texts) != len(images):
         raise ValueError(f"{len(images)} images want as many texts, not {len(texts)}")
     if order is None:
         order = "random" if steps else "entropy"
+    steps = steps or default_steps
     method = unmask_in_blocks if length == "auto" else unmask
-    tokens = torch.tensor([ids for ids, _ in texts])
-    maskable = torch.tensor([may for _, may in texts])
+    tokens, maskable = map(torch.tensor, zip(*texts))
     lines = []
     for part in slices(len(images), height, width):
         latents = dd.encode_image(images[part])
-        rows, _ = method(dd, latents, tokens[part], maskable[part], steps or default_steps, order,
-                         temperature, generator, watch)
+        rows, _ = method(dd, latents, tokens[part], maskable[part], steps, order, temperature, **how)
         first_masks = maskable[part].long().argmax(1)
         for row, first in zip(rows, first_masks):
             lines.append(dd.tokenizer.decode(row if whole else row[first:]))
@@ -302,85 +270,70 @@ def in_float64(x):
 
 
 def draw(probs, generator):
-    """Draws like torch.multinomial, on any device with one generator, which is on the CPU: probs
-    (N,V) float64 -> ids (N,). A number u falls between two values of the cumulative distribution.
-    (The last of these values may miss 1 by rounding.)"""
+    """Draws like torch.multinomial, on any device with one generator, which is on the CPU: probs (N,V) float64 ->
+    ids (N,). A number u falls between two values of the cumulative distribution, whose last may miss 1 by rounding."""
     ends = probs.cumsum(1)
     u = torch.rand(len(probs), 1, dtype=torch.float64, generator=generator).to(ends.device)
     return (ends < u * ends[:, -1:]).sum(1)
 
 
 def latent_size(dd, height, width):
-    """Returns height and width of an image's latents. Raises ValueError for an image that the model
-    cannot take."""
+    """Returns height and width of an image's latents. Raises ValueError for an image that the model cannot take."""
     factor = dd.config.vae.factor
     unit = factor * dd.config.ddit.patch
     if height % unit or width % unit or min(height, width) < unit:
-        raise ValueError(f"this model wants images with sides that are multiples of {unit}, not "
-                         f"{width}x{height}")
+        raise ValueError(f"this model wants images with sides that are multiples of {unit}, not {width}x{height}")
     dd.ddit.positions(height // unit, width // unit)  # raises where there are fewer
     return height // factor, width // factor
 
 
-def unmask_in_blocks(dd, latents, tokens, maskable, *how, blocks=32):
-    """Like `unmask`, for texts of any length -> a list of ids per text, number of forward passes.
+def unmask_in_blocks(dd, latents, tokens, maskable, steps, order, temperature, blocks=33, **how):
+    """Like `unmask`, for texts of any length, none of which is written yet -> a list of ids per text, forward passes.
 
-    A text that fills its length without EOS is not at its end. So a window moves over it: prompt
-    and latest words stay, and a block of new masks follows, until EOS, or for `blocks` blocks.
-    The network never sees more tokens than in training, where it saw such windows (t5.py)."""
-    rows, passes = unmask(dd, latents, tokens, maskable, *how)
+    A text that fills its length without EOS is not at its end. So a window (t5.py) moves over it: prompt and latest
+    words stay, and a block of new masks follows, until EOS, or for `blocks` blocks."""
     prompts = [row[~may].tolist()[:-1] for row, may in zip(tokens, maskable)]  # without the last EOS
-    texts = [row[may].tolist() for row, may in zip(rows, maskable)]
+    texts = [[] for _ in prompts]
+    passes = 0
     for _ in range(blocks):
         unfinished = [k for k, text in enumerate(texts) if dd.tokenizer.eos_id not in text]
         if not unfinished:
             break
-        windows = []
-        for k in unfinished:
-            start = len(texts[k])
-            windows.append(window_ids(dd.tokenizer, prompts[k], texts[k], start, tokens.shape[1]))
-        ids = torch.tensor([window for window, _ in windows])
-        new = torch.tensor([may for _, may in windows])
-        rows, more = unmask(dd, latents[unfinished], ids, new, *how)
+        length = tokens.shape[1]
+        windows = [window_ids(dd.tokenizer, prompts[k], texts[k], len(texts[k]), length) for k in unfinished]
+        ids, new = map(torch.tensor, zip(*windows))
+        rows, more = unmask(dd, latents[unfinished], ids, new, steps, order, temperature, **how)
         for k, row, may in zip(unfinished, rows, new):
             texts[k] += row[may].tolist()
         passes += more
     return [prompt + text for prompt, text in zip(prompts, texts)], passes
 
 
-# ---------------------------------------------------------------- the model as a judge
-
-
 @torch.no_grad()
 def score(dd, images, texts, length=None, draws=64, seed=0):
-    """Estimates how unlikely each text is, given its image -> (N,) nats. This is Eq. 7, which is an
-    upper bound on -log p(text|image).
+    """Estimates how unlikely each text is, given its image -> (N,) nats: Eq. 7, an upper bound on -log p(text|image).
 
-    images (N,3,H,W) in [-1,1]; texts: N captions, or pairs (question, answer), of which only the
-    answer counts. Each text is masked `draws` times, at stratified times. The random numbers are
-    the same for all texts, so that differences vary little."""
-    scores = []
+    images (N,3,H,W) in [-1,1]; texts: N captions, or pairs (question, answer), of which only the answer counts. Each
+    text is masked `draws` times, at stratified times, with the same random numbers for all texts, so that
+    differences vary little."""
+    nats = []
     for image, text in zip(images, texts):
         generator = torch.Generator().manual_seed(seed)
-        latents = dd.encode_image(image[None])
         t = losses.stratified_times(draws, generator=generator)
         ids, may = text_ids(dd, text, length)
         tokens = torch.tensor(ids).expand(draws, -1)
         maskable = torch.tensor(may).expand(draws, -1)
         noisy, masked = losses.mask_tokens(tokens, t, maskable, dd.tokenizer.mask_id, generator)
-        nats = 0
-        for part in slices(draws, *images.shape[2:]):
-            repeated = latents.expand(len(t[part]), -1, -1, -1)
-            logits = text_logits(dd, repeated, noisy[part], masked[part]).cpu()
-            loss = losses.masked_diffusion_loss(logits, tokens[part], masked[part], t[part])
-            nats += loss * tokens[part].numel() / draws  # the loss is per token
-        scores.append(nats)
-    return torch.stack(scores)
+        latents = dd.encode_image(image[None]).expand(draws, -1, -1, -1)
+        logits = text_logits(dd, latents, noisy, masked).cpu()
+        loss = losses.masked_diffusion_loss(logits, tokens, masked, t)
+        nats.append(loss * len(ids))  # the loss is per token
+    return torch.stack(nats)
 
 
 def rank(dd, images, questions, options, length=None):
-    """Ranks the same options as answers to one question per image -> list of str: the options,
-    likeliest first, with their probabilities in per cent."""
+    """Ranks the same options as answers to one question per image -> list of str: the options, likeliest first, with
+    their probabilities in per cent."""
     lines = []
     for image, question in zip(images, questions):
         pairs = [(question, option) for option in options]
@@ -392,8 +345,8 @@ def rank(dd, images, questions, options, length=None):
 
 
 def keep_likeliest(dd, pixels, prompts, count, length=None):
-    """Of `count` drawings for each prompt keeps the one from which the model reads the prompt with
-    the greatest likelihood: (N,3,H,W) -> (N/count,3,H,W)."""
+    """Keeps one of `count` drawings for each prompt, (N,3,H,W) -> (N/count,3,H,W): the one from which the model reads
+    the prompt with the greatest likelihood."""
     best = []
     for images, prompt in zip(pixels.split(count), prompts):
         nats = score(dd, images, [prompt] * count, length, draws=16)
@@ -404,8 +357,7 @@ def keep_likeliest(dd, pixels, prompts, count, length=None):
 def finite(tensor):
     """Returns the tensor. Raises ValueError if it holds NaN or infinity."""
     if not tensor.isfinite().all():
-        raise ValueError("the model computes NaN or infinity: its weights are damaged, or too large "
-                         "for --dtype")
+        raise ValueError("the model computes NaN or infinity: its weights are damaged, or too large for --dtype")
     return tensor
 
 
@@ -435,16 +387,14 @@ def default_device():
 
 
 def existing_device(name):
-    """An argparse type: a device that exists. A GPU gets the local rank of torchrun, else the index
-    in `name`, or 0."""
+    """An argparse type: a device that exists. A GPU gets torchrun's local rank, else the index in `name`, or 0."""
     kind, _, index = name.partition(":")
     if kind == "cpu":
         return torch.device("cpu")
-    index = os.environ.get("LOCAL_RANK", index or "0")
-    count = torch.accelerator.device_count()
-    if kind != default_device() or not index.isdecimal() or int(index) >= count:
+    index = int(os.environ.get("LOCAL_RANK", index or "0"))
+    if kind != default_device() or index >= torch.accelerator.device_count():
         raise argparse.ArgumentTypeError(f"there is no device {name} here")
-    return torch.device(kind, int(index))
+    return torch.device(kind, index)
 
 
 def at_least(least, kind=int):
@@ -459,7 +409,7 @@ def at_least(least, kind=int):
 
 def token_count(text):
     """An argparse type: a number, or auto."""
-    return text if text == "auto" else at_least(2)(text)
+    return text if text == "auto" else at_least(6)(text)
 
 
 def image_size(text):
@@ -472,21 +422,19 @@ def picture_name(path):
     """An argparse type: where a picture can be written."""
     folder_exists = os.path.isdir(os.path.dirname(path) or ".")
     if not path.lower().endswith(EXTENSIONS) or not folder_exists:
-        raise argparse.ArgumentTypeError(f"{path}: give a picture's name, like out.png, in a folder "
-                                         "that is there")
+        raise argparse.ArgumentTypeError(f"{path}: give a picture's name, like out.png, in a folder that is there")
     return path
 
 
 def add_parts(parser):
     """Adds the arguments that take parts of a model from other files."""
-    parser.add_argument("--t5", metavar="FILE", help="Take T5 from this file or folder.")
-    parser.add_argument("--vae", metavar="FILE", help="Take the VAE from this file or folder.")
-    parser.add_argument("--spiece", metavar="FILE", help="Take T5's tokenizer, a spiece.model.")
+    parser.add_argument("--t5", help="Take T5 from this file or folder.")
+    parser.add_argument("--vae", help="Take the VAE from this file or folder.")
+    parser.add_argument("--spiece", help="Take T5's tokenizer, a spiece.model.")
 
 
 def run_program(main, stopped="stopped", lower="--size, or give --offload"):
-    """Runs main(). A user's mistake, or too little memory, gives one line and status 2; Ctrl-C gives
-    `stopped` and status 130."""
+    """Runs main(). A mistake of the user or too little memory gives one line and status 2, Ctrl-C `stopped` and 130."""
     try:
         main()
         sys.stdout.flush()
@@ -505,38 +453,32 @@ def run_program(main, stopped="stopped", lower="--size, or give --offload"):
 
 
 def page(images, columns, texts=(), gap=2):
-    """Puts images (H,W,3) uint8 of one size on a white page, row by row, each with its text below,
-    if there are texts -> PIL image."""
+    """Puts images (H,W,3) uint8 of one size on a white page, row by row, each with its lines of text below, if there
+    are any: [[str]] -> PIL image."""
     height, width, _ = images[0].shape
-    texts = [wrap(text, width // 7) for text in texts] or [""] * len(images)
-    lines = max(text.count("\n") + bool(text) for text in texts)
     across = width + gap
-    down = height + gap + 15 * lines
+    texts = texts or [[]] * len(images)
+    down = height + gap + 15 * max(map(len, texts))
     rows = -(-len(images) // columns)
     result = Image.new("RGB", (columns * across - gap, rows * down - gap), "white")
     pen = ImageDraw.Draw(result)
     font = ImageFont.load_default(size=12)
-    for k, (image, text) in enumerate(zip(images, texts)):
+    for k, (image, lines) in enumerate(zip(images, texts)):
         x = k % columns * across
         y = k // columns * down
         result.paste(Image.fromarray(image), (x, y))
-        pen.text((x, y + height), text, "black", font, spacing=2)
+        pen.text((x, y + height), "\n".join(lines), "black", font, spacing=2)
     return result
 
 
-def wrap(text, width):
-    lines = [textwrap.fill(line, width) for line in text[:400].split("\n")]
-    return "\n".join(lines)
-
-
 def sheet(path, cells):
-    """Writes a PNG of images with their texts, four in a row. cells: [(image (H,W,3) uint8, text)],
-    the images of one size, which are shown 192 pixels wide."""
-    images = []
-    for image, _ in cells:
+    """Writes a PNG of images with their texts, four in a row. cells: [(image (H,W,3) uint8, text)], the images of one
+    size, which are shown 192 pixels wide."""
+    images, texts = [], []
+    for image, text in cells:
         image = Image.fromarray(image).resize((192, 192), Image.Resampling.NEAREST)
         images.append(np.asarray(image))
-    texts = [text for _, text in cells]
+        texts.append([row for line in text[:400].split("\n") for row in textwrap.wrap(line, 27)])
     save_image(path, [page(images, 4, texts, gap=8)])
 
 
@@ -550,55 +492,52 @@ def save_image(path, frames):
 
 # ---------------------------------------------------------------- the program
 
-
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     add = parser.add_argument_group("what to do").add_argument
     add("--vqa", nargs=2, action="append", default=[], metavar=("IMAGE", "QUESTION"),
-        help="Answer a question about an image. May be repeated.")
-    add("--caption", nargs="+", action="extend", default=[], metavar="IMAGE",
-        help="Describe each image.")
+        help="Answer a question about an image (may be repeated).")
+    add("--caption", nargs="+", action="extend", default=[], metavar="IMAGE", help="Describe each image.")
     add("--t2i", nargs="+", action="extend", default=[], metavar="TEXT", help="Draw each text.")
     add("--infill", nargs=2, action="append", default=[], metavar=("IMAGE", "TEXT"),
-        help="Fill in a text about an image, one token per underscore. May be repeated.")
+        help="Fill in a text about an image, one token per underscore (may be repeated).")
 
     group = parser.add_argument_group("the model")
     add = group.add_argument
-    add("--ckpt", metavar="FILE", default=SHIPPED,
+    add("--ckpt", default=SHIPPED,
         help="A file of ours or SD3's, or a folder in diffusers layout (default: the shipped model).")
     add_parts(group)
     add("--device", type=existing_device, default=default_device(),
         help="Where to run (default: the GPU, if there is one).")
-    add("--dtype", choices=list(DTYPES),
-        help="What to compute in (default: bf16 on a CUDA GPU, else fp32).")
+    add("--dtype", choices=DTYPES, help="What to compute in (default: bf16 on a CUDA GPU, else fp32).")
     add("--offload", action="store_true", help="Keep T5 on the CPU, if GPU memory is short.")
 
     add = parser.add_argument_group("how to do it").add_argument
     add("--seed", type=int, default=0, help="Seeds all random numbers (default: 0).")
     add("--steps", type=at_least(1),
         help="Steps of drawing (default: 28), or of reading (default: see --order).")
-    add("--order", choices=list(ORDERS),
+    add("--order", choices=ORDERS,
         help="In which order tokens are unmasked (default: entropy; with --steps, random).")
     add("--temperature", type=at_least(0, float), default=0.0,
         help="Divides the logits of tokens; 0 takes the likeliest token (default: 0).")
-    add("--length", type=token_count, metavar="TOKENS",
+    add("--length", type=token_count,
         help="Length of a text; auto takes as many as it needs (default: the checkpoint's).")
     add("--options", nargs="+", default=[], metavar="ANSWER",
         help="Rank these answers to --vqa by their probability.")
     add("--suffix", metavar="TEXT", help="Is added to every question (default: the checkpoint's).")
-    add("--show-passes", action="store_true", help="Print a text after every forward pass, too.")
+    add("--show-passes", action="store_true", help="Print a text after every forward pass, too; _ is a mask.")
     add("--num", type=at_least(1), default=1, help="Images per prompt (default: 1).")
-    add("--best-of", type=at_least(1), default=1, metavar="N",
+    add("--best-of", type=at_least(1), default=1,
         help="Draw N images for each and keep the one that best reads as the prompt (default: 1).")
     add("--cfg", type=float, help="Guidance; 1 is none (default: the checkpoint's).")
     add("--negative", default="", metavar="TEXT",
         help="The text that guidance leads away from (default: the empty text).")
-    add("--size", type=image_size, metavar="SIDES",
+    add("--size", type=image_size,
         help="Pixels: 512, or WIDTHxHEIGHT (default: the checkpoint's).")
-    add("--trace", type=picture_name, metavar="FILE",
-        help="Write the steps of drawing as a picture, too; a .gif moves.")
-    add("--out", type=picture_name, default="out.png", metavar="FILE",
+    add("--trace", type=picture_name,
+        help="Write the steps of drawing, too, as a moving .gif, .png or .webp.")
+    add("--out", type=picture_name, default="out.png",
         help="Where to write the drawing, or the page of all drawings (default: out.png).")
 
     args = parser.parse_args()
@@ -614,41 +553,34 @@ def parse_args():
 
 
 def prepare_text(dd, text, room):
-    """Returns a typed text as the model knows it: in lower case, if a small vocabulary takes fewer
-    tokens for that. Warns of unknown words, and of more than `room` tokens."""
-    pieces = dd.tokenizer.pieces
-    lower = text.lower()
-    if len(pieces) < 10_000 and len(pieces.encode(lower)) < len(pieces.encode(text)):
-        text = lower
+    """Returns a typed text as the model knows it: each word in lower case, if a small vocabulary takes fewer tokens for
+    that. Warns of unknown words, and of more than `room` tokens."""
+    def count(text):
+        return len(dd.tokenizer.pieces.encode(text))
+
+    if len(dd.tokenizer.pieces) < 10_000:
+        text = " ".join(min(word, word.lower(), key=count) for word in text.split(" "))
     unseen = unseen_words(dd.tokenizer, text)
     if unseen:
         warn(f"never seen in training, so expect little: {', '.join(unseen)}")
-    tokens = text.count("_")  # a blank is one token
-    for part in text.split("_"):
-        tokens += len(pieces.encode(part))
+    parts = text.split("_")
+    tokens = len(parts) - 1 + sum(map(count, parts))  # a blank is one token
     if tokens > room:
         warn(f"{text[:40]!r}... has {tokens} tokens, the model takes {room}: its end is left out")
     return text
 
 
-def print_pass(tokenizer, tokens):
-    """Prints a text as it is after a pass: "_" for a mask, "·" for the end of the text."""
-    special = {tokenizer.mask_id: "_", tokenizer.eos_id: "·"}
-    words = []
-    for i in tokens.tolist():
-        words.append(special[i] if i in special else tokenizer.pieces.id_to_piece(i).strip("▁"))
-    tqdm.write(" ".join(words))
-
-
 def read_images(dd, args, generator):
     """Does --vqa, --caption and --infill: prints what is read, a line per image."""
-    settings = dd.config.settings
+    settings, pieces = dd.config.settings, dd.tokenizer.pieces
     length = settings.length
     suffix = dd.tokenizer.prompt_ids(settings.answer_suffix, 10 * length)  # with "Q:" and "A:"
     question_room = length - min(8, length // 3) - len(suffix)
 
-    def watch(tokens, reveal):
-        print_pass(dd.tokenizer, tokens[0])
+    def print_pass(tokens, reveal):
+        ids = tokens[0].tolist()
+        words = ["_" if i >= len(pieces) else pieces.id_to_piece(i).strip("▁") for i in ids]
+        tqdm.write(" ".join(words))
 
     def read(reader, paths, *texts, **how):
         parts = slices(len(paths), args.height, args.width)
@@ -664,7 +596,7 @@ def read_images(dd, args, generator):
     how = {"length": args.length, "steps": args.steps, "order": args.order,
            "temperature": args.temperature, "generator": generator}
     if args.show_passes:
-        how["watch"] = watch
+        how["watch"] = print_pass
     paths = [path for path, _ in args.vqa]
     questions = [prepare_text(dd, question, question_room) for _, question in args.vqa]
     if args.options:
@@ -679,16 +611,12 @@ def read_images(dd, args, generator):
 
 
 def draw_page(dd, args, generator):
-    """Does --t2i: draws, keeps the best, and writes the page of all images. As a trace it writes a
-    page for each step (.gif), or a row for each image with a column for each step."""
+    """Does --t2i: draws, keeps the best, and writes the page of all images; as a trace a page for each step."""
     room = dd.config.settings.length - 1
     negative = prepare_text(dd, args.negative, room)
-    prompts = []
-    for text in args.t2i:
-        prompts += [prepare_text(dd, text, room)] * args.num
-    candidates = []
-    for prompt in prompts:
-        candidates += [prompt] * args.best_of
+    texts = [prepare_text(dd, text, room) for text in args.t2i]
+    prompts = [text for text in texts for _ in range(args.num)]
+    candidates = [prompt for prompt in prompts for _ in range(args.best_of)]
     trace = {}  # time: images
 
     def watch(x, t, velocity):
@@ -699,19 +627,12 @@ def draw_page(dd, args, generator):
                            cfg=args.cfg, generator=generator, watch=watch if args.trace else None)
     if args.best_of > 1:
         pixels = keep_likeliest(dd, pixels, prompts, args.best_of)
-    columns = args.num
-    if len(args.t2i) == 1:
-        columns = round(args.num ** 0.5 + 0.4)
+    columns = min(args.num, 4)
     save_image(args.out, [page(to_images(pixels), columns)])
     print(args.out)
     if args.trace:
-        if args.trace.lower().endswith(".gif"):
-            frames = [page(images, columns * args.best_of) for images in trace.values()]
-            frames += [frames[-1]] * 10
-        else:
-            rows = zip(*trace.values())
-            frames = [page([image for row in rows for image in row], len(trace))]
-        save_image(args.trace, frames)
+        frames = [page(images, columns * args.best_of) for images in trace.values()]
+        save_image(args.trace, frames + frames[-1:] * 10)
         print(args.trace)
 
 

@@ -23,15 +23,13 @@ SENTINELS = 100  # <extra_id_0> ... <extra_id_99>, counted down from the top of 
 
 
 class Tokenizer:
-    """Turns text into ids and back. The ids are the SentencePiece model's own pieces (padding 0,
-    end of sequence 1, unknown 2), then the 100 sentinels. The last sentinel, `<extra_id_0>`, is
-    the mask token.
+    """Turns text into ids and back. The ids are SentencePiece's own pieces (padding 0, end of sequence 1,
+    unknown 2), then the 100 sentinels, of which the last, `<extra_id_0>`, is the mask token. SentencePiece
+    does not know the sentinels, so nothing that a user types can become one.
 
-    The sentinels are not in the SentencePiece model, so nothing that a user types can become one.
-
-    There is no attention mask anywhere. A shorter text is padded with EOS (end of sequence), and to
-    the model this padding is text like any other: it is masked, predicted and counted in the loss.
-    So the model learns where to stop, and `decode` cuts at the first EOS."""
+    There is no attention mask anywhere. A shorter text is padded with EOS (end of sequence), and to the
+    model this padding is text like any other: it is masked, predicted and counted in the loss. So the
+    model learns where to stop, and `decode` cuts at the first EOS."""
     def __init__(self, model: bytes):
         """`model`: the bytes of a `spiece.model` file. Raises ValueError for anything else."""
         self.model = model
@@ -58,17 +56,16 @@ class Tokenizer:
         return self.pieces.decode([i for i in ids if i < len(self.pieces)])
 
     def text_ids(self, text, length, caption_prompt="", answer_suffix="", rng=None):
-        """Turns a caption (str), or a question with its answer (a pair of str), into ids, and says
-        which of them may be masked -> ids, maskable: two lists of this length.
+        """Turns a caption (str), or a question with its answer (a pair of str), into ids, and says which
+        of them may be masked -> ids, maskable: two lists of this length.
 
-        A question becomes "Q: {question} A:", and only the answer may be masked. A caption stands
-        alone; or it answers the question `caption_prompt`, if the model has learned it so.
-        `answer_suffix` is added to every other question that does not end with it. With `rng`, as
-        in training, a text that is too long gives one of its windows (`random_window`).
+        A question becomes "Q: {question} A:", and only the answer may be masked. A caption stands alone,
+        or it answers the question `caption_prompt`. `answer_suffix` is added to every other question that
+        does not end with it. With `rng` a text that is too long gives one of its windows, see below.
 
-        The last token is EOS in every text and is never masked. It tells T5, which knows only
-        distances between tokens, how far away the end is; in a text of masks alone all tokens
-        would look the same. (The authors' code masks it too.)"""
+        The last token is EOS in every text and is never masked. It tells T5, which knows only distances
+        between tokens, how far away the end is; in a text of masks alone all tokens would look the same.
+        (The authors' code masks it too.)"""
         if isinstance(text, str):
             question = caption_prompt
         else:
@@ -85,17 +82,15 @@ class Tokenizer:
         return ids, maskable
 
     def prompt_ids(self, question, length):
-        """Returns "Q: {question} A:" as ids, without EOS; the words are those of the authors' code.
-        A question that is too long is cut, but keeps its "A:". Room is left for the answer: a third
-        of the length, at most eight tokens."""
+        """Returns "Q: {question} A:", the authors' words, as ids without EOS. A question that is too long
+        is cut: room is left for the answer, a third of the length, but at most eight tokens."""
         question = self.pieces.encode(f"Q: {question}")
         ending = self.pieces.encode("A:")
         room = length - min(8, length // 3) - len(ending)
         return question[:room] + ending
 
     def blank_ids(self, text, length):
-        """Turns a text with underscores into ids, maskable: each underscore is one token to fill
-        in."""
+        """Turns a text with underscores into ids, maskable: each underscore is one token to fill in."""
         space = self.pieces.piece_to_id("▁")  # SentencePiece begins every text with a space
         ids = []
         for k, part in enumerate(text.split("_")):
@@ -132,9 +127,9 @@ class RMSNorm(nn.Module):
 
 
 def relative_position_bucket(distance, buckets, max_distance):
-    """Maps a distance, key position minus query position, to a bucket. Half of the buckets are for
-    each direction. Within a half, each distance up to a quarter of all buckets has a bucket of its
-    own; beyond, buckets grow wider logarithmically, up to `max_distance`."""
+    """Maps a distance, key position minus query position, to a bucket. Half of the buckets are for each
+    direction. Within a half, short distances have a bucket each; beyond, buckets grow wider
+    logarithmically, up to `max_distance`."""
     half = buckets // 2
     exact = buckets // 4
     near = distance.abs()
@@ -145,8 +140,8 @@ def relative_position_bucket(distance, buckets, max_distance):
 
 
 class SelfAttention(nn.Module):
-    """T5's attention has no biases in its projections and no division by sqrt(d_kv), which is part
-    of the initial weights instead. Positions enter as a bias on the scores."""
+    """T5's attention has no biases in its projections and no division by sqrt(d_kv), which is part of the
+    initial weights instead. Positions enter as a bias on the scores."""
     def __init__(self, config, has_relative_bias):
         super().__init__()
         self.config = config
@@ -192,12 +187,9 @@ class Block(nn.Module):
     """Attention (`layer.0` in the checkpoint), then the feed-forward network (`layer.1`)."""
     def __init__(self, config, has_relative_bias):
         super().__init__()
-        attention = nn.ModuleDict()
-        attention["SelfAttention"] = SelfAttention(config, has_relative_bias)
-        attention["layer_norm"] = RMSNorm(config.d_model)
-        dense = nn.ModuleDict()
-        dense["DenseReluDense"] = DenseGated(config)
-        dense["layer_norm"] = RMSNorm(config.d_model)
+        attention = SelfAttention(config, has_relative_bias)
+        attention = nn.ModuleDict({"SelfAttention": attention, "layer_norm": RMSNorm(config.d_model)})
+        dense = nn.ModuleDict({"DenseReluDense": DenseGated(config), "layer_norm": RMSNorm(config.d_model)})
         self.layer = nn.ModuleList([attention, dense])
 
     def forward(self, x, bias):
@@ -211,16 +203,13 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.shared = empty_embedding(config.vocab_size, config.d_model)
-        self.encoder = nn.ModuleDict()
-        self.encoder["block"] = nn.ModuleList()
-        for k in range(config.num_layers):
-            self.encoder["block"].append(Block(config, has_relative_bias=k == 0))
-        self.encoder["final_layer_norm"] = RMSNorm(config.d_model)
+        blocks = nn.ModuleList(Block(config, has_relative_bias=k == 0) for k in range(config.num_layers))
+        self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": RMSNorm(config.d_model)})
         init_weights(self)
 
     def forward(self, tokens):
-        """Tokens (B,L), long -> states (B,L,d_model): one vector per token. They come back on the
-        tokens' device, even if T5 itself is on another."""
+        """Tokens (B,L), long -> states (B,L,d_model): one vector per token, on the tokens' device even if
+        T5 itself is on another."""
         x = self.shared(tokens.to(self.shared.weight.device))
         blocks = self.encoder["block"]
         first_attention = blocks[0].layer[0]["SelfAttention"]  # its position bias serves all blocks
@@ -232,16 +221,14 @@ class T5Encoder(nn.Module):
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
 
-
 def empty_embedding(rows, dim):
     """Makes a table that `init_weights` fills, or a file. (nn.Embedding would draw it twice.)"""
     return nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
 
 
 def init_weights(encoder):
-    """Draws the initial weights as T5's authors did: the standard deviation of a matrix is
-    1/sqrt(fan-in), of the token table 1. That of q is smaller by sqrt(d_kv), since T5's attention
-    does not divide by it."""
+    """Draws the initial weights as T5's authors did: the standard deviation of a matrix is 1/sqrt(fan-in),
+    of the token table 1. That of q is smaller by sqrt(d_kv), since T5's attention does not divide by it."""
     config = encoder.config
     if encoder.shared.weight.is_meta:  # a file will give the values
         return
@@ -260,10 +247,9 @@ def init_weights(encoder):
 
 
 def init_position_bias(table, config):
-    """Fills the position bias, in which we differ from T5's authors. It alone tells the order of
-    the tokens, and an optimizer takes thousands of small steps to sharpen it. So it starts sharp,
-    as in ALiBi (Press et al., arXiv 2108.12409): even heads look back and odd heads look ahead,
-    some of them near and some far."""
+    """Fills the position bias, in which we differ from T5's authors. It alone tells the order of the
+    tokens, and an optimizer takes thousands of small steps to sharpen it. So it starts sharp, as in ALiBi
+    (Press et al., arXiv 2108.12409): even heads look back and odd heads look ahead, some near, some far."""
     distance = torch.arange(-config.max_distance, config.max_distance + 1)
     bucket = relative_position_bucket(distance, config.buckets, config.max_distance)
     for head in range(config.num_heads):
@@ -272,39 +258,28 @@ def init_position_bias(table, config):
         table[bucket, head] = -slope * distance.abs() - 4.0 * wrong_way
 
 
-# ---------------------------------------------------------------- texts that are too long
-# A window is a part of a long text: the prompt, the words before some place, as many as fit, and a
-# block of words from there on. A model that has learned such windows writes a text of any length,
-# block by block (`unmask_in_blocks` in sample.py).
+# A window is a part of a text that is too long: the prompt, the words before some place, and a block of
+# words from there on. A model that has learned windows writes texts of any length, block by block
+# (`unmask_in_blocks` in sample.py).
 
 
 def random_window(tokenizer, prompt, words, length, rng):
-    """Draws one of the windows in which a text that is too long would be written -> ids, maskable.
-    The first of them is the beginning of the text, written whole."""
+    """Draws one of the windows in which a text would be written -> ids, maskable."""
     room = length - 1 - len(prompt)
-    starts = [0]
-    starts += range(room, len(words) + 1, block_size(room))
+    starts = [0, *range(room, len(words) + 1, max(1, room // 4))]
     start = starts[rng.integers(len(starts))]
     return window_ids(tokenizer, prompt, words, start, length)
 
 
-def block_size(room):
-    """Returns how many tokens of a window are new, if it has `room` beside prompt and last EOS."""
-    return max(1, room // 4)
-
-
 def window_ids(tokenizer, prompt, words, start, length):
-    """Returns the ids of a window, and which are maskable. Its block, which is maskable, holds the
-    words from `start` on, then EOS. The first window, at start 0, is all block."""
+    """Returns the ids of a window, and which are maskable: its block, the words from `start` on, then EOS.
+    The block takes a quarter of the room; in the first window, at start 0, it takes all."""
     room = length - 1 - len(prompt)
-    block = block_size(room) if start else room
+    block = max(1, room // 4) if start else room
     before = words[start - (room - block):start]
     new = tokenizer.pad(words[start:start + block], block + 1)
     maskable = [False] * (length - 1 - block) + [True] * block + [False]
     return prompt + before + new, maskable
-
-
-# ---------------------------------------------------------------- Table 9: no T5
 
 
 @dataclass
@@ -330,12 +305,8 @@ class Embeddings(nn.Module):
         return self.encoder["final_layer_norm"](x).to(tokens.device)
 
 
-# ---------------------------------------------------------------- SentencePiece
-
-
 def open_pieces(model):
-    """Returns SentencePiece's object for the bytes of a `spiece.model`. Raises ValueError if they
-    are another model's."""
+    """Makes SentencePiece's object from the bytes of a `spiece.model`. Raises ValueError for another's."""
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
@@ -347,26 +318,22 @@ def open_pieces(model):
 
 
 def train_tokenizer(lines, vocab_size):
-    """Makes a Tokenizer of at most `vocab_size` pieces from lines of text, numbered as T5's are.
-    Unlike T5's it merges pairs of bytes, which in a small vocabulary keeps every frequent word
-    whole. Raises ValueError if the texts have more letters than that."""
+    """Makes a Tokenizer of at most `vocab_size` pieces from lines of text, numbered as T5's are. Unlike
+    T5's it merges pairs of bytes, which in a small vocabulary keeps every frequent word whole. Raises
+    ValueError if the texts have more letters than that."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, model_type="bpe",
-            vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=1.0,
-            pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-            required_chars=string.ascii_letters + string.digits + ".,?!:;'-",
-            minloglevel=2, num_threads=1)
+            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+            required_chars=string.ascii_letters + string.digits + ".,?!:;'-", minloglevel=2, num_threads=1)
     except RuntimeError as error:
-        raise ValueError(f"these texts have more letters than --vocab {vocab_size}: give more "
-                         f"({error})") from error
+        raise ValueError(f"these texts have more letters than --vocab {vocab_size}: give more ({error})") from error
     return Tokenizer(model.getvalue())
 
 
 def unseen_words(tokenizer, text):
-    """Returns the words that this vocabulary cannot write or, if it is small (not T5's), spells
-    almost letter by letter."""
+    """Lists the words that this vocabulary cannot write or, if it is small, spells almost by letters."""
     unseen = []
     small = len(tokenizer.pieces) < 10_000
     for word in re.findall(r"\w+|[^\w\s]", text.replace("_", " ")):

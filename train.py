@@ -6,15 +6,15 @@
     python train.py --stage 2hr    between 2 and 3, optional: higher resolution
     python train.py --stage 3      question answering, mixed with captions; the image loss stays
 
-With no other argument this is the `tiny` preset on the built-in world. A stage writes into
-OUT/stageN/, and the same command goes on from there. `torchrun --nproc_per_node N train.py ...`
-takes the same steps; N has to divide the batch.
+With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/, and the same
+command goes on from there. `torchrun --nproc_per_node N train.py ...` takes the same steps; N has to divide the batch.
 
 References: Li et al., D-DiT, arXiv 2501.00289, section 4; Jordan et al., Muon, 2024
   Zhao et al., FSDP, arXiv 2304.11277
 """
 import argparse
 import copy
+import inspect
 import json
 import logging
 import os
@@ -25,7 +25,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from glob import escape, glob
@@ -50,42 +50,37 @@ import losses
 import sample
 import t5
 import vae
-from data import one_line
+from data import one_line, warn
 from model import DTYPES, PRESETS, DualDiffusion, JointBlock, find_parts, missing_parts
 from sample import SHIPPED, at_least, fail
 
 
-def setting(default, meaning):
-    return field(default=default, metadata={"help": meaning})
-
-
 @dataclass
 class Recipe:
-    """The numbers of one stage; a flag of the same name overrides each. The defaults are the
-    paper's, stage 1. Table 6 has steps, batch, rate, warmup, weight_decay, size, length and
-    text_weight. Clipping, the running average and the empty captions come from the authors' code.
-    Muon and the linear schedule are ours."""
-    steps: int = setting(60_000, "optimizer steps")
-    batch: int = setting(512, "rows per step, over all processes")
-    rate: float = setting(5e-5, "AdamW's learning rate after the warm-up")
-    muon: float = setting(0.0, "Muon's learning rate, for the matrices inside the blocks; 0: AdamW learns them, too")
-    warmup: int = setting(5000, "steps in which the rates rise from 0")
-    schedule: str = setting("constant", "of the learning rates; linear: falling to nearly 0")
-    beta2: float = setting(0.999, "AdamW's decay of the squared gradients, per step")
-    weight_decay: float = setting(1e-2, "weight decay of matrices")
-    clip: float = setting(2.0, "largest norm of the gradient")
-    ema: float = setting(0.9995, "decay per step of the weights' running average, which is saved; 0: none")
-    size: int = setting(256, "pixels of an image's side")
-    length: int = setting(64, "tokens of a text")
-    text_weight: float = setting(0.2, "weight of the text loss in Eq. 9")
-    image_weight: float = setting(1.0, "weight of the image loss; 0: the text loss alone, as in Table 10")
-    time_mean: float = setting(0.0, "mean of the image times' logit; above 0: more noise")
-    time_std: float = setting(1.0, "standard deviation of the image times' logit")
-    drop: float = setting(0.1, "share of captions left empty in the image half, for guidance")
-    questions: float = setting(0.0, "share of the text half that is questions with answers, not captions")
-    learn_t5: str = setting("no", "what learns in T5; mask: the mask token's embedding alone")
-    pool: int = setting(25_000, "images of the built-in world to learn from")
-    vocab: int = setting(412, "pieces, at most, of the tokenizer that stage 0 makes")
+    """The numbers of one stage. A flag of the same name overrides each; the comments are its help. The defaults are
+    those of the paper's stage 1. Table 6 has steps, batch, rate, warmup, weight_decay, size, length and text_weight. Clipping, the running average
+    and the empty captions come from the authors' code. Muon and the linear schedule are ours."""
+    steps: int = 60_000  # Optimizer steps
+    batch: int = 512  # Rows per step, over all processes
+    rate: float = 5e-5  # AdamW's learning rate after the warm-up
+    muon: float = 0.0  # Muon's learning rate, for the matrices inside the blocks; 0: AdamW learns them, too
+    warmup: int = 5000  # Steps in which the rates rise from 0
+    schedule: str = "constant"  # Schedule of the learning rates; linear falls to nearly 0
+    beta2: float = 0.999  # AdamW's decay of the squared gradients, per step
+    weight_decay: float = 1e-2  # Weight decay of matrices
+    clip: float = 2.0  # Largest norm of the gradient
+    ema: float = 0.9995  # Decay per step of the weights' running average, which is saved; 0: none
+    size: int = 256  # Pixels of an image's side
+    length: int = 64  # Tokens of a text
+    text_weight: float = 0.2  # Weight of the text loss in Eq. 9
+    image_weight: float = 1.0  # Weight of the image loss; 0: the text loss alone, as in Table 10
+    time_mean: float = 0.0  # Mean of the image times' logit; above 0: more noise
+    time_std: float = 1.0  # Standard deviation of the image times' logit
+    drop: float = 0.1  # Share of captions left empty in the image half, for guidance
+    questions: float = 0.0  # Share of the text half that is questions with answers, not captions
+    learn_t5: str = "no"  # What learns in T5; mask: the mask token's embedding alone
+    pool: int = 25_000  # Images of the built-in world to learn from
+    vocab: int = 412  # Pieces, at most, of the tokenizer that stage 0 makes
 
 
 # Plain shapes show through much noise: their layout is settled at t > 0.9, which mean 0 rarely draws.
@@ -107,10 +102,9 @@ RECIPES["end-to-end"] = RECIPES["sd3-medium"]
 
 
 def training_losses(learner, batch):
-    """The losses of one pass -> total, image loss, text loss (scalars). batch: a data.Batch.
-
-    All random numbers are drawn for the whole batch, from the step's seed, and a process uses those
-    of its own rows. So any number of processes takes the same step."""
+    """The losses of one pass -> total, image loss, text loss (scalars). batch: a data.Batch. All random numbers are drawn
+    for the whole batch, from the step's seed, and a process uses those of its own rows. So any number of processes
+    takes the same step."""
     dd = learner.dd
     recipe = learner.recipe
     rows = batch.rows
@@ -122,17 +116,16 @@ def training_losses(learner, batch):
     torch.rand(rows.start, recipe.length, generator=generator)  # skips the numbers of the rows before
     noisy_tokens, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id, generator)
 
-    def to_device(x):  # without waiting
-        return x.to(dd.device, non_blocking=True)
-
     latents = text_latents = sample_latents(dd.vae, moments, vae_noise)
     if batch.text_images is not batch.images:  # the text half is about other images (--text-data)
         text_latents = sample_latents(dd.vae, learner.moments(batch.text_images), vae_noise)
     n = len(latents) if recipe.image_weight else 0  # Table 10: no image half
-    image_t = to_device(image_t[:n])
+    image_t = image_t[:n].to(dd.device, non_blocking=True)
+    captions = batch.captions[:n].to(dd.device, non_blocking=True)
+    noisy_tokens = noisy_tokens.to(dd.device, non_blocking=True)
     noisy_latents = losses.noise_latents(latents[:n], noise[:n], image_t)
-    images = losses.ImageHalf(latents[:n], noise[:n], noisy_latents, image_t, to_device(batch.captions[:n]))
-    texts = losses.TextHalf(text_latents, batch.tokens, to_device(noisy_tokens), masked, text_t)
+    images = losses.ImageHalf(latents[:n], noise[:n], noisy_latents, image_t, captions)
+    texts = losses.TextHalf(text_latents, batch.tokens, noisy_tokens, masked, text_t)
     return losses.joint_loss(dd.ddit, dd.t5, images, texts, recipe.text_weight, recipe.image_weight)
 
 
@@ -151,8 +144,7 @@ def learning_rate(recipe, step):
 
 
 def train(learner, loader, log, signals):
-    """The loop, to the last step. loader gives a list of data.Batch per step; signals lists those
-    that have come in (Ctrl-C, SIGTERM)."""
+    """The loop, to the last step. loader gives a list of data.Batch per step; signals lists those that have come in."""
     recipe = learner.recipe
     for step, batches in zip(log.bar, loader):
         for k, batch in enumerate(batches, 1):  # several, if one does not fit in memory
@@ -195,11 +187,6 @@ BLOCKS = JointBlock, t5.Block, vae.Level, vae.ResnetBlock, vae.AttnBlock
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws
 
 
-def warn(message):
-    if os.environ.get("RANK", "0") == "0":  # of all the processes of torchrun, one speaks
-        data.warn(message)
-
-
 def batch_noise(shape, generator, device):
     """Draws standard normal noise on the device that needs it: at full size 50 million numbers."""
     seed = int(torch.randint(2 ** 62, (), generator=generator))
@@ -220,10 +207,8 @@ def autoencoder_losses(learner, batch):
 
 # ---------------------------------------------------------------- where a stage starts
 
-
 def find_data(paths, args, recipe):
-    """Finds the user's records, or makes the built-in world -> data.Subsets: to learn from, and held
-    out."""
+    """Finds the user's records, or makes the built-in world -> data.Subsets: to learn from, and held out."""
     if not paths:
         learn = data.Subset(data.World(args.seed), np.arange(recipe.pool))
         count = min(250, recipe.pool // 20 + 1)
@@ -231,7 +216,7 @@ def find_data(paths, args, recipe):
     source = data.Records(paths, recipe.size, args.out)
     names = " ".join(paths)
     if source.incomplete:
-        warn(f"{names}: {source.incomplete} records cannot be used and are left out; {source.first_incomplete}")
+        warn(f"{names}: {source.incomplete} records cannot be used and are left out; {source.first_incomplete[0]}")
     unseen, ids = source.split(250)
     unseen = [i for i in unseen if data.readable(source, i) is not None]
     if not unseen or not len(ids):
@@ -247,11 +232,10 @@ BEFORE = {"0": [], "1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}
 
 
 def starting_file(args):
-    """Returns the checkpoint that a stage begins with: --init, or what the stage before left. Stage 1
-    without a stage 0 takes the VAE and tokenizer of --vae or of the shipped file. Stage 0 needs
-    none: ""."""
+    """Returns the checkpoint that a stage begins with: --init, or what the stage before left. Stage 1 without a stage 0
+    takes VAE and tokenizer from --vae or from the shipped file. Stage 0 needs none: ""."""
     for stage in BEFORE[args.stage]:
-        before = os.path.join(args.out, f"stage{stage}", "model.safetensors")
+        before = f"{args.out}/stage{stage}/model.safetensors"
         if os.path.exists(before):
             for other in (args.init, args.t5, args.vae, args.spiece):
                 if other and not os.path.samefile(before, other):
@@ -267,8 +251,8 @@ def starting_file(args):
 
 
 def starting_point(args, recipe, texts, device, dtype):
-    """Makes the system with which a stage starts -> the system, {name: module} of what learns in this
-    stage, in float32. All else is in `dtype`; None: as in the file."""
+    """Makes the system with which a stage starts -> the system, {name: module} of what learns in this stage, in float32.
+    All else is in `dtype`; None: as in the file."""
     torch.manual_seed(args.seed)
     preset = copy.deepcopy(PRESETS[args.preset])
     if args.stage == "0":
@@ -276,14 +260,15 @@ def starting_point(args, recipe, texts, device, dtype):
         dd = DualDiffusion.build(preset, tokenizer, ["vae"]).to(device)
         return dd, {"vae": dd.vae}
 
-    found, _, _ = find_parts(args.start, args.t5, args.vae, args.spiece)
-    learns_all = recipe.learn_t5 == "all" or isinstance(found.t5, t5.EmbeddingsConfig)
+    found, _, _ = find_parts(*args.files)
+    has_no_t5 = args.text_encoder == "none" or isinstance(found.t5, t5.EmbeddingsConfig)
+    learns_all = recipe.learn_t5 == "all" or has_no_t5
     dtypes = {"ddit": torch.float32, "t5": dtype, "vae": dtype}
     if learns_all:
         dtypes["t5"] = torch.float32
     if dtype is not None:
         dtypes["vae"] = torch.float32  # it is small, and its rounding would stay in stored latents
-    dd = DualDiffusion.load(args.start, args.t5, args.vae, args.spiece, device, dtypes)
+    dd = DualDiffusion.load(*args.files, device, dtypes)
 
     has_no_network = dd.ddit is None and dd.t5 is None
     from_shipped_parts = args.stage == "1" and args.start in (args.vae, SHIPPED) and not args.init
@@ -291,8 +276,6 @@ def starting_point(args, recipe, texts, device, dtype):
     if args.stage == "1" and args.text_encoder == "none" and not starts_anew:
         fail("--text-encoder none starts from nothing: give --vae and --spiece, but no --init")
     if starts_anew and dd.tokenizer:
-        if args.text_encoder == "none":
-            learns_all = True
         dd = fresh_networks(dd, preset, recipe, args.text_encoder).to(device)
     missing = missing_parts(dd)
     if missing:
@@ -356,11 +339,9 @@ class MaskRow(nn.Module):
 
 # ---------------------------------------------------------------- processes, optimizers, checkpoints
 
-
 def make_mesh(device, parallel):
-    """Says how the processes hold the weights. ddp: every process holds everything. fsdp: the
-    processes of a node share out gradients and optimizer state, and gather weights for a step
-    (ZeRO-2); every node holds all of it."""
+    """Says how the processes hold the weights. ddp: every process holds everything. fsdp: the processes of a node share
+    out gradients and optimizer state, and gather weights for a step (ZeRO-2); every node holds all of it."""
     sharing = 1
     if parallel == "fsdp":
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -369,12 +350,10 @@ def make_mesh(device, parallel):
 
 
 def parallelize(module, mesh, dtype):
-    """Shares a module out among the processes of a mesh, in place, by FSDP2. From then on its
-    parameters are DTensors: `p.to_local()` is what this process holds, which in ddp is all of it.
-
-    The network computes in `dtype`. The weights themselves, their mean gradients and the optimizer
-    stay in float32 (the "master weights"): a bf16 weight could not take a step smaller than 1/256
-    of itself."""
+    """Shares a module out among the processes of a mesh, in place, by FSDP2. From then on its parameters are DTensors:
+    `p.to_local()` is what this process holds, which in ddp is all of it. The network computes in `dtype`. The weights
+    themselves, their mean gradients and the optimizer stay in float32 (the "master weights"): a bf16 weight could not
+    take a step smaller than 1/256 of itself."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # none is changed in place
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     parts = [part for part in module.modules() if isinstance(part, JointBlock)]
@@ -383,31 +362,22 @@ def parallelize(module, mesh, dtype):
 
 
 def sync_gradients(learner, last):
-    """Lets only the last pass of a step all-reduce gradients and free gathered weights. (With fsdp
-    every pass reduce-scatters within a node.)"""
+    """Lets only the last pass of a step all-reduce gradients and free gathered weights. (With fsdp every pass
+    reduce-scatters within a node.)"""
     for module in learner.modules.values():
         module.set_requires_all_reduce(last)
         module.set_reshard_after_backward(last)
 
 
 def make_optimizers(modules, recipe):
-    """Makes the optimizers of {"ddit", "t5" or "vae": module} -> optimizers, [(parameter, view)].
-
-    Muon, where the recipe has it, learns the matrices inside the blocks: a view of each, on the same
-    memory, a convolution's as (out, in * k * k). AdamW learns all else, with decay for matrices
-    alone."""
-    decayed = []
-    plain = []
-    views = []
-    muon_groups = []
+    """Makes the optimizers of {"ddit", "t5" or "vae": module} -> optimizers, [(parameter, view)]. Muon, where the recipe
+    has it, learns the matrices inside the blocks: a view of each, on the same memory, a convolution's as
+    (out, in * k * k). AdamW learns all else, with decay for matrices alone."""
+    decayed, plain, views, muon_groups = [], [], [], []
     for name, module in modules.items():
-        matrices = set()
-        in_blocks = set()
-        for part in module.modules():
-            if isinstance(part, nn.Linear | nn.Conv2d):
-                matrices.add(part.weight)
-            if isinstance(part, BLOCKS):
-                in_blocks.update(part.parameters())
+        layers = [part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+        matrices = {layer.weight for layer in layers}
+        in_blocks = {p for part in module.modules() if isinstance(part, BLOCKS) for p in part.parameters()}
         muon = []
         for p in module.parameters():
             if p not in matrices:
@@ -430,23 +400,21 @@ def make_optimizers(modules, recipe):
 
 
 def empty_state(optimizers):
-    """Makes the state that optimizers have before their first step, for a checkpoint to be read
-    into."""
+    """Makes the state that optimizers have before their first step, for a checkpoint to be read into."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if isinstance(optimizer, torch.optim.Muon):
                     optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
                 else:
-                    step = torch.zeros((), device=p.device)
-                    optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p),
-                                          "exp_avg_sq": torch.zeros_like(p)}
+                    moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                    optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
 
 
 class Learner:
-    """All that a run consists of: the system dd and those of its modules that learn, {name: module},
-    shared out among the processes; their parameters, optimizers and running averages; the recipe and
-    the arguments; the folder and its checkpoints; the images that are held out."""
+    """All that a run consists of: the system dd and those of its modules that learn, {name: module}, shared out among the
+    processes; their parameters, optimizers and running averages; the recipe and the arguments; the folder and its
+    checkpoints; the images that are held out."""
     def __init__(self, dd, modules, recipe, args, dtype, folder, held_out=None):
         self.dd = dd
         self.modules = modules
@@ -454,7 +422,7 @@ class Learner:
         self.args = args
         self.folder = folder
         self.held_out = held_out  # two Subsets, for the two losses
-        self.checkpoints = os.path.join(folder, "checkpoints")
+        self.checkpoints = f"{folder}/checkpoints"
         self.losses = training_losses if dd.ddit else autoencoder_losses
         self.saved = time.monotonic()
         self.autocast = dd.device.type == "cuda" and dtype == torch.bfloat16
@@ -476,8 +444,8 @@ class Learner:
             self.averages = [p.detach().clone() for p in self.parameters]
 
     def moments(self, images):
-        """data.Images -> the moments (B,2,C,h,w) of their latents, on the device: stored ones, or
-        pixels encoded now. These are used once and not stored, so bf16 may round them."""
+        """data.Images -> the moments (B,2,C,h,w) of their latents, on the device: stored ones, or pixels encoded now.
+        These are used once and not stored, so bf16 may round them."""
         device = self.dd.device
         if images.moments is not None:
             return images.moments.to(device, non_blocking=True).float()
@@ -493,8 +461,8 @@ class Learner:
         return {name: get_model_state_dict(module, options=whole) for name, module in self.modules.items()}
 
     def state(self, step):
-        """Returns all that a run must remember. Loading writes into these very tensors. A shard knows
-        its place in the whole, so any number of processes can read what any other number wrote."""
+        """Returns all that a run must remember. Loading writes into these very tensors. A shard knows its place in the
+        whole, so any number of processes can read what any other number wrote."""
         return {"step": torch.tensor(step),
                 "files": torch.tensor(dist.get_world_size()),  # each process writes one
                 "modules": {name: module.state_dict() for name, module in self.modules.items()},
@@ -502,9 +470,8 @@ class Learner:
                 "averages": dict(enumerate(self.averages))}
 
     def save(self, step):
-        """Writes a checkpoint atomically: every process writes its part beside, then rank 0 renames
-        the folder."""
-        path = os.path.join(self.checkpoints, f"step-{step:08d}")
+        """Writes a checkpoint atomically: every process writes its part beside, then rank 0 renames the folder."""
+        path = f"{self.checkpoints}/step-{step:08d}"
         beside = f"{path}.partial"
         try:
             barrier()
@@ -515,7 +482,7 @@ class Learner:
         except (Exception, CheckpointException) as error:
             shutil.rmtree(beside, ignore_errors=True)
             fail(f"{path}: could not be written ({one_line(error)}); the checkpoints before it stand")
-        if dist.get_rank() == 0:
+        if is_first():
             os.replace(beside, path)
             for old in checkpoints(self.checkpoints)[:-self.args.keep]:
                 shutil.rmtree(old)
@@ -525,10 +492,9 @@ class Learner:
         return time.monotonic() - self.saved >= 60 * self.args.save_minutes
 
     def load(self):
-        """Loads the newest checkpoint that can be read -> its step; 0 if there is none. Those that
-        cannot be read are moved aside."""
+        """Loads the newest checkpoint that can be read -> its step; 0 if there is none. Others are moved aside."""
         logging.disable(logging.WARNING)  # torch would print tracebacks of what one line says
-        if dist.get_rank() == 0:
+        if is_first():
             for leftover in glob(f"{escape(self.checkpoints)}/*.partial"):  # of a kill
                 shutil.rmtree(leftover)
         if not checkpoints(self.checkpoints):
@@ -546,36 +512,30 @@ class Learner:
             except (Exception, CheckpointException) as error:
                 warn(f"{path}: cannot be read ({one_line(error)}); an older one is tried")
                 barrier()
-                if dist.get_rank() == 0:
+                if is_first():
                     os.replace(path, f"{path}.unreadable")
         fail(f"{self.checkpoints}: none of its checkpoints can be read")
 
 
 def checkpoints(folder):
-    """Lists the checkpoints that a run has left, oldest first. What a killed process was writing ends
-    in .partial."""
+    """Lists the checkpoints that a run has left, oldest first. What a killed process was writing ends in .partial."""
     digits = "[0-9]" * 8
     return sorted(glob(f"{escape(folder)}/step-{digits}"))
 
 
-# ---------------------------------------------------------------- what a run says of itself
-
-
 class Log:
-    """The progress bar, and metrics.jsonl. A run that goes on from step `start` drops the lines that
-    came after it."""
+    """The progress bar, and metrics.jsonl. A run that goes on from step `start` drops the lines that came after it."""
     def __init__(self, learner, start):
         steps = learner.recipe.steps
-        self.rank = dist.get_rank()
         self.names = ("image_loss", "text_loss") if learner.dd.ddit else ("reconstruction", "kl")
         self.losses = []  # of each pass since the last line
         self.step = start
         self.since = time.perf_counter()
-        self.metrics = os.path.join(learner.folder, "metrics.jsonl")
-        if self.rank == 0 and os.path.exists(self.metrics):
+        self.metrics = f"{learner.folder}/metrics.jsonl"
+        if is_first() and os.path.exists(self.metrics):
             self.drop_after(start)
         self.bar = tqdm(range(start, steps), os.path.basename(learner.folder), initial=start, total=steps,
-                        mininterval=1, disable=self.rank > 0)
+                        mininterval=1, disable=not is_first())
 
     def drop_after(self, start):
         kept = []
@@ -584,12 +544,10 @@ class Log:
                 match = re.match(r'{"step": (\d+),.*}\n', line)  # None: cut off by a power cut
                 if match and int(match[1]) <= start:
                     kept.append(line)
-        with data.replacing(self.metrics) as beside, open(beside, "w") as f:
-            f.writelines(kept)
+        data.write_text(self.metrics, "".join(kept))
 
     def write(self, done, norm, learner, validation):
-        """Writes a line of metrics, means over the steps since the last one. Raises ValueError if a
-        loss is not finite."""
+        """Writes a line of metrics, means over the steps since the last. Raises ValueError if a loss is not finite."""
         means = torch.stack(self.losses).mean(0)
         *parts, norm = mean_over_processes([*means, norm])
         if not np.isfinite([*parts, norm]).all():
@@ -599,11 +557,10 @@ class Log:
         line["rate"] = learner.optimizers[0].param_groups[0]["lr"]
         images = (done - self.step) * learner.recipe.batch
         line["images_per_s"] = images / (time.perf_counter() - self.since)
-        for name, loss in zip(self.names, validation):
-            line[f"val_{name}"] = loss
+        line |= {f"val_{name}": loss for name, loss in zip(self.names, validation)}
         shown = {name: f"{loss:.4f}" for name, loss in zip(self.names, parts)}
         self.bar.set_postfix(shown, rate=f"{line['rate']:.1e}", images_per_s=round(line["images_per_s"]))
-        if self.rank == 0:
+        if is_first():
             with open(self.metrics, "a") as f:
                 f.write(json.dumps(line) + "\n")
         self.losses = []
@@ -620,9 +577,12 @@ def mean_over_processes(numbers):
 
 def any_process(*flags):
     """For each flag: is it set in any process? So all do what one process asks for."""
-    x = torch.tensor(flags, dtype=torch.float32)
-    dist.all_reduce(x)
-    return (x > 0).tolist()
+    return [share > 0 for share in mean_over_processes(torch.tensor(flags).float())]
+
+
+def is_first():
+    """Is this the process that writes and speaks?"""
+    return dist.get_rank() == 0
 
 
 def barrier():
@@ -638,13 +598,12 @@ def noted_signals():
     def note(number, frame):
         signals.append(number)
 
-    on_interrupt = signal.signal(signal.SIGINT, note)
-    on_term = signal.signal(signal.SIGTERM, note)
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
     finally:
-        signal.signal(signal.SIGINT, on_interrupt)
-        signal.signal(signal.SIGTERM, on_term)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def own_session(worker):
@@ -677,12 +636,11 @@ def make_batches(learner, subsets, seed):
 
 
 def show_samples(learner, name):
-    """Writes a sheet: eight images drawn from captions, eight with the model's caption and answer; in
-    stage 0, images beside their reconstructions. All processes must draw, as they gather weights;
-    rank 0 writes."""
+    """Writes a sheet: eight drawings from captions, then the images of these captions with the model's caption and
+    answer; in stage 0, images beside their reconstructions. All processes draw, as they gather weights."""
     _, subset = learner.held_out
     cells = sample_cells(learner.dd, subset)
-    if dist.get_rank() == 0:
+    if is_first():
         sample.sheet(f"{learner.folder}/{name}.png", cells)
 
 
@@ -691,8 +649,8 @@ def sample_cells(dd, subset):
     source = subset.source
     rng = np.random.default_rng([0, 3])
     generator = torch.Generator().manual_seed(0)
-    ids = rng.permutation(subset.ids)  # or sorted data would show one class alone
-    images = [source.image(i) for i in ids[-8:]]
+    ids = rng.permutation(subset.ids)[:8]  # or sorted data would show one class alone
+    images = [source.image(i) for i in ids]
     pixels = torch.from_numpy(data.to_pixels(images))
     cells = []
     if dd.ddit is None:
@@ -701,12 +659,10 @@ def sample_cells(dd, subset):
         for image, again in zip(images, data.to_images(decoded)):
             cells += [(image, "image"), (again, "reconstruction")]
         return cells
-    prompts = [source.caption(i, rng) or "" for i in ids[:8]]
+    prompts = [source.caption(i, rng) or "" for i in ids]
     drawn = data.to_images(sample.text_to_image(dd, prompts, generator=generator))
-    questions = []
-    for i in ids[-8:]:
-        question, *_ = source.question(i, rng) or ("what is this?",)
-        questions.append(question)
+    questions = [source.question(i, rng) or ("what is this?", "") for i in ids]
+    questions = [question for question, _ in questions]
     captions = sample.caption(dd, pixels, generator=generator)
     answers = sample.answer(dd, pixels, questions, generator=generator)
     for image, prompt in zip(drawn, prompts):
@@ -718,8 +674,7 @@ def sample_cells(dd, subset):
 
 @torch.no_grad()
 def show_batch(dd, batch, path):
-    """Writes a sheet of what a stage learns from: images through the VAE, texts as cut; brackets hold
-    what may be masked."""
+    """Writes a sheet of what a stage learns from: images through the VAE, texts as cut; [what may be masked]."""
     images, moments = batch.text_images
     if images is None:
         mean = moments[:16, 0].to(dd.device).float()
@@ -734,11 +689,11 @@ def show_batch(dd, batch, path):
 
 # ---------------------------------------------------------------- a stage from end to end, and its settings
 
-
 def prepare(args, recipe, folder):
-    """Finds what a stage begins with -> dd, {name: module} of what learns, Subsets to learn from (for
-    the two losses), held-out Subsets, the run's settings."""
+    """Finds what a stage begins with -> dd, {name: module} of what learns, Subsets to learn from (for the two losses),
+    held-out Subsets, the run's settings."""
     args.start = starting_file(args)
+    args.files = args.start, args.t5, args.vae, args.spiece
     if args.stage not in ("0", "1"):
         warn_of_other_numbers(args, recipe)
     images, unseen_images = find_data(args.image_data or args.data, args, recipe)
@@ -746,13 +701,12 @@ def prepare(args, recipe, folder):
     if args.image_data or args.text_data:
         texts, unseen_texts = find_data(args.text_data or args.data, args, recipe)
     os.makedirs(folder, exist_ok=True)
-    if dist.get_rank() == 0:
-        args.lock = data.claim(os.path.join(args.out, ".lock"))  # until the end
+    if is_first():
+        args.lock = data.claim(f"{args.out}/.lock")  # until the end
     settings = check_settings(folder, args, recipe, images, texts)
-    if dist.get_rank() == 0 and (args.data or args.text_data):
-        names = [unseen_texts.source.record(i).image for i in unseen_texts.ids]
-        with data.replacing(os.path.join(folder, "held-out.txt")) as beside, open(beside, "w") as f:
-            f.writelines(f"{name}\n" for name in dict.fromkeys(names))
+    if is_first() and (args.data or args.text_data):
+        names = [f"{unseen_texts.source.record(i).image}\n" for i in unseen_texts.ids]
+        data.write_text(f"{folder}/held-out.txt", "".join(dict.fromkeys(names)))
     if args.data and args.start == SHIPPED and not args.init:
         warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
              f"python train.py --stage 0 --data {' '.join(args.data)} --out {args.out}")
@@ -767,39 +721,36 @@ def prepare(args, recipe, folder):
 
 
 def warn_of_other_numbers(args, recipe):
-    """Warns where the starting file was trained with longer texts or larger images."""
-    found, _, _ = find_parts(args.start, args.t5, args.vae, args.spiece)
-    lengths = [other.length for other in RECIPES[args.preset].values()]
-    for name, differs in (("length", found.settings.length not in lengths + [recipe.length]),
-                          ("size", found.settings.size > recipe.size)):
-        if differs and getattr(args, name) is None:
-            warn(f"{args.start} was trained at --{name} {getattr(found.settings, name)}; this stage takes "
-                 f"{getattr(recipe, name)}")
+    """Warns where the starting file was trained with texts of another length, or with larger images."""
+    found, _, _ = find_parts(*args.files)
+    before = found.settings
+    lengths = [other.length for other in RECIPES[args.preset].values()] + [recipe.length]
+    if before.length not in lengths:
+        warn(f"{args.start} was trained at --length {before.length}; this stage takes {recipe.length}")
+    if before.size > recipe.size:
+        warn(f"{args.start} was trained at --size {before.size}; this stage takes {recipe.size}")
 
 
 def run_stage(args, recipe):
     """Runs one stage, from its start or its newest checkpoint to the file that it leaves."""
-    rank = dist.get_rank()
-    folder = os.path.join(args.out, f"stage{args.stage}")
-    path = os.path.join(folder, "model.safetensors")
-    if rank > 0:
-        barrier()  # what rank 0 prepares, the others find
+    folder = f"{args.out}/stage{args.stage}"
+    path = f"{folder}/model.safetensors"
+    if not is_first():
+        barrier()  # what the first process prepares, the others find
     dd, modules, subsets, held_out, settings = prepare(args, recipe, folder)
-    if rank == 0:
+    if is_first():
         barrier()
     learner = Learner(dd, modules, recipe, args, DTYPES[settings["dtype"]], folder, held_out)
     start = learner.load()
     if start > recipe.steps:
         fail(f"{folder} is already at step {start}, beyond --steps {recipe.steps}")
-    if start == recipe.steps and os.path.exists(path):
-        newest = checkpoints(learner.checkpoints)[-1]
-        if os.path.getmtime(path) >= os.path.getmtime(newest):  # a later stage may have begun with this file
-            if rank == 0:
-                print(f"finished: {path}")
-            return
+    if start == recipe.steps and is_newer(path, checkpoints(learner.checkpoints)[-1]):
+        if is_first():
+            print(f"finished: {path}")  # and not written again: a later stage may have begun with this file
+        return
     images, texts = subsets
     batches = make_batches(learner, subsets, args.seed)
-    if rank == 0:
+    if is_first():
         count = sum(p.numel() for p in learner.parameters)
         going_on = f"; going on from step {start}" if start else ""
         print(f"{count:,} parameters learn from {len(texts.ids):,} records, in {settings['dtype']}, "
@@ -817,14 +768,17 @@ def run_stage(args, recipe):
         train(learner, loader, log, signals)
     weights = learner.weights()
     show_samples(learner, "samples")
-    if rank == 0:
+    if is_first():
         write_model(args, recipe, weights, texts, path)
         print(f"wrote {path}")
 
 
+def is_newer(path, other):
+    return os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(other)
+
+
 def write_model(args, recipe, weights, texts, path):
-    """Writes the file for sample.py: what was trained, and the frozen parts anew from the starting
-    file; all in float16."""
+    """Writes the file for sample.py: what was trained, and the frozen parts anew from the starting file; in float16."""
     dd, modules = starting_point(args, recipe, texts, torch.device("cpu"), None)
     for name, module in modules.items():
         module.load_state_dict(weights[name])
@@ -839,54 +793,46 @@ def write_model(args, recipe, weights, texts, path):
 def set_latent_scale(dd, subset):
     """Brings latents to mean 0 and standard deviation 1, which the transformer expects."""
     pixels = torch.stack([subset.record(k)[1] for k in range(min(512, len(subset.ids)))])
-    means = []
-    for part in data.slices(len(pixels), *pixels.shape[2:]):
-        mean, _ = dd.vae.encode(pixels[part])
-        means.append(mean)
-    latents = torch.cat(means)
+    parts = data.slices(len(pixels), *pixels.shape[2:])
+    latents = torch.cat([dd.vae.encode(pixels[part])[0] for part in parts])  # the means
     dd.config.vae.shift_factor = latents.mean().item()
     dd.config.vae.scaling_factor = 1 / latents.std().item()
 
 
 def check_settings(folder, args, recipe, images, texts):
-    """Returns the settings of a run, which run.json keeps. A folder holds one run: another would
-    overwrite what it has left, and is refused. But a run at a constant rate may be made longer, and
-    files and data may be moved."""
-    settings = {name: getattr(args, name) for name in OF_A_RUN} | asdict(recipe)
-    settings["data"] = [data.short_hash(subset.source.fingerprint) for subset in (images, texts)]
+    """Returns the settings of a run, which run.json keeps. A folder holds one run: another would overwrite what it has
+    left, and is refused. But a run at a constant rate may be made longer, and files and data may be moved."""
+    settings = asdict(recipe)
+    for name in ("preset", "text_encoder", "seed", "caption_prompt", "answer_suffix"):
+        settings[name] = getattr(args, name)
+    settings["data"] = [data.fingerprint(subset.source) for subset in (images, texts)]
     settings["files"] = []
-    for path in (args.start, args.t5, args.vae, args.spiece):
+    for path in args.files:
         for file in data.files_of(path) if path else []:
             stat = os.stat(file)
             settings["files"].append(f"{os.path.basename(file)}, {stat.st_size} bytes, {time.ctime(stat.st_mtime)}")
     settings["dtype"] = args.dtype or default_dtype(args)
-    path = os.path.join(folder, "run.json")
+    path = f"{folder}/run.json"
     if os.path.exists(path) and checkpoints(f"{folder}/checkpoints"):
         with open(path) as f:
             before = json.load(f)
-        changed = []
-        for name, value in settings.items():
-            is_longer = name == "steps" and recipe.schedule == "constant"
-            if before.get(name) != value and not is_longer:
-                changed.append(f"{name} {before.get(name)} is now {value}")
+        changed = [name for name in settings if settings[name] != before.get(name)]
+        if recipe.schedule == "constant" and "steps" in changed:
+            changed.remove("steps")
+        changed = [f"{name} {before.get(name)} is now {settings[name]}" for name in changed]
         if changed:
             fail(f"{folder} holds a run with other settings ({', '.join(changed)}); give its own, or another --out")
-    if dist.get_rank() == 0:
-        with data.replacing(path) as beside, open(beside, "w") as f:
-            json.dump(settings, f, indent=1)
+    if is_first():
+        data.write_text(path, json.dumps(settings, indent=1))
     return settings
 
 
-OF_A_RUN = ("preset", "text_encoder", "seed", "caption_prompt", "answer_suffix")
-
-
 def default_dtype(args):
-    """Returns bf16 where it is fast. The narrow layers of stage 0 never gain from it."""
+    """Returns bf16 where it is fast; on a CPU the narrow layers of stage 0 never gain from it."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    if args.device.type == "cpu":
-        return "bf16" if fast and args.stage != "0" else "fp32"
-    return "bf16" if args.device.type == "cuda" else "fp32"
+    fast_cpu = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    fast = args.device.type == "cuda" or fast_cpu and args.stage != "0"
+    return "bf16" if fast else "fp32"
 
 
 def add_arguments(parser, recipe):
@@ -895,50 +841,43 @@ def add_arguments(parser, recipe):
     add("--data", nargs="+", metavar="PATH", help=f"{paths} (default: the built-in world).")
     add("--image-data", nargs="+", metavar="PATH", help=f"{paths}, for the image loss alone (default: --data).")
     add("--text-data", nargs="+", metavar="PATH", help=f"{paths}, for the text loss alone (default: --data).")
-    add("--init", metavar="FILE", help="The checkpoint to start from (default: what the stage before left).")
+    add("--init", help="The checkpoint to start from (default: what the stage before left).")
     sample.add_parts(parser)
     add("--text-encoder", choices=["t5", "none"], default="t5",
         help="With none embeddings learn in T5's place, as in Table 9 (default: t5).")
-    add("--caption-prompt", metavar="TEXT",
-        help="The question that asks for a caption; \"\" is none (default: the starting file's).")
-    add("--answer-suffix", metavar="TEXT", help="Is added to every question (default: the starting file's).")
-    add("--out", default="runs", metavar="DIR", help="Where stageN/ folders are made (default: runs).")
+    add("--caption-prompt", help="The question that asks for a caption (default: the starting file's).")
+    add("--answer-suffix", help="Is added to every question (default: the starting file's).")
+    add("--out", default="runs", help="Where stageN/ folders are made (default: runs).")
     add("--seed", type=int, default=0, help="Seeds all random numbers (default: 0).")
 
     add = parser.add_argument_group("how it runs; what is learned is the same, up to rounding").add_argument
     add("--device", type=sample.existing_device, default=sample.default_device(),
         help="Where to train (default: the GPU, if there is one).")
-    add("--dtype", choices=list(DTYPES), help="What to compute in (default: bf16 where it is fast).")
+    add("--dtype", choices=DTYPES, help="What to compute in (default: bf16 where it is fast).")
     add("--parallel", choices=["ddp", "fsdp"], default="ddp",
         help="With fsdp processes share out gradients and optimizer state (default: ddp).")
-    add("--accumulate", type=at_least(1), default=1, metavar="N",
-        help="Passes per step; more take less memory, but more time (default: 1).")
+    add("--accumulate", type=at_least(1), default=1, help="Passes per step; more take less memory (default: 1).")
     add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
-    add("--workers", type=at_least(0), metavar="N",
-        help="Processes that make batches (default: 4; on a CPU with stored latents 0).")
-    add("--latents", type=int, default=25_000, metavar="N",
-        help="Store the latents of --data, if there are at most N records (default: 25000).")
-    add("--save-minutes", type=float, default=10, metavar="N",
-        help="Save every N minutes, and at the end (default: 10).")
-    add("--show-every", type=at_least(1), default=500, metavar="N",
-        help="Draw samples and validate every N steps (default: 500).")
-    add("--keep", type=at_least(1), default=3, metavar="N", help="How many checkpoints to keep (default: 3).")
+    add("--workers", type=at_least(0), help="Processes that make batches (default: 4; with stored latents 0).")
+    add("--latents", type=int, default=25_000, help="Most records whose latents are stored (default: 25000).")
+    add("--save-minutes", type=float, default=10, help="Minutes between checkpoints (default: 10).")
+    add("--show-every", type=at_least(1), default=500, help="Steps between samples (default: 500).")
+    add("--keep", type=at_least(1), default=3, help="How many checkpoints to keep (default: 3).")
 
     group = parser.add_argument_group("numbers of a stage, with this stage's and preset's defaults")
     choices = {"schedule": ["constant", "linear"], "learn_t5": ["no", "mask", "all"]}
+    meanings = dict(re.findall(r"(\w+): .*# (.*)", inspect.getsource(Recipe)))
     for f in fields(Recipe):
         flag = "--" + f.name.replace("_", "-")
-        meaning = f.metadata["help"]
-        group.add_argument(flag, type=f.type, choices=choices.get(f.name), metavar=None if f.name in choices else "N",
-                           help=f"{meaning[0].upper()}{meaning[1:]} (default: {getattr(recipe, f.name)}).")
+        group.add_argument(flag, type=f.type, choices=choices.get(f.name), default=getattr(recipe, f.name),
+                           help=f"{meanings[f.name]} (default: %(default)s).")
 
 
 def parse_args():
     parser = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
-    parser.add_argument("--stage", choices=list(BEFORE), help="Which stage to train; needed.")
-    parser.add_argument("--preset", choices=list(PRESETS), default="tiny",
-                        help="Sizes of the model and numbers of its training (default: tiny).")
+    parser.add_argument("--stage", choices=BEFORE, help="Which stage to train; needed.")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="Which model (default: tiny).")
     first, _ = parser.parse_known_args()  # --help shows the numbers of this stage
     recipes = RECIPES[first.preset]
     parser.add_argument("-h", "--help", action="help")
@@ -948,11 +887,7 @@ def parse_args():
         fail(f"give --stage, one of {', '.join(recipes)}")
     if bool(args.image_data) != bool(args.text_data) and not args.data:
         fail("give --image-data and --text-data, or one of them and --data")
-    recipe = copy.copy(recipes[args.stage])
-    for f in fields(Recipe):
-        value = getattr(args, f.name)
-        if value is not None:
-            setattr(recipe, f.name, value)
+    recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     if not (args.data or args.image_data) and recipe.size != data.SIDE:
         fail(f"the built-in world has {data.SIDE} pixels a side, not {recipe.size}: bring --data")
     processes = int(os.environ.get("WORLD_SIZE", 1))

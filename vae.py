@@ -7,6 +7,7 @@ a latent from it (it "samples the posterior"), so close latents decode to simila
 References: Esser et al., Scaling Rectified Flow Transformers (SD3), arXiv 2403.03206, section 5.2.1
   Rombach et al., Latent Diffusion, arXiv 2112.10752, whose module names SD3's file still carries
 """
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,7 @@ from torch import nn
 
 @dataclass
 class VAEConfig:
-    """The defaults are SD3's. `shift_factor` and `scaling_factor` bring raw latents to mean 0 and
-    standard deviation 1."""
+    """The defaults are SD3's. The two factors bring raw latents to mean 0 and standard deviation 1."""
     channels: int = 128     # of the finest level inside the networks
     multipliers: tuple = (1, 2, 4, 4)  # of the channels at each level; each next level halves the side
     latent_channels: int = 16
@@ -28,7 +28,7 @@ class VAEConfig:
 
     @property
     def factor(self):
-        """How many pixels one latent covers along a side."""
+        """Pixels per latent, along a side."""
         return 2 ** (len(self.multipliers) - 1)
 
     @property
@@ -53,8 +53,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Attention with one head over all positions. The projections are 1x1 convolutions, as SD3's
-    file stores them."""
+    """Attention with one head over all positions. Its projections are 1x1 convolutions in SD3's file."""
     def __init__(self, channels, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
@@ -108,15 +107,11 @@ class Level(nn.Module):
         return self.upsample(self.downsample(x))
 
 
-class Middle(nn.Module):
-    def __init__(self, channels, groups):
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttnBlock(channels, groups)
-        self.block_2 = ResnetBlock(channels, channels, groups)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
+def middle(channels, groups):
+    block_1 = ResnetBlock(channels, channels, groups)
+    attn_1 = AttnBlock(channels, groups)
+    block_2 = ResnetBlock(channels, channels, groups)
+    return nn.Sequential(OrderedDict(block_1=block_1, attn_1=attn_1, block_2=block_2))
 
 
 class Encoder(nn.Module):
@@ -130,7 +125,7 @@ class Encoder(nn.Module):
             downsample = Downsample(width) if k < len(widths) - 1 else None
             self.down.append(Level(cin, width, 2, config.groups, downsample=downsample))
             cin = width
-        self.mid = Middle(widths[-1], config.groups)
+        self.mid = middle(widths[-1], config.groups)
         self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
@@ -148,7 +143,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = config.widths
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], config.groups)
+        self.mid = middle(widths[-1], config.groups)
         self.up = nn.ModuleList()
         coarser = widths[1:] + widths[-1:]  # the width of the level that runs before
         for k, width in enumerate(widths):
@@ -172,8 +167,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, pixels):
-        """Pixels (B,3,H,W) in [-1,1], H and W multiples of 8 -> mean and log-variance, each
-        (B,16,H/8,W/8), of the raw latents."""
+        """Pixels (B,3,H,W) in [-1,1], H and W multiples of 8 -> mean and log-variance (B,16,H/8,W/8)."""
         pixels = pixels.to(self.encoder.conv_in.weight.dtype)
         mean, logvar = self.encoder(pixels).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
@@ -183,8 +177,7 @@ class VAE(nn.Module):
         return self.decoder(z.to(self.decoder.conv_in.weight.dtype))
 
     def forward(self, pixels, noise):
-        """Encodes, samples the posterior, decodes -> reconstruction, mean, log-variance. This is
-        what stage 0 trains."""
+        """What stage 0 trains: encode, sample the posterior, decode -> reconstruction, mean, log-variance."""
         mean, logvar = self.encode(pixels)
         return self.decode(self.sample(mean, logvar, noise)), mean, logvar
 
@@ -198,5 +191,4 @@ class VAE(nn.Module):
         return (z - self.config.shift_factor) * self.config.scaling_factor
 
     def denormalize(self, z):
-        """The other way round."""
         return z / self.config.scaling_factor + self.config.shift_factor

@@ -59,6 +59,7 @@ def judge(path, seed, stage, num=250):
     source, ids = data.World(evaluate.UNSEEN + seed), range(num)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     scores = {"captions": evaluate.judge_captions(dd, source, ids, generator)}
+    generator.manual_seed(seed)  # so that drawings do not depend on what was read before
     scores["objects drawn"], scores["scenes drawn"] = evaluate.judge_drawings(dd, source, ids, rng, generator)
     if stage == "3":
         scores["answers"] = evaluate.judge_answers(dd, source, evaluate.scene_questions(source, ids, rng)[1], generator)

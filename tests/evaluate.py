@@ -40,6 +40,7 @@ from sample import (
     Parser,
     add_parts,
     answer,
+    at_least,
     caption,
     default_device,
     existing_device,
@@ -51,7 +52,6 @@ from sample import (
     text_to_image,
 )
 
-STEPPED = "random", "confidence"  # the orders of unmasking that take a number of steps
 UNSEEN = 1_000_000  # added to the seed for scenes that training never draws, as train.py does
 
 
@@ -84,6 +84,7 @@ def world(dd, args):
     questions = [(i, *pair) for i in ids if (pair := held_out.question(i, rng))]
     scores["answers, held-out pairs"] = judge_answers(dd, held_out, questions, generator)
     scores["captions"] = judge_captions(dd, source, ids, generator)
+    generator.manual_seed(args.seed)  # so that drawings do not depend on what was read before
     scores["objects drawn"], scores["scenes drawn"] = judge_drawings(dd, source, ids, rng, generator)
     return scores
 
@@ -97,7 +98,7 @@ def read_in_orders(dd, args):
     print("| order | steps | captions | passes | answers | passes |\n|---|---|---|---|---|---|")
     for order in args.order or ["random"]:
         for steps in args.steps or [None]:
-            cells = [order, str(steps or "") if order in STEPPED else ""]
+            cells = [order, str(steps or "") if order == "random" else ""]
             how = {"order": order, "steps": steps, "temperature": args.temperature}
             for k, (judge, inputs) in enumerate(((judge_captions, ids), (judge_answers, questions))):
                 rows.clear()
@@ -107,7 +108,7 @@ def read_in_orders(dd, args):
                 low, high = interval(right)
                 widest[k] = max(widest[k], (high - low) / 2)
             print(f"| {' | '.join(cells)} |", flush=True)
-            if order not in STEPPED:  # it chooses the number of steps itself
+            if order != "random":  # it chooses the number of passes itself
                 break
     print("\n95% intervals: at most {:.1f} points to each side for captions, {:.1f} for answers".format(*widest))
     return {}
@@ -481,8 +482,6 @@ def check_files(args):
         fail(f"{args.benchmark} has no use for it: leave out --order and --steps")
     if args.temperature and not (args.order or args.benchmark == "world" and args.steps):
         fail("--temperature is for world, with --order or --steps")
-    if args.num is not None and args.num < 1 or args.steps and min(args.steps) < 1:
-        fail("--num and --steps are at least 1")
     if args.results and args.num:
         fail("--results are scored whole: leave out --num")
 
@@ -507,14 +506,15 @@ def parse_args():
                         "images (an empty folder); default of the results: vqa.json, gqa.json, pope.jsonl, mme, "
                         "coco.json")
     parser.add_argument("--results", metavar="FILE", help="score these results, without a model")
-    parser.add_argument("--num", type=int, help="images to judge on, at most, or of the published "
+    parser.add_argument("--num", type=at_least(1), help="images to judge on, at most, or of the published "
                         "benchmarks how many of the first questions, images, prompts; default: 1000, or all")
     parser.add_argument("--kinds", nargs="+", choices=list(data.KINDS), default=list(data.KINDS), metavar="KIND",
                         help="of questions in the built-in world; default: all")
     parser.add_argument("--order", nargs="+", choices=list(ORDERS), help="of world: the orders of unmasking to compare")
-    parser.add_argument("--steps", nargs="+", type=int, help="of drawings, and of world: the numbers of "
+    parser.add_argument("--steps", nargs="+", type=at_least(1), help="of drawings, and of world: the numbers of "
                         "steps to compare")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of world, with --order or --steps; default: 0")
+    parser.add_argument("--temperature", type=at_least(0, float), default=0.0,
+                        help="of world, with --order or --steps; default: 0")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, of what is drawn from --data, and of sampling")
     parser.add_argument("--device", type=existing_device, default=default_device())
     parser.add_argument("--dtype", choices=list(DTYPES), help="to compute in; default: bf16 on a GPU, fp32 on a CPU")

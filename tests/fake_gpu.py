@@ -8,8 +8,8 @@ The program's own code runs on torch's fake tensors, which have a shape, a type 
 The exchange between processes is fake, too. What lies on the CPU is real. This program raises where devices or types
 are mixed, and where a training step makes the host wait for the GPU. It counts FLOPs, bytes on the GPU, bytes that a
 process sends, and waits. It cannot see time, values, what kernels allocate inside, fragmentation, NCCL's buffers,
-compiled code, and the loop around a step. Days are at half of an H100's 989e12 FLOP/s (bf16), with images that are
-encoded in every step. Wants g++, and torch's CPU build."""
+and compiled code. Days are at half of an H100's 989e12 FLOP/s (bf16), with images that are encoded in every step.
+Wants g++, and torch's CPU build."""
 # ruff: noqa: E402
 import argparse
 import copy
@@ -160,7 +160,7 @@ def full_size(path, t5, vae, tokenizer, device, dtypes):
     """In place of DualDiffusion.load: sd3-medium, with the few parts of a tokenizer that are used."""
     config, parts, tokenizer = copy.deepcopy(PRESETS["sd3-medium"]), {}, Namespace(
         vocab_size=32100, mask_id=32099, eos_id=1, encode=lambda text, length: [2] * length, decode=str,
-        caption_ids=lambda text, length: ([2] * length, [True] * (length - 1) + [False]))
+        text_ids=lambda text, length, *prompts: ([2] * length, [True] * (length - 1) + [False]))
     for part in PARTS:
         torch.set_default_dtype(dtypes[part])
         with device:
@@ -177,26 +177,27 @@ def step(preset, stage, gpus, parallel="fsdp", checkpointing=True, passes=1):
     """A row about a training step -> its peak, GB. At most two passes are run, and FLOPs scaled up."""
     os.environ["LOCAL_WORLD_SIZE"] = str(min(8, gpus))
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-    args = Namespace(seed=0, preset=preset, stage=stage, start=SHIPPED, init=SHIPPED, t5=None, vae=None, spiece=None,
-                     text_encoder="t5", parallel=parallel, checkpointing=checkpointing, compile=False, keep=1)
+    args = Namespace(seed=0, preset=preset, stage=stage, start=SHIPPED, init=SHIPPED, vae=None, text_encoder="t5",
+                     files=(SHIPPED, None, None, None), caption_prompt=None, answer_suffix=None, parallel=parallel,
+                     checkpointing=checkpointing, compile=False, keep=1, save_minutes=1e9, show_every=1e9)
     recipe, run = train.RECIPES[preset][stage], min(passes, 2)
     rows, side = recipe.batch // gpus // passes, recipe.size // 8
     tokens, texts = torch.ones(rows, recipe.length).long(), data.Subset(data.World(), range(100))
     with GPU() as gpu, tempfile.TemporaryDirectory() as out:
         dd, modules = train.starting_point(args, recipe, texts, CUDA, BF16)
-        images = torch.rand(rows, 3, recipe.size, recipe.size)
+        images = data.Images(torch.rand(rows, 3, recipe.size, recipe.size), None)
         if preset == "tiny" and stage != "0":  # whose latents are stored
-            images = torch.rand(rows, 2, dd.config.vae.latent_channels, side, side).half()
-        batch = data.Batch(images, images if stage == "2hr" else None, tokens, tokens, tokens > 0, slice(0, rows), 0)
+            images = data.Images(None, torch.rand(rows, 2, dd.config.vae.latent_channels, side, side).half())
+        text_images = data.Images(*images) if stage == "2hr" else images
+        batch = data.Batch(images, text_images, tokens, tokens, tokens > 0, slice(0, rows), 0)
         learner = train.Learner(dd, modules, recipe, args, BF16, out)
         for p in learner.parameters:  # a first step, after which the optimizer has its state
             p.grad = torch.zeros_like(p)
-        learner.step(0)
+        log = Namespace(bar=range(1), losses=[])
+        train.train(learner, [[]], log, [])
         state = gpu.alive
         gpu.begin()
-        for k in range(run):
-            learner.backward(learner.forward(batch)[0] / passes, last=k == run - 1)
-        learner.step(1)
+        train.train(learner, [[batch] * run], log, [])
         flops = gpu.flops * passes / run * gpus
         days = recipe.steps * flops / (gpus * 0.5 * 989e12) / 86400
         row(stage, f"{gpus} {parallel}{', checkpointed' * checkpointing}", f"{rows} of {rows * passes}", flops, days,
@@ -238,7 +239,7 @@ def main():
         for stage in ("0", *stages):
             step("tiny", stage, 1, "ddp", checkpointing=stage != "0", passes=2 if stage == "2hr" else 1)
         return
-    train.DualDiffusion.load, train.find_parts = full_size, lambda *args: (PRESETS["sd3-medium"],)
+    train.DualDiffusion.load, train.find_parts = full_size, lambda *files: (PRESETS["sd3-medium"], {}, None)
     for stage in stages:
         for gpus in [asked.gpus] if asked.gpus else (1, 8, 32):
             passes = PASSES[stage] if gpus == 1 else 1

@@ -63,6 +63,10 @@ class Drawing:
         self.lines.append(f'<polyline points="{path}" fill="none" stroke="{DARK[kind]}" stroke-width="{width}" '
                           f'stroke-opacity="{opacity}" stroke-linejoin="round"/>')
 
+    def area(self, points, kind):
+        path = " ".join(f"{x:g},{y:g}" for x, y in points)
+        self.lines.append(f'<polygon points="{path}" fill="{DARK[kind]}" fill-opacity="0.35"/>')
+
     def arrow(self, *points, kind="ink"):
         """A line through the points, with a head at the last."""
         (x0, y0), (x, y) = points[-2:]
@@ -243,7 +247,7 @@ def orders(dd, args):
         return print("orders: left out, no README has a table of them")
     rows = [[cell.strip(" *`%") for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
     d = Drawing("Orders of unmasking", "how many texts are right")
-    names = {"random": "noise", "confidence": "text", "entropy": "learn"}
+    names = {"random": "noise", "entropy": "learn"}
 
     def place(top, passes, share):
         return 110 + 620 * math.log2(float(passes)) / 5, top + 300 * (1 - float(share) / 100)
@@ -261,10 +265,116 @@ def orders(dd, args):
             for x, y in line:
                 d.dot(x, y, kind, 7 if len(line) > 1 else 13)
     d.text(420, 992, "forward passes per text", "noise")
-    for x, (name, kind) in zip((130, 330, 590), names.items()):
+    for x, (name, kind) in zip((260, 450), names.items()):
         d.dot(x, 1037, kind, 10)
         d.text(x + 20, 1046, name, kind, "start", bold=True)
     d.save("orders.svg", 1080)
+
+
+# ---------------------------------------------------------------- why a mean velocity draws
+
+CENTRES, SPREAD = np.array([-2.0, 2.0]), 0.25  # images of one number: two clusters, equally frequent
+
+
+def mean_velocity(x, t):
+    """The mean of noise - image over all lines that pass through x (N,) at time t -> (N,), in closed form.
+
+    Of the lines that end in one cluster, the points at time t are normal, and so are image and noise for a given x."""
+    offset = x[:, None] - (1 - t) * CENTRES
+    variance = ((1 - t) * SPREAD) ** 2 + t ** 2
+    share = np.exp(-offset ** 2 / (2 * variance))  # of the lines through x, those that end in each cluster
+    share /= share.sum(1, keepdims=True)
+    mean = (t - (1 - t) * SPREAD ** 2) / variance * offset - CENTRES
+    return (share * mean).sum(1)
+
+
+def follow(x, steps=1000):
+    """Noise (N,), at t = 1, follows the mean velocity to t = 0 -> its places on the way (steps+1,N), from t = 1 on."""
+    places = [x]
+    for k in range(steps):
+        t = 1 - k / steps
+        x = x - mean_velocity(x, t) / steps
+        places.append(x)
+    return np.array(places)
+
+
+def random_lines(count, rng):
+    """Images and noise in random pairs -> two arrays (N,); each pair is a straight line from t = 0 to t = 1."""
+    images = rng.choice(CENTRES, count) + SPREAD * rng.standard_normal(count)
+    return images, rng.standard_normal(count)
+
+
+def crowds(times, rng, count=10_000):
+    """Where as many lines and as many paths are at these times -> a list of (on lines (N,), on paths (N,))."""
+    images, noise = random_lines(count, rng)
+    paths = follow(rng.standard_normal(count))
+    steps = len(paths) - 1
+    return [((1 - t) * images + t * noise, paths[round((1 - t) * steps)]) for t in times]
+
+
+def velocity(dd, args):
+    """Lines from images to noise, and paths along their mean velocity. At every time both have the same histogram."""
+    d = Drawing("Why a mean velocity draws", "images of one number, near −2 or 2")
+    columns = {"image": 30, "learn": 460}  # the left edges, of lines and of paths
+    width, top, height, reach = 310, 218, 400, 3.5
+    rng = np.random.default_rng(0)
+
+    def place(kind, x, t):
+        return round(columns[kind] + width * (x + reach) / (2 * reach), 1), round(top + height * (1 - t), 1)
+
+    def draw_line(image, noise, *style):
+        d.line([place("image", image, 0), place("image", noise, 1)], *style)
+
+    def draw_path(path, *style):
+        steps = len(path) - 1
+        d.line([place("learn", path[k], 1 - k / steps) for k in range(0, steps + 1, 20)], *style)
+
+    def stairs(kind, positions, y):
+        """The outline of a histogram that stands on y."""
+        bins = np.linspace(-reach, reach, 36)
+        density, _ = np.histogram(positions, bins, density=True)
+        heights = np.pad(density.repeat(2), 1)
+        return [(place(kind, x, 0)[0], round(y - 150 * h, 1)) for x, h in zip(bins.repeat(2), heights)]
+
+    for kind, what, how in (("image", "Lines cross", "an image joined to noise"),
+                            ("learn", "Paths do not", "along the mean velocity")):
+        d.text(columns[kind] + width / 2, top - 54, what, kind, bold=True)
+        d.text(columns[kind] + width / 2, top - 18, how, kind)
+        d.box(columns[kind], top, width, height, "noise", radius=0, outline=1, fill="white")
+    for image, noise in zip(*random_lines(40, rng)):
+        draw_line(image, noise, "image", 2, 0.5)
+    paths = follow(np.append(rng.standard_normal(40), 0.1))
+    for path in paths.T:
+        draw_path(path, "learn", 2, 0.5)
+    t, x = 0.6, paths[400, -1]  # one place, where the last path is then, and lines that meet there
+    images, noise = random_lines(10_000, rng)
+    meet = abs((1 - t) * images + t * noise - x) < 0.001
+    for image, noise in zip(images[meet], noise[meet]):
+        draw_line(image, noise, "ink", 2.5, 0.8)
+    draw_path(paths[:, -1], "ink", 4)
+    for kind in columns:
+        d.dot(*place(kind, x, t), "ink", 9)
+    for y, words, kind in ((22, "t = 1", "ink"), (54, "noise", "noise"), (209, "t = ½", "ink"),
+                           (height - 40, "images", "noise"), (height - 8, "t = 0", "ink")):
+        d.text(400, top + y, words, kind)
+    d.arrow((400, top + 74), (400, top + 170), kind="noise")
+    d.arrow((400, top + 230), (400, top + 326), kind="noise")
+    d.text(400, top + height + 42, "dark: lines that meet, and the path of their mean", "ink")
+
+    y = top + height + 116
+    d.text(400, y, "At each time both crowds look alike", bold=True)
+    d.text(400, y + 36, "10,000 lines; 10,000 paths, with the lines’ outline", "noise")
+    for t, rise, (on_lines, on_paths) in zip(("1", "½", "0"), (145, 100, 152), crowds((1, 0.5, 0), rng)):
+        y += rise
+        d.area(stairs("image", on_lines, y), "image")
+        d.area(stairs("learn", on_paths, y), "learn")
+        for kind in columns:
+            d.line(stairs(kind, on_lines, y), "image", 2.5)
+        d.text(400, y - 18, f"t = {t}")
+    for kind in columns:
+        for x, words in zip(CENTRES, ("−2", "2")):
+            d.text(place(kind, x, 0)[0], y + 36, words, "noise")
+    d.save("velocity.svg", y + 64)
 
 
 # ---------------------------------------------------------------- pictures with pixels
@@ -300,6 +410,15 @@ class Page:
         self.image.save(os.path.join(ASSETS, name), optimize=True)
 
 
+def words_of(tokenizer, ids):
+    """The tokens of a text as words: a mask is empty, the end of the text a dot."""
+    words = []
+    for i in ids.tolist():
+        word = tokenizer.pieces.id_to_piece(i).strip("▁") if i < len(tokenizer.pieces) else ""
+        words.append("·" if i == tokenizer.eos_id else word)
+    return words
+
+
 def both(dd, args):
     """Both directions: a prompt is drawn, from noise, and the drawing is read, from masks, into other words."""
     page, prompt = Page(880, 190, card=False), "a small blue square right of a large yellow square"
@@ -308,9 +427,11 @@ def both(dd, args):
     def watch(latents, t, velocity):  # what is there at t, and where the velocity leads
         steps.append((t, *to_images(dd.decode_image(torch.cat([latents, latents - t * velocity])))))
 
+    def watch_text(tokens, reveal):
+        passes.append((words_of(dd.tokenizer, tokens[0]), reveal[0]))
+
     drawn = to_images(sample.text_to_image(dd, [prompt], watch=watch, generator=torch.Generator().manual_seed(3)))
-    sample.caption(dd, torch.from_numpy(to_pixels(drawn)),
-                   watch=lambda tokens, reveal: passes.append((sample.words_of(dd.tokenizer, tokens[0]), reveal[0])))
+    sample.caption(dd, torch.from_numpy(to_pixels(drawn)), watch=watch_text)
     for word in prompt.split():
         x = page.token(x, 0, word, "text")
     for k, i in enumerate((0, 6, 13, 20)):
@@ -333,7 +454,7 @@ def both(dd, args):
 def samples(dd, args):
     """Six pictures drawn from sentences, and six scenes with the model's caption and answer."""
     rng, generator, world = np.random.default_rng([0, 3]), torch.Generator().manual_seed(0), World(UNSEEN + 1)
-    ids = rng.permutation(250)  # as train.show chooses them, for the sheets of a run with seed 1
+    ids = rng.permutation(250)  # as train.sample_cells chooses them, for the sheets of a run with seed 1
     prompts, ids = [world.caption(i, rng) for i in ids[:6]], ids[-6:]
     drawn = to_images(sample.text_to_image(dd, prompts, generator=generator))
     scenes, questions = [world.image(i) for i in ids], [world.question(i, rng)[0] for i in ids]
@@ -358,7 +479,7 @@ def samples(dd, args):
     page.save("samples.png")
 
 
-FIGURES = {f.__name__: f for f in (both, samples, batch, block, curves, orders)}
+FIGURES = {f.__name__: f for f in (both, samples, batch, block, velocity, curves, orders)}
 
 
 def main():

@@ -49,7 +49,7 @@ def use(folder, spiece):
     start = time.perf_counter()
     latents = dd.encode_image(torch.rand(1, 3, 256, 256) * 2 - 1)
     print(f"image encoded in {time.perf_counter() - start:.1f} s")
-    ids, maskable = dd.tokenizer.question_ids("what is this?", "", 64)
+    ids, maskable = dd.tokenizer.text_ids(("what is this?", ""), 64)
     start = time.perf_counter()
     _, passes = unmask(dd, latents, torch.tensor([ids]), torch.tensor([maskable]), steps=2)
     print(f"one question, {passes} passes, {(time.perf_counter() - start) / passes:.1f} s per pass")

@@ -258,7 +258,8 @@ def batch_row(device):
         np.save(os.path.join(folder, "latents.npy"), np.zeros((25_000, 2, 16, 8, 8), np.float16))
         recipe = RECIPES["tiny"]["3"]
         subset = Subset(World(), np.arange(25_000), os.path.join(folder, "latents.npy"))
-        batches = Batches(subset, subset, DualDiffusion.load(SHIPPED).tokenizer, recipe, 0, slice(0, recipe.batch))
+        dd = DualDiffusion.load(SHIPPED)
+        batches = Batches(subset, subset, dd.tokenizer, dd.config.settings, recipe, 0, slice(0, recipe.batch))
         steps = iter(range(100))
         took, = in_turn(lambda: batches[next(steps)], device=device, rounds=100)
         row(f"the {recipe.batch} rows of a batch of stage 3, one process",
@@ -288,11 +289,12 @@ def same_work(device, dtype):
         return torch.randn(shape, device=device, dtype=dtype)
     x, text, pooled, t = random(2, 16, 32, 32), random(2, 256, 4096), random(2, 2048), torch.rand(2, device=device)
     tokens, pixels, z = torch.randint(32000, (2, 256), device=device), random(1, 3, 128, 128), random(1, 16, 16, 16)
+    no_text = torch.zeros(2, 256, dtype=torch.bool)  # no logits are wanted
     yield ("`DDiT`, forward and backward: `SD3Transformer2DModel`",
-           lambda: ddit(x, t, text, slice(0))[0].mean().backward(),
+           lambda: ddit(x, t, text, no_text)[0].mean().backward(),
            lambda: sd3(x, text, pooled, 1000 * t).sample.mean().backward())
     with torch.no_grad():
-        yield ("`DDiT`: `SD3Transformer2DModel`", lambda: ddit(x, t, text, slice(0)),
+        yield ("`DDiT`: `SD3Transformer2DModel`", lambda: ddit(x, t, text, no_text),
                lambda: sd3(x, text, pooled, 1000 * t))
         yield "`T5Encoder`: `T5EncoderModel`", lambda: t5(tokens), lambda: their_t5(tokens)
         yield "`VAE.encode`: `AutoencoderKL`", lambda: vae.encode(pixels), lambda: their_vae.encode(pixels)
@@ -313,9 +315,8 @@ def compare(device, dtype):
 
 def two_passes(ddit, t5, images, texts, text_weight):
     """Both heads over everything in both passes; what is not wanted is thrown away."""
-    noisy = noise_latents(images.latents, images.noise, images.t)
-    velocity, _ = ddit(noisy, images.t, t5(images.captions))
-    _, logits = ddit(texts.latents, torch.zeros_like(texts.t), t5(texts.noisy))
+    velocity, _ = ddit(images.noisy, images.t, t5(images.captions))
+    _, logits = ddit(texts.latents, torch.zeros_like(images.t), t5(texts.noisy))
     image_loss = flow_matching_loss(velocity, images.latents, images.noise)
     return image_loss + text_weight * masked_diffusion_loss(logits, texts.tokens, texts.masked, texts.t)
 
@@ -327,14 +328,12 @@ def one_pass(*args):
 def random_halves(config, recipe, batch, device):
     """What a step of that many rows learns from, in random numbers -> ImageHalf, TextHalf."""
     side, vocab = recipe.size // config.vae.factor, config.ddit.vocab
-    latents = torch.randn(batch, config.vae.latent_channels, side, side, device=device)
+    latents, noise = torch.randn(2, batch, config.vae.latent_channels, side, side, device=device)
     captions, tokens = torch.randint(vocab - 1, (2, batch, recipe.length))
-    t = stratified_times(batch)
+    image_t, t = logit_normal_times(batch).to(device), stratified_times(batch)
     noisy, masked = mask_tokens(tokens, t, torch.ones_like(tokens, dtype=torch.bool), vocab - 1)
-    captions, noise, image_t, tokens, noisy, t, *masked = (x.to(device) for x in (
-        captions, torch.randn(latents.shape), logit_normal_times(batch), tokens, noisy, t,
-        *masked.nonzero(as_tuple=True)))
-    return ImageHalf(latents, captions, noise, image_t), TextHalf(latents, tokens, noisy, tuple(masked), t)
+    images = ImageHalf(latents, noise, noise_latents(latents, noise, image_t), image_t, captions.to(device))
+    return images, TextHalf(latents, tokens, noisy.to(device), masked, t)
 
 
 def peak_memory(run, device):

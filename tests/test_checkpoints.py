@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import make_golden
 import pytest
@@ -17,13 +18,20 @@ from safetensors.torch import load_file, save_file
 from test_networks import GOLDEN, SHAPES, assert_close
 
 import model
-from model import DualDiffusion, Settings, find_parts, read_part
+from model import Config, DualDiffusion, Settings, find_parts, read_part
 from sample import SHIPPED, text_to_image
 from t5 import EmbeddingsConfig, train_tokenizer
 
 with safe_open(make_golden.PATH, framework="pt") as f:
     FOLDERS = json.loads(f.metadata()["folders"])
 PREFIX = {"single": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}
+
+
+def header(config):
+    return {"config": json.dumps(asdict(config))}
+
+
+SMALL = header(Config(make_golden.SINGLE, make_golden.T5, make_golden.VAE_))  # without it a file is SD3-medium's
 
 
 def states(*parts):
@@ -36,7 +44,7 @@ def states(*parts):
 
 def single_file(path, *parts, dtype=torch.float32):
     save_file({PREFIX[part] + name: w.to(dtype).contiguous() for part, state in states(*parts).items()
-               for name, w in state.items()}, path)
+               for name, w in state.items()}, path, SMALL)
     return str(path)
 
 
@@ -44,7 +52,10 @@ def folder(path, kind, dtype=torch.float32, shards=1):
     """kind: "sd3" or "authors" -> a folder in diffusers layout with the golden file's random weights."""
     for part, shapes in FOLDERS[kind].items():
         os.makedirs(path / part)
-        (path / part / "config.json").write_text(json.dumps(make_golden.FOLDER[part]))
+        config = make_golden.FOLDER[part]
+        if kind == "authors" and part == "transformer":
+            config = config | {"vocab_size": make_golden.FOLDER["text_encoder"]["vocab_size"] - 4}  # of the text head
+        (path / part / "config.json").write_text(json.dumps(config))
         state = {name: w.to(dtype) for name, w in make_golden.random_state(shapes).items()}
         stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         if shards == 1:
@@ -78,9 +89,9 @@ def test_sd3_single_file(tmp_path, together):
     if together:
         dd = load(single_file(tmp_path / "all.safetensors", "single", "vae", "t5"))
     else:
-        save_file(states("t5")["t5"], tmp_path / "t5.safetensors")
+        save_file(states("t5")["t5"], tmp_path / "t5.safetensors", SMALL)
         dd = load(single_file(tmp_path / "sd3.safetensors", "single", "vae"), t5=str(tmp_path / "t5.safetensors"))
-    assert dd.config.ddit.heads == 2 and dd.config.ddit.vocab == 32100
+    assert dd.config.ddit == make_golden.SINGLE
     assert_close(dd.ddit(GOLDEN["latents"], GOLDEN["t"], GOLDEN["text"])[0], GOLDEN["single.velocity"])
     assert_close(dd.t5(GOLDEN["tokens"].long()), GOLDEN["states"])
     assert_close(dd.vae.encode(GOLDEN["pixels"])[1], GOLDEN["logvar"])
@@ -100,7 +111,7 @@ def test_sd3_folder(tmp_path, shards):
     shutil.move(f"{path}/text_encoder", f"{path}/text_encoder_3")  # as SD3's own folder has it, beside CLIP's two
     dd = load(path)
     config = dd.config
-    assert (config.ddit.heads, config.vae.groups, config.vae.scale, config.settings.shift) == (2, 4, 1.3, 2.5)
+    assert (config.ddit.heads, config.vae.groups, config.vae.scaling_factor, config.settings.shift) == (2, 4, 1.3, 2.5)
     assert_close(dd.ddit(GOLDEN["latents"], GOLDEN["t"], GOLDEN["text"])[0], GOLDEN["sd3.velocity"])
     mean, logvar = dd.vae.encode(GOLDEN["pixels"])
     assert_close(mean, GOLDEN["sd3.mean"])
@@ -124,8 +135,8 @@ def test_the_authors_folder(tmp_path):
 def test_narrow_types_on_disk(tmp_path, dtype):
     """What is read in float32 is what the file says, exactly: against the same numbers written in float32."""
     rounded = {name: w.to(dtype).float() for name, w in states("t5")["t5"].items()}
-    save_file(rounded, tmp_path / "wide.safetensors")
-    save_file({name: w.to(dtype) for name, w in rounded.items()}, tmp_path / "narrow.safetensors")
+    save_file(rounded, tmp_path / "wide.safetensors", SMALL)
+    save_file({name: w.to(dtype) for name, w in rounded.items()}, tmp_path / "narrow.safetensors", SMALL)
     wide, narrow = (load(str(tmp_path / f"{name}.safetensors")).t5.state_dict() for name in ("wide", "narrow"))
     assert wide.keys() == narrow.keys() and all(torch.equal(wide[name], narrow[name]) for name in wide)
 
@@ -145,18 +156,13 @@ def test_a_new_text_head_reads_nothing(tmp_path):
     assert last[:256].any() and not last[256:].any()
 
 
-def spiece(folder):
-    path = folder / "spiece.model"
-    path.write_bytes(DualDiffusion.load(SHIPPED).tokenizer.model)
-    return str(path)
-
-
 WRONG = {
     "cut.safetensors": "cut.safetensors: not a readable",
     "lora.safetensors": "lora.safetensors: holds no part",
     "sd35m.safetensors": "has a tensor joint_blocks.0.x_block.attn2.qkv.weight, as no transformer",
     "lacks.safetensors": "lacks.safetensors: the tensor joint_blocks.1.x_block.mlp.fc1.bias is missing",
     "shape.safetensors": "the tensor joint_blocks.1.x_block.mlp.fc1.bias is (3,), it should be (512,)",
+    "small.safetensors": "small.safetensors: the tensor pos_embed is (1, 64, 128), it should be (1, 36864, 1536)",
     "shardless": "is missing",
     "pickled": "transformer: holds no .safetensors file",
     "config": "transformer/config.json: not valid JSON",
@@ -188,9 +194,9 @@ def make_wrong(tmp_path, name):
             del file[bias]
         elif kind == "shape":
             file[bias] = torch.zeros(3)
-        else:
+        elif kind != "small":
             file = (file if kind == "sd35m" else {}) | {more[kind]: torch.zeros(2)}
-        save_file(file, path)
+        save_file(file, path, None if kind == "small" else SMALL)
     return str(path)
 
 
@@ -198,7 +204,7 @@ def make_wrong(tmp_path, name):
 def test_files_that_are_refused(tmp_path, name):
     path = make_wrong(tmp_path, name)
     with pytest.raises((ValueError, OSError)) as error:
-        DualDiffusion.load(path, tokenizer=spiece(tmp_path))
+        DualDiffusion.load(path)
     message = str(error.value)
     assert WRONG[name] in message and "\n" not in message, message
 
@@ -206,7 +212,7 @@ def test_files_that_are_refused(tmp_path, name):
 @pytest.mark.parametrize("more", ["0.layer.0.SelfAttention.q.scale_weight",  # scaled fp8
                                   "1.layer.0.SelfAttention.relative_attention_bias.weight"])  # UMT5
 def test_t5_that_is_not_t5(tmp_path, more):
-    save_file(states("t5")["t5"] | {f"encoder.block.{more}": torch.zeros(2)}, tmp_path / "t5.safetensors")
+    save_file(states("t5")["t5"] | {f"encoder.block.{more}": torch.zeros(2)}, tmp_path / "t5.safetensors", SMALL)
     with pytest.raises(ValueError, match=f"has a tensor encoder.block.{more}, as no T5"):
         load(str(tmp_path / "t5.safetensors"))
 
@@ -225,13 +231,6 @@ with safe_open(SHIPPED, framework="pt") as f:
     HEADER = json.loads(f.metadata()["config"])
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """The names and shapes of the shipped model's tensors, with nothing in them."""
-    return {name: torch.zeros(w.shape, dtype=w.dtype) if w.ndim != 1 or w.dtype != torch.uint8 else w
-            for name, w in load_file(SHIPPED).items()}
-
-
 def refused(function, *args, **kwargs):
     """-> the one line that it raises."""
     with pytest.raises((ValueError, OSError)) as error:
@@ -241,20 +240,20 @@ def refused(function, *args, **kwargs):
     return message
 
 
-def test_an_older_header(tmp_path, small):
-    """It may lack what came later."""
-    later = ("qk_norm", "answer_steps")
-    old = {part: {name: value for name, value in HEADER[part].items() if name not in later} for part in HEADER}
-    save_file(small, tmp_path / "x.safetensors", {"config": json.dumps(old)})
-    config, _, _ = find_parts(str(tmp_path / "x.safetensors"))
-    wanted, _, _ = find_parts(SHIPPED)
-    assert config == wanted and config.settings.caption_prompt == "" and isinstance(config.vae.multipliers, tuple)
+@pytest.mark.parametrize("part, field", [("ddit", "qk_norm"), ("settings", "answer_steps")])
+def test_a_header_of_other_fields(tmp_path, part, field):
+    """A configuration that lacks a field, or has one more, is another program's: nothing is guessed."""
+    lacking = {name: value for name, value in HEADER[part].items() if name != field}
+    for wrong, name in ((lacking, field), (HEADER[part] | {"more": 1}, "more")):
+        save_file(load_file(SHIPPED), tmp_path / "x.safetensors", {"config": json.dumps(HEADER | {part: wrong})})
+        message = refused(DualDiffusion.load, str(tmp_path / "x.safetensors"))
+        assert "x.safetensors: the configuration in its header" in message and part in message and name in message
 
 
 def test_embeddings_in_the_place_of_t5(tmp_path):
     """Table 9's: no layers, and a vector for every position."""
     whole, path = DualDiffusion.load(SHIPPED), str(tmp_path / "x.safetensors")
-    config = model.replace(whole.config, t5=EmbeddingsConfig(128, positions=24))
+    config = replace(whole.config, t5=EmbeddingsConfig(128, positions=24))
     made = DualDiffusion.build(config, whole.tokenizer)
     made.save(path)
     loaded = DualDiffusion.load(path)
@@ -264,25 +263,21 @@ def test_embeddings_in_the_place_of_t5(tmp_path):
     assert model.missing_parts(DualDiffusion.load(path)) == ["transformer", "T5 (--t5)"]
 
 
-def test_parts_that_do_not_fit(tmp_path, small):
+def test_parts_that_do_not_fit(tmp_path):
     """T5 of another width, a VAE of other latents, another tokenizer: all are named, before anything is built."""
-    narrow = {n: w[..., :16].contiguous() if n.endswith("shared.weight") else w
-              for n, w in {PREFIX["t5"] + n: w for n, w in states("t5")["t5"].items()}.items()}
-    save_file(narrow, tmp_path / "t5.safetensors")
-    message = refused(DualDiffusion.load, SHIPPED, t5=str(tmp_path / "t5.safetensors"))
-    assert "takes 128 channels from its T5, this one gives 16" in message and "--t5" in message
-    vae = make_golden.VAE(make_golden.VAEConfig(channels=8, groups=4, latent_channels=4)).state_dict()
-    save_file({PREFIX["vae"] + n: w for n, w in vae.items()}, tmp_path / "vae.safetensors")
-    (tmp_path / "config.json").write_text('{"norm_num_groups": 4}')
-    shutil.copy(tmp_path / "vae.safetensors", tmp_path / "model.safetensors")
-    shutil.rmtree(tmp_path / "v", ignore_errors=True), os.makedirs(tmp_path / "v")
-    for name in ("config.json", "model.safetensors"):
-        shutil.move(tmp_path / name, tmp_path / "v" / name)
-    message = refused(DualDiffusion.load, SHIPPED, vae=str(tmp_path / "v"))
-    assert "takes 16 channels from its VAE, this one gives 4" in message and "--vae" in message
+    t5, vae, spiece = tmp_path / "t5.safetensors", tmp_path / "vae", tmp_path / "spiece.model"
+    save_file(states("t5")["t5"], t5, SMALL)
+    message = refused(DualDiffusion.load, SHIPPED, t5=str(t5))
+    assert "takes 128 channels from its T5 (--t5), this one gives 16" in message
+    os.makedirs(vae)
+    (vae / "config.json").write_text('{"latent_channels": 4}')
+    narrow = make_golden.VAE(make_golden.VAEConfig(channels=8, groups=4, latent_channels=4))
+    save_file(narrow.state_dict(), vae / "model.safetensors")
+    message = refused(DualDiffusion.load, SHIPPED, vae=str(vae))
+    assert "takes 16 channels from its VAE (--vae), this one gives 4" in message
     other = train_tokenizer(["a b c d e"], 100)
-    (tmp_path / "spiece.model").write_bytes(other.model)
-    message = refused(DualDiffusion.load, SHIPPED, tokenizer=str(tmp_path / "spiece.model"))
+    spiece.write_bytes(other.model)
+    message = refused(DualDiffusion.load, SHIPPED, tokenizer=str(spiece))
     assert "knows 474 tokens" in message and "--spiece" in message
 
 
@@ -368,9 +363,14 @@ def test_a_t5_of_another_kind_is_refused(tmp_path):
     state = {name.removeprefix(PREFIX["t5"]): w for name, w in load_file(SHIPPED).items()
              if name.startswith(PREFIX["t5"])}
     bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
-    for wrong, message in ((state | {bias.format(1): state[bias.format(0)].clone()}, bias.format(1)),
-                           (state | {"shared.weight": torch.cat([state["shared.weight"]] * 8)}, "the tokenizer 474")):
-        save_file(wrong, tmp_path / "umt5.safetensors")
+    more_bias = state | {bias.format(1): state[bias.format(0)].clone()}
+    more_words = state | {"shared.weight": torch.cat([state["shared.weight"]] * 8)}
+    config = find_parts(SHIPPED)[0]
+    that_says_so = replace(config, t5=replace(config.t5, vocab_size=4096))
+    for wrong, its_config, message in ((more_bias, config, bias.format(1)),
+                                       (more_words, config, "shared.weight is (4096, 128), it should be (512, 128)"),
+                                       (more_words, that_says_so, "T5 4096, the tokenizer 474")):
+        save_file(wrong, tmp_path / "umt5.safetensors", header(its_config))
         assert message in refused(DualDiffusion.load, SHIPPED, t5=str(tmp_path / "umt5.safetensors"))
 
 
@@ -386,7 +386,7 @@ def test_what_is_not_needed_does_not_stop_what_is(tmp_path):
     for other in (json.dumps({"_class_name": "AutoencoderKL", "settings": 7}), "{'lr': 1e-4}"):
         save_file(load_file(weights), weights, {"format": "pt", "config": other})
         dd = load(path)
-        assert dd.t5 and dd.ddit and dd.config.vae.shift == 0
+        assert dd.t5 and dd.ddit and dd.config.vae.shift_factor == 0
 
 
 def test_a_git_lfs_pointer_is_called_one(tmp_path):

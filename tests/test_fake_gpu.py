@@ -88,7 +88,7 @@ def test_mistakes_are_noticed():
             assert not gpu.waits and gpu.alive == 64
             x.sum().item(), x.to("cpu"), torch.zeros(4).to(CUDA)
             assert gpu.waits.total() == 3
-        plain = train.losses.reveal_rate
-        train.losses.reveal_rate = lambda t: plain(t) * t.sum().item()
+        plain = train.losses.flow_matching_loss
+        train.losses.flow_matching_loss = lambda velocity, *rest: plain(velocity * velocity.sum().item(), *rest)
         with raises(RuntimeError, match="waits for the GPU: .*losses.py"):
             step("tiny", "2", 1, "ddp")""")

@@ -96,7 +96,7 @@ def test_the_stacked_pass_has_the_gradients_of_two_passes():
 
     def ddit(latents, t, text, predict=None, image_rows=None):
         h = text + latents.mean((1, 2, 3))[:, None, None] + t[:, None, None]
-        return latents[:image_rows] * h.mean((1, 2))[:image_rows, None, None, None], mix(h[predict])
+        return latents[:image_rows] * h.mean((1, 2))[:image_rows, None, None, None], mix(h[torch.as_tensor(predict)])
 
     table = torch.nn.Embedding(5, 6)
     latents, captions, tokens = torch.randn(8, 2, 4, 4), torch.randint(4, (8, 6)), torch.randint(4, (8, 6))
@@ -104,14 +104,15 @@ def test_the_stacked_pass_has_the_gradients_of_two_passes():
     t = losses.stratified_times(8, generator=generator)
     noisy, masked = losses.mask_tokens(tokens, t, torch.ones(8, 6, dtype=torch.bool), 4,
                                        generator)
-    images = losses.ImageHalf(latents, captions, torch.randn(latents.shape), losses.logit_normal_times(8))
-    texts = losses.TextHalf(latents, tokens, noisy, masked.nonzero(as_tuple=True), t)
+    noise, image_t = torch.randn(latents.shape), losses.logit_normal_times(8)
+    images = losses.ImageHalf(latents, noise, losses.noise_latents(latents, noise, image_t), image_t, captions)
+    texts = losses.TextHalf(latents, tokens, noisy, masked, t)
     total, image, text = losses.joint_loss(ddit, table, images, texts, text_weight=0.2)
     stacked = torch.autograd.grad(total, [table.weight, *mix.parameters()])
 
-    velocity, _ = ddit(losses.noise_latents(latents, images.noise, images.t), images.t, table(captions),
-                       ([], []))
-    _, logits = ddit(latents, torch.zeros(8), table(noisy), texts.masked, 0)
+    velocity, _ = ddit(losses.noise_latents(latents, noise, image_t), image_t, table(captions),
+                       torch.zeros_like(masked))
+    _, logits = ddit(latents, torch.zeros(8), table(noisy), masked, 0)
     two = losses.flow_matching_loss(velocity, latents, images.noise) \
         + 0.2 * losses.masked_diffusion_loss(logits, tokens, masked, t)
     for a, b in zip(stacked, torch.autograd.grad(two, [table.weight, *mix.parameters()])):
@@ -119,7 +120,8 @@ def test_the_stacked_pass_has_the_gradients_of_two_passes():
 
     other = torch.randn(8, 2, 4, 4)
     _, image_apart, text_apart = losses.joint_loss(ddit, table, images, texts._replace(latents=other))
-    _, _, text_other = losses.joint_loss(ddit, table, images._replace(latents=other), texts._replace(latents=other))
+    others = images._replace(latents=other, noisy=losses.noise_latents(other, noise, image_t))
+    _, _, text_other = losses.joint_loss(ddit, table, others, texts._replace(latents=other))
     assert torch.equal(image_apart, image) and torch.equal(text_apart, text_other)  # text about other images
 
     rows = []
@@ -139,14 +141,12 @@ def test_the_schedule_is_the_paper_s():
     assert torch.allclose(losses.alpha(t), 1 - 0.999 * t), "losses.alpha is not the paper's schedule"
 
 
-def test_the_weight_follows_the_schedule(monkeypatch, straight_line):
-    """From alpha alone, by autograd: 1/t for the straight line; and a cosine's, against its closed form."""
-    t = torch.linspace(losses.MIN_TIME, 0.999, 1000)
-    assert torch.allclose(losses.reveal_rate(t), 1 / t, rtol=1e-6)
-    monkeypatch.setattr(losses, "alpha", lambda t: torch.cos(math.pi / 2 * t))
-    x = math.pi / 2 * t.double()
-    exact = math.pi / 2 * x.sin() / (2 * (x / 2).sin() ** 2)  # 1 - cos x = 2 sin^2(x/2)
-    assert torch.allclose(losses.reveal_rate(t).double(), exact, rtol=1e-5)
+def test_the_weight_follows_the_schedule():
+    """Eq. 7's weight, -alpha'(t) / (1 - alpha(t)), of losses.alpha by autograd."""
+    t = torch.linspace(losses.MIN_TIME, 1, 1000, dtype=torch.float64, requires_grad=True)
+    alpha = losses.alpha(t)
+    slope, = torch.autograd.grad(alpha.sum(), t)
+    assert torch.allclose(losses.reveal_rate(t), -slope / (1 - alpha), rtol=1e-6)
 
 
 def test_the_equations_of_the_code_and_the_lines_of_the_chapters_are_those_of_the_readme_s_table():

@@ -14,7 +14,7 @@ import losses
 import sample
 from data import load_image, to_pixels
 from model import DualDiffusion
-from t5 import train_tokenizer
+from t5 import Tokenizer, train_tokenizer
 
 V, L, MASK = 3, 3, 2  # two real tokens and the mask token
 
@@ -80,28 +80,22 @@ def test_unmask_has_the_law_of_ancestral_sampling(monkeypatch, steps, schedule):
 def test_masking_and_unmasking_follow_one_schedule(monkeypatch, schedule):
     """At every time of the grid, training masks the share of tokens that sampling has not revealed yet."""
     monkeypatch.setattr(losses, "alpha", schedule)
-    n, steps, generator = 200_000, 5, torch.Generator().manual_seed(0)
-    tokens = torch.zeros(1, n, dtype=torch.long)
-    left, passes = tokens == 0, 0
-    for reveal, _ in sample.in_random_order(lambda reveal: (None,), left, steps, generator):
-        left, passes = left & ~reveal, passes + 1
-        _, masked = losses.mask_tokens(tokens, torch.tensor([1 - passes / steps]), tokens == 0, MASK, generator)
-        assert abs(masked.sum() - left.sum()) < 4 * n ** 0.5
-    assert passes == steps and not left.any()
+    dd, n, steps, generator = toy_system(), 200_000, 5, torch.Generator().manual_seed(0)
+    dd.ddit = lambda latents, t, text, predict=None, image_rows=None: (None, torch.zeros(int(predict.sum()), V))
+    tokens, passes = torch.zeros(1, n, dtype=torch.long), []
+
+    def watch(drawn, reveal):
+        passes.append(reveal)
+        t = torch.tensor([1 - len(passes) / steps])
+        _, masked = losses.mask_tokens(tokens, t, tokens == 0, MASK, generator)
+        assert abs(masked.sum() - (drawn == MASK).sum()) < 4 * n ** 0.5
+    drawn, _ = sample.unmask(dd, torch.zeros(1, 1), tokens, tokens == 0, steps, generator=generator, watch=watch)
+    assert len(passes) == steps and (drawn != MASK).all()
 
 
 def test_of_a_straight_line_every_step_reveals_the_same_share(straight_line):
     expected = torch.arange(8, dtype=torch.float64) / 7
     assert torch.allclose(sample.revealed_share(7), expected, atol=1e-12)
-
-
-@pytest.mark.parametrize("steps", [1, 3, 7, 24, 256, 999])
-def test_confidence_order_rounds_up(steps, straight_line):
-    """As whole numbers would, not as the rounding errors of fractions."""
-    total = torch.arange(300)
-    share = sample.revealed_share(steps)
-    for step in range(steps + 1):
-        assert torch.equal((share[step] * total - 1e-9).ceil().long(), -(-total * step // steps))
 
 
 def test_unmask_runs_only_at_occupied_steps_and_only_those_rows():
@@ -111,23 +105,12 @@ def test_unmask_runs_only_at_occupied_steps_and_only_those_rows():
     tokens = torch.tensor([[MASK, 0, MASK], [1, 0, 1], [1, MASK, 0]])
     drawn, passes = sample.unmask(dd, torch.zeros(3, 1), tokens, tokens == MASK, 1000,
                                   generator=torch.Generator().manual_seed(0))
-    assert passes == len(seen) == 3  # three blanks, a thousand steps
-    assert all(p.any(1).all() for p in seen) and sum(p.sum() for p in seen) == 3
+    assert passes == len(seen) == 2  # two blanks in a row, a thousand steps
+    assert [p.sum(1).tolist() for p in seen] == [[1, 1], [1]]
     assert (drawn[tokens != MASK] == tokens[tokens != MASK]).all() and (drawn != MASK).all()
 
 
-def test_confidence_order_fills_everything_surest_first(straight_line):
-    dd = toy_system()
-    tokens = torch.full((5, L), MASK)
-    for steps in (1, 2, 3, 7):
-        drawn, passes = sample.unmask(dd, torch.zeros(5, 1), tokens, tokens == MASK, steps, "confidence", 0.0)
-        assert (drawn != MASK).all() and passes == min(steps, L)
-    probs = torch.softmax(dd.table[-1][:, :-1].double(), 1)  # -1: the state of three masks
-    first = probs.max(1).values.argmax()
-    assert drawn[0, first] == probs[first].argmax()
-
-
-@pytest.mark.parametrize("order", ["random", "confidence", "entropy"])
+@pytest.mark.parametrize("order", sample.ORDERS)
 def test_rows_leave_once_their_reading_is_complete(order):
     """Read is what stands before the first EOS. Its law is as if every row had been unmasked to its end (for random
     order also by enumeration), but fewer rows go through the network."""
@@ -187,15 +170,10 @@ def test_entropy_order_keeps_its_bound(monkeypatch, gamma):
             continue
         joint, conditionals, dd = joint_system(seed)
         reveals = []
-
-        def watched(predict, masked, *rest):
-            for reveal, ids in sample.by_entropy(predict, masked, *rest):
-                reveals.append(reveal[0].nonzero()[:, 0].tolist())
-                yield reveal, ids
-        monkeypatch.setitem(sample.ORDERS, "watched", watched)
         tokens = torch.tensor([state])
-        drawn, passes = sample.unmask(dd, torch.zeros(1, 1), tokens, tokens == MASK, None, "watched",
-                                      generator=torch.Generator().manual_seed(seed))
+        _, passes = sample.unmask(dd, torch.zeros(1, 1), tokens, tokens == MASK, 1, "entropy",
+                                  generator=torch.Generator().manual_seed(seed),
+                                  watch=lambda _, reveal: reveals.append(reveal[0].nonzero()[:, 0].tolist()))
         assert passes == len(reveals) and sorted(sum(reveals, [])) == [i for i in range(L) if state[i] == MASK]
         law, marginals = conditionals(state)
         entropy = [torch.special.entr(p).sum().item() for p in marginals]
@@ -216,11 +194,11 @@ def test_entropy_order_keeps_its_bound(monkeypatch, gamma):
 
 def test_drawn_tokens_follow_the_softmax_and_never_the_mask():
     logits = torch.tensor([[0.0, 1.0, 2.0, 50.0]]).expand(50_000, 4)
-    drawn, probs, entropy = sample.draw_tokens(logits, 2.0, torch.Generator().manual_seed(0))
+    drawn, entropies = sample.draw_tokens(logits, 2.0, torch.Generator().manual_seed(0))
     expected = torch.softmax(logits[0, :3].double() / 2, 0)
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     assert shares[3] == 0 and (shares[:3] - expected).abs().max() < 0.01
-    assert torch.allclose(probs, expected[drawn]) and torch.allclose(entropy, -(expected * expected.log()).sum())
+    assert torch.allclose(entropies, -(expected * expected.log()).sum())
 
 
 def test_euler_and_guidance_in_closed_form():
@@ -340,11 +318,11 @@ def test_sizes_are_refused_before_any_work(dd, monkeypatch, height, width, messa
 @pytest.mark.parametrize("temperature, dtype", [(0.0, torch.float32), (1.0, torch.float64)])
 def test_probabilities_are_few_at_a_time_and_a_draw_is_in_float64(monkeypatch, temperature, dtype):
     logits, seen = torch.randn(1000, 7, generator=seeded()), spy(monkeypatch, torch, "softmax")
-    drawn, sure, _ = sample.draw_tokens(logits, temperature, seeded())
+    drawn, entropies = sample.draw_tokens(logits, temperature, seeded())
     assert max(shape[0] for shape in seen) <= 256 and sum(shape[0] for shape in seen) == 1000
     monkeypatch.undo()
     probs = torch.softmax(logits[:, :-1].to(dtype), 1)
-    assert torch.equal(sure, probs.gather(1, drawn[:, None])[:, 0]) and sure.dtype == dtype
+    assert torch.equal(entropies, torch.special.entr(probs).sum(1)) and entropies.dtype == dtype
     assert temperature or torch.equal(drawn, probs.argmax(1))
 
 
@@ -376,6 +354,22 @@ def test_captions_by_question_and_answers_with_a_suffix(dd, pixels, settings, mo
     settings.caption_prompt = ""
     sample.caption(dd, pixels)
     assert seen[-1][1].sum() == 23 and seen[-1][2][1] == "entropy"  # a text of nothing but blanks, as before
+
+
+def test_training_and_sampling_give_the_same_prompt(dd, settings):
+    """That of a caption is `caption_prompt`; that of a question has the suffix, but only once."""
+    settings.caption_prompt, settings.answer_suffix = "describe the image", "one word"
+    source = SimpleNamespace(image=lambda i: np.zeros((64, 64, 3), np.uint8), caption=lambda i, rng: "a red circle",
+                             question=lambda i, rng: ("what color?", "red"))
+    subset = data.Subset(source, np.arange(1))
+    for share, text, asked in ((0, "", "describe the image"), (1, ("what color?", ""), "what color? one word"),
+                               (1, ("what color? one word", ""), "what color? one word")):
+        prompt = dd.tokenizer.prompt_ids(asked, settings.length)
+        recipe = SimpleNamespace(batch=1, drop=0, questions=share)
+        learned, = data.Batches(subset, subset, dd.tokenizer, settings, recipe, 0, slice(0, 1))[0]
+        ids, maskable = sample.text_ids(dd, text)
+        assert ids[:len(prompt)] == learned.tokens[0, :len(prompt)].tolist() == prompt
+        assert maskable == learned.maskable[0].tolist() == [len(prompt) <= i < 23 for i in range(24)]
 
 
 def test_empty_answers(dd, pixels, monkeypatch):
@@ -441,10 +435,10 @@ def test_a_sheet(tmp_path):
     """Four cells per row, even if there are fewer; as high as the longest text; a full disk leaves what was there."""
     image, path = np.zeros((64, 64, 3), np.uint8), tmp_path / "x.png"
     sample.sheet(str(path), [(image, "one line")] * 5)
-    assert Image.open(path).size == (800, 2 * (192 + 24))
+    assert Image.open(path).size == (4 * 200 - 8, 2 * (200 + 15) - 8)
     sample.sheet(str(path), [(image, "one line"), (image, "some words " * 5 + "\nand two\n\nlines")])
-    assert Image.open(path).size == (800, 192 + 24 + 15 * 4)
-    assert np.asarray(Image.open(path))[4:196, 4:196].max() == 0  # the image alone, nothing over it
+    assert Image.open(path).size == (4 * 200 - 8, 192 + 15 * 4)
+    assert np.asarray(Image.open(path))[:192, :192].max() == 0  # the image alone, nothing over it
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
@@ -456,22 +450,29 @@ def test_a_sheet(tmp_path):
 
 
 @pytest.mark.parametrize("count, columns, size", [(1, 1, (10, 6)), (3, 2, (22, 14)), (4, 4, (46, 6))])
-def test_a_page_of_tiles(count, columns, size):
-    images = [Image.new("RGB", (10, 6), (k, 0, 0)) for k in range(count)]
-    page = sample.tile(images, columns)
+def test_a_page(count, columns, size):
+    images = [np.full((6, 10, 3), k, np.uint8) for k in range(count)]
+    page = sample.page(images, columns)
     assert page.size == size
     assert [page.getpixel((k % columns * 12, k // columns * 8)) for k in range(count)] == [
-        (k, 0, 0) for k in range(count)]
+        (k, k, k) for k in range(count)]
+
+
+class Counting(Tokenizer):
+    """A text is a number n, and its words are 10, 11, ..., n of them. Every prompt is one token."""
+    def __init__(self):
+        self.mask_id, self.eos_id = 99, 1
+        self.pieces = SimpleNamespace(encode=lambda n: [*range(10, 10 + n)])
+
+    def prompt_ids(self, question, length):
+        return [2]
 
 
 def test_a_text_that_fills_its_length_goes_on_in_the_windows_that_training_draws(monkeypatch):
     """A network that knows texts of 0 to 29 words by heart, word k after word k-1, writes each to its end, in a window
     of eight tokens, after a prompt of one."""
-    eos, prompt, mask = 1, 2, 99
-    tokenizer = SimpleNamespace(
-        mask_id=mask, eos_id=eos, encode=lambda n: [*range(10, 10 + n), eos], prompt_ids=lambda *_: [prompt],
-        question_ids=lambda _, n, length: ([prompt, *range(10, 10 + n), *[eos] * 7][:7] + [eos],
-                                           [False] + [True] * 6 + [False]))
+    tokenizer = Counting()
+    mask, eos, (prompt,) = tokenizer.mask_id, tokenizer.eos_id, tokenizer.prompt_ids("", 8)
 
     def ddit(latents, t, text, predict=None, image_rows=None):
         assert text.shape[1] == 8
@@ -492,7 +493,7 @@ def test_a_text_that_fills_its_length_goes_on_in_the_windows_that_training_draws
     texts, _ = sample.unmask_in_blocks(dd, torch.arange(30)[:, None], tokens, maskable, 1, "entropy")
     for n, text in enumerate(texts):
         assert text[:n + 2] == [prompt, *range(10, 10 + n), eos]
-        drawn = [data.learning_ids(tokenizer, ("", n), 8, np.random.default_rng(k)) for k in range(300)]
+        drawn = [tokenizer.text_ids(("?", n), 8, rng=np.random.default_rng(k)) for k in range(300)]
         assert windows[n] == {(*[mask if free else i for i, free in zip(*row)], *row[1]) for row in drawn}
 
 

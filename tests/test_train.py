@@ -28,7 +28,7 @@ import data
 import sample
 import train
 from losses import ImageHalf, TextHalf
-from model import DualDiffusion
+from model import DualDiffusion, Settings
 from sample import SHIPPED
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -257,8 +257,9 @@ def test_blocks_are_compiled_with_and_without_checkpointing(monkeypatch):
         dd = DualDiffusion.load(SHIPPED)
         learner = train.Learner(dd, {"ddit": dd.ddit, "t5": train.MaskRow(dd.t5, dd.tokenizer.mask_id)}, recipe,
                                 SimpleNamespace(parallel="ddp", **flags), torch.float32, "")
-        batch, = data.Batches(subset, subset, dd.tokenizer, recipe, 0, slice(0, 8))[0]
-        learner.backward(learner.forward(batch)[0], last=True)
+        batch, = data.Batches(subset, subset, dd.tokenizer, dd.config.settings, recipe, 0, slice(0, 8))[0]
+        loss, *_ = learner.losses(learner, batch)
+        loss.backward()
         counts.append(counter.frame_count)
         gradients.append(torch.cat([p.grad.to_local().flatten() for p in learner.parameters]))
     torch.distributed.destroy_process_group()
@@ -402,27 +403,24 @@ def test_a_model_without_t5_goes_on_with_longer_texts(without_t5, tmp_path):
 def test_a_step_is_the_same_on_any_number_of_processes(monkeypatch):
     """Rows, times, noise and masks of the whole batch, of two processes' parts of it, and of four passes."""
     recipe, tokenizer = train.RECIPES["tiny"]["3"], DualDiffusion.load(SHIPPED).tokenizer
-    feed = data.Subset(data.World(), np.arange(100))
+    feed, settings = data.Subset(data.World(), np.arange(100)), Settings(length=recipe.length)
     plain = SimpleNamespace(sample=lambda mean, logvar, noise: noise, normalize=lambda z: z)
     dd = SimpleNamespace(tokenizer=tokenizer, device=torch.device("cpu"), vae=plain, ddit=None, t5=None)
+    learner = SimpleNamespace(dd=dd, recipe=recipe,
+                              moments=lambda images: torch.zeros(len(images.pixels), 2, 16, 8, 8))
     monkeypatch.setattr(train.losses, "joint_loss", lambda ddit, t5, images, texts, *weights: (images, texts))
 
     def halves(rows, passes=1):
-        for batch in data.Batches(feed, feed, tokenizer, recipe, 0, rows, passes)[5]:
-            batch = batch._replace(images=torch.zeros(len(batch.tokens), 2, 16, 8, 8))
-            images, texts = train.training_losses(dd, batch, recipe)
-            yield batch.rows, images, texts
+        for batch in data.Batches(feed, feed, tokenizer, settings, recipe, 0, rows, passes)[5]:
+            yield batch.rows, *train.training_losses(learner, batch)
     (whole,), four = halves(slice(0, 64)), [*halves(slice(0, 64), 4)]
     two = [*halves(slice(0, 16)), *halves(slice(16, 64))]
     assert [rows for rows, _, _ in four] == [slice(k, k + 16) for k in (0, 16, 32, 48)]
     for parts in (two, four):
-        for half, field in [(1, f) for f in ImageHalf._fields] + [(2, f) for f in TextHalf._fields if f != "masked"]:
+        for half, field in [(1, f) for f in ImageHalf._fields] + [(2, f) for f in TextHalf._fields]:
             assert torch.equal(getattr(whole[half], field), torch.cat([getattr(part[half], field) for part in parts]))
-        rows = torch.cat([part[2].masked[0] + part[0].start for part in parts])  # in the whole batch
-        assert torch.equal(whole[2].masked[0], rows)
-        assert torch.equal(whole[2].masked[1], torch.cat([part[2].masked[1] for part in parts]))
     texts, noise = whole[2], torch.cat([whole[1].noise, texts_noise := whole[2].latents])
-    assert all(map(torch.equal, texts.masked, (texts.tokens != texts.noisy).nonzero(as_tuple=True)))
+    assert torch.equal(texts.masked, texts.tokens != texts.noisy) and texts.masked.any()
     assert not torch.equal(whole[1].noise, texts_noise)  # what samples the posterior is not the noise of the loss
     assert abs(noise.mean()) < 5 / noise.numel() ** 0.5 and abs(noise.std() - 1) < 0.02
 
@@ -435,6 +433,34 @@ def in_process(monkeypatch, *args):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("by_flags", [True, False])
+def test_the_model_learns_prompts_of_the_flags_or_of_the_starting_file(monkeypatch, tmp_path, by_flags):
+    """And the file that a stage leaves has them."""
+    prompts, flags = {"caption_prompt": "what is there?", "answer_suffix": "in a word"}, []
+    start, path = DualDiffusion.load(SHIPPED), str(tmp_path / "start.safetensors")
+    for name, text in prompts.items():
+        if by_flags:
+            flags += ["--" + name.replace("_", "-"), text]
+        else:
+            setattr(start.config.settings, name, text)
+    start.save(path)
+    asked, plain = [], train.training_losses
+
+    def watch(learner, batch):
+        for ids, may in zip(batch.tokens, batch.maskable):
+            asked.append(start.tokenizer.decode(ids[~may]))
+        return plain(learner, batch)
+    monkeypatch.setattr(train, "training_losses", watch)
+    monkeypatch.setattr(train, "show_samples", lambda *_: None)
+    in_process(monkeypatch, "--stage", 3, "--init", path, "--steps", 1, "--length", 40, "--out", tmp_path, *SMALL,
+               *flags)
+    captions = asked.count("Q: what is there? A:")
+    questions = sum(bool(re.fullmatch(r"Q: .+\? in a word A:", text)) for text in asked)
+    assert captions > 0 < questions and captions + questions == len(asked)
+    left = DualDiffusion.load(str(tmp_path / "stage3" / "model.safetensors")).config.settings
+    assert left == Settings(**vars(start.config.settings) | prompts | {"length": 40})
 
 
 @pytest.mark.parametrize("rank, device, index", [(None, "cuda", 0), (None, "cuda:5", 5), (3, "cuda", 3)])
@@ -527,7 +553,7 @@ def test_sheets_show_unseen_images_of_every_kind():
         def image(self, i):
             asked.append(i)
             return super().image(i)
-    train.show(DualDiffusion.load(SHIPPED), data.Subset(Sorted(), np.arange(200)))
+    train.sample_cells(DualDiffusion.load(SHIPPED), data.Subset(Sorted(), np.arange(200)))
     assert len({i // 20 for i in asked}) > 4
 
 
