@@ -38,7 +38,7 @@ SIDE = 64  # pixels; an image has four quarters of 32 x 32, with at most one thi
 SIZES = {"small": (6.0, 7.0), "large": (10.5, 11.8)}  # least and largest radius in pixels
 COLORS = {"red": 0, "yellow": 52, "green": 125, "cyan": 180, "blue": 222, "purple": 285}  # hue, degrees
 
-# A shape is a function of x, y and its radius r. x (32,) and y (32,1) say how many pixels points lie right of and
+# A shape is a function of x, y and its radius r. x (1,32) and y (32,1) say how many pixels points lie right of and
 # below the centre. The result is about the distance to the outline, negative inside. No point of a shape may have
 # |x| or |y| above 1.14 r.
 SHAPES = {
@@ -47,8 +47,7 @@ SHAPES = {
     "triangle": lambda x, y, r: np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r,  # equilateral, point up
     "cross": lambda x, y, r: np.maximum(np.maximum(abs(x), abs(y)) - r, np.minimum(abs(x), abs(y)) - 0.36 * r)}
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")  # row by row
-# Each relation has an axis (0: rows, 1: columns) and a direction.
-RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1)}
+RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1)}  # axis (0: rows), direction
 HELD = {("yellow", "triangle"), ("purple", "circle"), ("cyan", "square")}  # kept for testing
 
 
@@ -67,8 +66,8 @@ def pick(rng, options):
 
 
 class World:
-    """Scenes of one to three things, 64x64. Scene i depends on (seed, pairs, i) alone. pairs: "train" never shows a
-    HELD pair of colour and shape, "held" shows at least one in every scene. kinds: the KINDS of questions."""
+    """Scenes of one to three things, 64x64. Scene i depends on (seed, pairs, i) alone. pairs: "train" never shows
+    a HELD pair of colour and shape, "held" shows at least one in every scene. kinds: the KINDS of questions."""
     size = SIDE
 
     def __init__(self, seed=0, pairs="train", kinds=None):
@@ -90,10 +89,9 @@ class World:
             x = quarter % 2 * 32 + 16 + rng.uniform(-room, room)
             y = quarter // 2 * 32 + 16 + rng.uniform(-room, room)
             hue = (COLORS[color] + rng.uniform(-6, 6)) / 360 % 1
-            saturation = rng.uniform(0.75, 0.92)
-            value = rng.uniform(0.8, 0.95)
+            rgb = colorsys.hsv_to_rgb(hue, rng.uniform(0.75, 0.92), rng.uniform(0.8, 0.95))
             things.append(Thing(size, color, shape, quarter))
-            looks.append((x, y, radius, colorsys.hsv_to_rgb(hue, saturation, value)))
+            looks.append((x, y, radius, rgb))
         background = rng.uniform(0.86, 0.97) + rng.uniform(-0.02, 0.02, 3)
         return things, looks, background
 
@@ -112,14 +110,13 @@ class World:
     def image(self, i):
         """Draws scene i -> (64,64,3) uint8. A pixel that an outline crosses is part thing, part background."""
         things, looks, background = self.scene(i)
-        canvas = np.broadcast_to(background, (SIDE, SIDE, 3)).copy()
+        canvas = np.tile(background, (SIDE, SIDE, 1))
         for thing, (center_x, center_y, radius, rgb) in zip(things, looks):
             top = thing.quarter // 2 * 32
             left = thing.quarter % 2 * 32
             quarter = canvas[top:top + 32, left:left + 32]
-            x = np.arange(left, left + 32) + 0.5 - center_x  # of the pixels' centres
-            y = np.arange(top, top + 32)[:, None] + 0.5 - center_y
-            inside = np.clip(0.5 - SHAPES[thing.shape](x, y, radius), 0, 1)
+            y, x = np.ogrid[top + 0.5:top + 32, left + 0.5:left + 32]  # of the pixels' centres
+            inside = np.clip(0.5 - SHAPES[thing.shape](x - center_x, y - center_y, radius), 0, 1)
             quarter += inside[..., None] * (rgb - quarter)
         return (canvas * 255 + 0.5).astype(np.uint8)
 
@@ -129,10 +126,8 @@ class World:
         order = [things[k] for k in rng.permutation(len(things))]
         relation = None
         if len(order) > 1:
-            a, b, *_ = [thing.quarter for thing in order]
-            relation = pick(rng, [name for name in RELATIONS if related(a, name, b)])
-        beginning = pick(rng, ["", "", "", "there is "])
-        return beginning + pick(rng, phrasings(order, relation))
+            relation = pick(rng, [name for name in RELATIONS if related(order[0].quarter, name, order[1].quarter)])
+        return pick(rng, ["", "", "", "there is "]) + pick(rng, phrasings(order, relation))
 
     def question(self, i, rng, kind=None):
         """Draws a question, of this kind if one is given, with its answer; None where many tries find none."""
@@ -155,8 +150,7 @@ def related(a, relation, b):
 
 
 def phrasings(order, relation):
-    """Lists the captions of these things in this order, with and without quarters and relations. relation: of the
-    first thing to the second; None if there is only one thing."""
+    """Lists the captions of things in this order. relation: of the first to the second; None if there is but one."""
     a = [f"a {thing}" for thing in order]
     at = [f"a {thing} in the {QUARTERS[thing.quarter]}" for thing in order]
     if len(order) == 1:
@@ -169,8 +163,7 @@ def phrasings(order, relation):
 
 
 def refer(thing, things, rng, hide=None):
-    """Draws a phrase that fits this thing alone and names some of its size, colour and shape ("red cross", "small
-    shape"), but not the feature `hide`. Returns None after a few tries."""
+    """Draws a phrase, like "small shape", that fits this thing alone and does not name its feature `hide`; or None."""
     for _ in range(6):
         features = [f for f in ("size", "color", "shape") if f != hide and rng.random() < 0.55]
         words = [getattr(thing, feature) for feature in features]
@@ -183,40 +176,34 @@ def refer(thing, things, rng, hide=None):
 
 def ask_color(thing, phrase, things, rng):
     """Asks for the colour of a thing, which `phrase` describes -> question, answer. KINDS, below, has other kinds."""
-    question = pick(rng, [f"what color is the {phrase}?", f"what is the color of the {phrase}?"])
-    return question, thing.color
+    return pick(rng, [f"what color is the {phrase}?", f"what is the color of the {phrase}?"]), thing.color
 
 
 def draw_texts(source, i, rng, recipe):
-    """Draws the two texts of one row of a batch -> prompt, text to read. The prompt, for the image loss, is a caption;
-    with probability `recipe.drop` it is left empty, because guidance needs the velocity without a prompt, too
-    (Eq. 10). The text to read is the same caption; with probability `recipe.questions` a pair (question, answer)."""
-    caption = source.caption(i, rng)
-    question = None
+    """Draws the two texts of one row of a batch -> prompt, text to read. The prompt, for the image loss, is a
+    caption; with probability `recipe.drop` it is empty, as guidance needs the velocity without a prompt, too (Eq.
+    10). The text to read is the same caption; with probability `recipe.questions` a pair (question, answer)."""
+    caption = text = source.caption(i, rng)
     if rng.random() < recipe.questions or caption is None:
-        question = source.question(i, rng)
-    prompt = caption or ""
-    if caption is not None and rng.random() < recipe.drop:
-        prompt = ""
-    return prompt, question or caption
+        text = source.question(i, rng) or caption
+    if caption is None or rng.random() < recipe.drop:
+        return "", text
+    return caption, text
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
 
 # ---------------------------------------------------------------- kinds of questions
-# Each kind is a function of a thing, a phrase that fits it alone, all things of the scene and a random generator. It
-# returns a question and its only right answer, or None if this try finds no question; up to ten are made. So where
-# yes and no should be equally frequent, choose the answer first, then a question that has it.
+# A kind takes a thing, a phrase that fits it alone, all things and a generator. It returns a question and its only
+# right answer, or None if this try of ten finds none. For as many yes as no, choose the answer first.
 
 def ask_shape(thing, phrase, things, rng):
     phrase = phrase.replace("shape", "thing")
-    question = pick(rng, [f"what shape is the {phrase}?", f"what is the {phrase}?"])
-    return question, thing.shape
+    return pick(rng, [f"what shape is the {phrase}?", f"what is the {phrase}?"]), thing.shape
 
 
 def ask_size(thing, phrase, things, rng):
-    question = pick(rng, [f"what size is the {phrase}?", f"how big is the {phrase}?"])
-    return question, thing.size
+    return pick(rng, [f"what size is the {phrase}?", f"how big is the {phrase}?"]), thing.size
 
 
 def ask_where(thing, phrase, things, rng):
@@ -264,10 +251,9 @@ def ask_compare(thing, phrase, things, rng):
         return None
     wanted = rng.random() < 0.5  # half of the answers are yes
     relation = pick(rng, RELATIONS)
-    bigger = pick(rng, ["bigger", "smaller"])
-    sizes = ("large", "small") if bigger == "bigger" else ("small", "large")
+    bigger, size = pick(rng, [("bigger", "large"), ("smaller", "small")])
     claims = [(f"is the {phrase} {relation} the {other_phrase}?", related(thing.quarter, relation, other.quarter)),
-              (f"is the {phrase} {bigger} than the {other_phrase}?", (thing.size, other.size) == sizes)]
+              (f"is the {phrase} {bigger} than the {other_phrase}?", thing.size == size != other.size)]
     fitting = [claim for claim in claims if claim[1] == wanted]
     question, truth = pick(rng, fitting or claims)
     return question, "yes" if truth else "no"
@@ -277,20 +263,17 @@ KINDS = {"color": ask_color, "shape": ask_shape, "size": ask_size, "count": ask_
          "exists": ask_exists, "where": ask_where, "relation": ask_relation, "compare": ask_compare}
 
 
-Image.init()
-DECODED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-FORMATS = tuple(name for name in DECODED if name in Image.OPEN)  # some need a library
-ENDINGS = Image.registered_extensions()  # {".jpg": "JPEG", ...}
+ENDINGS = Image.registered_extensions()  # {".jpg": "JPEG", ...}; fills Image.OPEN, too
+FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+                if name in Image.OPEN)  # some need a library
 EXTENSIONS = tuple(ending for ending in ENDINGS if ENDINGS[ending] in FORMATS)
-# Some tools write megabytes of text into PNGs.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28  # some PNGs have megabytes of text
 WHOLE_FILE = ("", 0, -1)
 
 
 def load_image(path, height, width=None, span=WHOLE_FILE):
-    """Reads an image file of one of FORMATS -> RGB image of PIL, height x width pixels (width: as high). It is turned
-    upright by its EXIF tag, pasted on white, resized (bicubic) to cover, and cropped in the centre. span: see `Record`.
-    Raises OSError if the file cannot be opened, ValueError if it is no image."""
+    """Reads an image of one of FORMATS -> RGB image of PIL, height x width pixels: upright by its EXIF tag, on white,
+    resized to cover, cropped in the centre. span: see `Record`. Raises OSError for no file, ValueError for no image."""
     shard, start, count = span
     width = width or height
     with open(shard or path, "rb") as f:
@@ -303,12 +286,11 @@ def load_image(path, height, width=None, span=WHOLE_FILE):
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # grey in 16 bits, or in fractions of 1
                 scale = 255 if image.mode == "F" else 1 / 257
-                grey = (np.asarray(image) * scale).clip(0, 255)
-                image = Image.fromarray(grey.astype(np.uint8))
+                grey = (np.asarray(image) * scale).clip(0, 255).astype(np.uint8)
+                image = Image.fromarray(grey)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
     except UnidentifiedImageError:
         why = f"none of {', '.join(FORMATS)}"
@@ -319,8 +301,7 @@ def load_image(path, height, width=None, span=WHOLE_FILE):
 
 def to_pixels(images):
     """Images, (H,W,3) uint8 arrays or PIL's -> float32 array (B,3,H,W) in [-1,1]."""
-    pixels = np.stack(list(images))
-    return pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    return np.stack(list(images)).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
 
 
 def to_images(pixels):
@@ -330,7 +311,6 @@ def to_images(pixels):
 
 
 # ---------------------------------------------------------------- the user's files
-
 class Row(NamedTuple):
     """What a reader of files finds about one image."""
     where: str         # for messages
@@ -343,37 +323,42 @@ class Row(NamedTuple):
 
 class Record(NamedTuple):
     """One image and its texts."""
-    image: str         # a path; in a .tar, the shard's path and the member's name
-    captions: tuple    # of str; may be empty where there are questions
-    questions: tuple   # of (question, answer, ...): all answers given, the most frequent first
-    span: tuple = WHOLE_FILE  # where the bytes are: shard ("": the image's own file), first, count
+    image: str        # a path; in a .tar, the shard's path and the member's name
+    captions: tuple   # of str; may be empty where there are questions
+    questions: tuple  # of (question, answer, ...): all answers given, the most frequent first
+    span: tuple       # where the bytes are: shard ("": the image's own file), first, count
 
-    @classmethod
-    def read(cls, row):
-        """Makes a Record of a Row in one of the usual forms. Where there is a "re_caption", no other caption counts.
-        Raises ValueError for a row that cannot be used."""
-        try:
-            fields = row.fields.copy()
-            for name, content in row.files:
-                if name.lower().endswith(".json"):
-                    new = parse(content, "a record", dict)
-                else:
-                    new = {"caption": content.decode("utf-8-sig", "replace")}
-                fields |= {key: value for key, value in new.items() if value not in (None, "", [])}
-            if row.image:
-                fields["image"] = row.image
-            images = texts_of(fields, "image") or texts_of(fields, "image_path") or texts_of(fields, "file_name")
-            captions = texts_of(fields, "re_caption") or texts_of(fields, "caption") + texts_of(fields, "text")
-            answers = texts_of(fields, "answers") or texts_of(fields, "answer")
-            answers = sorted(answers, key=answers.count, reverse=True)
-            questions = conversation(fields.get("conversations") or [])
-            if answers:
-                questions += [(question, *answers) for question in texts_of(fields, "question")]
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError("not in a form that this program knows") from None
-        if len(images) != 1 or not captions + questions:
-            raise ValueError('holds not one "image" with a "caption", or with "question" and "answer"')
-        return cls(os.path.join(row.base, images[0]), tuple(captions), tuple(questions), row.span)
+
+def read_record(row):
+    """Makes a Record of a Row in one of the usual forms; a "re_caption" replaces other captions. Raises ValueError."""
+    try:
+        fields = row.fields.copy()
+        for name, content in row.files:
+            if name.lower().endswith(".json"):
+                new = parse(content, "a record", dict)
+            else:
+                new = {"caption": content.decode("utf-8-sig", "replace")}
+            fields |= {key: value for key, value in new.items() if value not in (None, "", [])}
+        if row.image:
+            fields["image"] = row.image
+        texts = functools.partial(texts_of, fields)
+        images = texts("image") or texts("image_path") or texts("file_name")
+        captions = texts("re_caption") or texts("caption") + texts("text")
+        answers = texts("answers") or texts("answer")
+        answers = sorted(answers, key=answers.count, reverse=True)
+        questions = []
+        turns = fields.get("conversations") or []  # LLaVA's, in which a human and the model take turns
+        for turn, reply in zip(turns, turns[1:]):
+            if (turn["from"], reply["from"]) == ("human", "gpt"):
+                question = turn["value"].replace("<image>", "").strip()
+                questions.append((question, reply["value"].strip()))
+        if answers:
+            questions += [(question, *answers) for question in texts("question")]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("not in a form that this program knows") from None
+    if len(images) != 1 or not captions + questions:
+        raise ValueError('holds not one "image" with a "caption", or with "question" and "answer"')
+    return Record(os.path.join(row.base, images[0]), tuple(captions), tuple(questions), row.span)
 
 
 def texts_of(fields, key):
@@ -387,17 +372,7 @@ def texts_of(fields, key):
             value = value.get("answer")
         if isinstance(value, str | int | float):
             texts.append(str(value).strip())
-    return [text for text in texts if text]
-
-
-def conversation(turns):
-    """Reads LLaVA's conversations, in which a human and the model take turns -> [(question, answer)]."""
-    questions = []
-    for turn, reply in zip(turns, turns[1:]):
-        if (turn["from"], reply["from"]) == ("human", "gpt"):
-            question = turn["value"].replace("<image>", "").strip()
-            questions.append((question, reply["value"].strip()))
-    return questions
+    return list(filter(None, texts))
 
 
 def read_list(path):
@@ -424,17 +399,21 @@ LISTS = re.compile(r"(caption|label|annotation)[^/]*\.(txt|json)$|\.(jsonl|csv|t
 
 def read_folder(path):
     """Reads a folder of images -> Rows. Texts are in every metadata.jsonl and metadata.csv; or beside each image, in a
-    .txt, .caption or .json of its name. If there is no text at all, the name of the folder is taken, with a warning."""
+    .txt, .caption or .json of its name; or, if there is no text at all, folders' names are taken, with a warning."""
     files = files_of(path)
     lists = [file for file in files if re.search(r"(^|/)metadata\.(jsonl|csv)$", file.lower())]
     for file in lists:
         yield from read_list(file)
     if lists:
         return
-    texts = [file for file in files if file.lower().endswith((".txt", ".caption", ".json"))]
-    texts = {os.path.splitext(file)[0]: file for file in texts}
-    images = [file for file in files if file.lower().endswith(EXTENSIONS)]
-    images = {file: texts.get(file) or texts.get(os.path.splitext(file)[0]) for file in images}  # 1.png.txt, 1.txt
+    texts, images = {}, {}
+    for file in files:
+        stem, ending = os.path.splitext(file)
+        if ending.lower() in (".txt", ".caption", ".json"):
+            texts[stem] = file
+        elif ending.lower() in EXTENSIONS:
+            images[file] = stem
+    images = {image: texts.get(image) or texts.get(stem) for image, stem in images.items()}  # 1.png.txt, 1.txt
     no_texts = not any(images.values())
     if images and no_texts:
         for file in files:
@@ -443,54 +422,47 @@ def read_folder(path):
                                  "image, or metadata.jsonl or metadata.csv with file_name and text")
         warn(f"{path}: {len(images)} images without texts, so the names of their folders are their captions")
     for image, file in images.items():
+        fields, files = {}, []
         if file:
             with open(file, "rb") as f:
-                yield Row(image, "", files=[(file, f.read())], image=image)
-        else:
+                files = [(file, f.read())]
+        elif no_texts:
             folder = os.path.basename(os.path.dirname(os.path.abspath(image)))
-            fields = {"caption": folder.replace("_", " ")} if no_texts else {}
-            yield Row(image, "", fields, image=image)
+            fields = {"caption": folder.replace("_", " ")}
+        yield Row(image, "", fields, files, image)
 
 
 def read_shard(path):
-    """Reads a WebDataset shard, in one pass over the headers of a .tar -> Rows. An image and its .txt or .json form a
-    sample: they stand side by side, and share their name up to the first dot (a leading dot does not count)."""
+    """Reads a WebDataset shard, in one pass over the headers of a .tar -> Rows. An image and its .txt or .json form
+    a sample: they stand side by side, and share their name up to the first dot (a leading dot does not count)."""
     def sample_of(member):
         return re.match(r"(.*/)?\.*[^.]*", os.path.normpath(member.name))[0]
-
     seen = set()
     try:
-        with open(path, "rb") as f:
-            tar = tarfile.open(path, "r:", f)
+        with tarfile.open(path, "r:") as tar:
             for name, members in itertools.groupby(tar, sample_of):
-                members = [m for m in members if m.isfile() and not HIDDEN.search(m.name)]
-                row = read_sample(tar, path, members)
-                if row and name in seen:
-                    raise ValueError(f"the files of {name} are not side by side: sort them (tar --sort=name)")
-                if row:
-                    yield row
+                files, image, span = [], "", WHOLE_FILE
+                for member in members:
+                    if HIDDEN.search(member.name) or not member.isfile():
+                        continue
+                    if member.name.lower().endswith((".txt", ".json")):
+                        files.append((member.name, tar.extractfile(member).read()))
+                    elif member.name.lower().endswith(EXTENSIONS):
+                        if image:
+                            raise ValueError(f"{member.name}: a second image, in the sample of {image}")
+                        image = member.name
+                        span = (path, member.offset_data, member.size)
+                if files or image:
+                    if name in seen:
+                        raise ValueError(f"the files of {name} are not side by side: sort them (tar --sort=name)")
+                    yield Row(image or path, path, {}, files, image, span)
                 seen.add(name)
-            f.seek(tar.offset)  # tarfile takes a damaged header for the end, but after the end are only zeros
-            rest = f.read(2 ** 20)
+            tar.fileobj.seek(tar.offset)  # a damaged header looks like the end, but after the end are only zeros
+            rest = tar.fileobj.read(2 ** 20)
             if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
                 raise ValueError(f"cut off or damaged at byte {tar.offset}")
     except Exception as error:  # of damaged headers tarfile raises whatever it likes
         raise ValueError(f"{path}: not a readable .tar shard ({error})") from None
-
-
-def read_sample(tar, path, members):
-    """Joins the files of one sample of a shard -> Row; None if it has neither image nor text."""
-    files, image, span = [], "", WHOLE_FILE
-    for member in members:
-        if member.name.lower().endswith((".txt", ".json")):
-            files.append((member.name, tar.extractfile(member).read()))
-        elif member.name.lower().endswith(EXTENSIONS):
-            if image:
-                raise ValueError(f"{member.name}: a second image, in the sample of {image}")
-            image = member.name
-            span = (path, member.offset_data, member.size)
-    if files or image:
-        return Row(image or path, path, {}, files, image, span)
 
 
 # What systems leave behind (._1.jpg, .ipynb_checkpoints, __MACOSX) is no data. ("." and ".." are parts of paths.)
@@ -508,8 +480,8 @@ def files_of(path):
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not HIDDEN.search(name)]
-        found += [f"{folder}/{name}" for name in names if not HIDDEN.search(name)]
+        folders[:] = itertools.filterfalse(HIDDEN.search, folders)
+        found += [f"{folder}/{name}" for name in itertools.filterfalse(HIDDEN.search, names)]
     return sorted(found)
 
 
@@ -522,10 +494,9 @@ def mapped(path):
 
 
 class Records:
-    """The user's data, from one or several of these: a .json list, a .jsonl or .csv, a folder of images, WebDataset
-    shards (.tar). All is read once into an index on disk, which `folder` keeps for the next time. So each record is
-    one seek away, and none lies in memory. captioned, questioned, incomplete: how many records have a caption, have a
-    question, were left out; hash: of names and texts. Raises ValueError or OSError, naming line or file."""
+    """The user's data, from a .json list, a .jsonl or .csv, a folder of images, a WebDataset shard (.tar), or
+    several. All is read once into an index on disk, which `folder` keeps; none lies in memory. captioned, questioned,
+    incomplete: how many have a caption, a question, were left out; hash: of names and texts. Raises ValueError."""
     def __init__(self, paths, size, folder=None):
         self.size = size
         if isinstance(paths, str):
@@ -537,13 +508,11 @@ class Records:
         if not os.path.exists(self.lines):
             os.makedirs(folder, exist_ok=True)
             write_index(self.lines, paths)
-        totals = json.loads(mapped(self.lines)[self.index[-1, 0]:].tobytes())
-        self.__dict__.update(totals)
+        vars(self).update(json.loads(mapped(self.lines)[self.index[-1, 0]:].tobytes()))
 
     @property
     def index(self):
-        """Where each line starts, and the hash of its image's name."""
-        return mapped(f"{self.lines}.npy")
+        return mapped(f"{self.lines}.npy")  # where each line starts, and the hash of its image's name
 
     def __len__(self):
         return len(self.index) - 1
@@ -558,14 +527,14 @@ class Records:
         return len(np.unique(self.index[:-1, 1]))
 
     def changed(self, i):
-        """When was the file that holds image i changed last? In ns; 0 if it is gone."""
+        """Returns when the file that holds image i was changed last, in ns; 0 if it is gone."""
         record = self.record(i)
         file = record.span[0] or record.image
         return os.stat(file).st_mtime_ns if os.path.exists(file) else 0
 
     def split(self, count):
-        """Holds out some images: at most `count`, at most one in twenty, but at least one -> ids held out, ids of the
-        others. They are chosen by the hash of their names, so that all records of an image stay together."""
+        """Holds out `count` images, at most one in twenty, at least one -> ids held out, ids of the others.
+        They are chosen by the hash of their names, so that all records of an image stay together."""
         hashes = self.index[:-1, 1]
         images = np.unique(hashes)
         count = max(1, min(count, len(images) // 20))
@@ -585,9 +554,8 @@ class Records:
 
 
 def write_index(path, sources):
-    """Reads the user's files, and writes a record per line, with totals in the last. A .npy beside it has where each
-    line starts, and a hash of its image: of the path as seen from the folder that holds all sources, and in a shard of
-    the member's name."""
+    """Writes a record per line, with totals in the last. A .npy beside it has where each line starts, and a hash
+    of its image: of the path from the folder that holds all sources, and in a shard of the member's name."""
     index = array("q")
     digest = hashlib.sha256()
     totals = {"captioned": 0, "questioned": 0, "incomplete": 0, "first_incomplete": []}
@@ -596,16 +564,17 @@ def write_index(path, sources):
     with replacing(path) as beside, open(beside, "wb") as f:
         for source in tqdm(sources, desc="reading", unit="file", disable=len(sources) == 1):
             for record in usable_records(source, totals):
-                file = os.path.relpath(os.path.realpath(record.span[0] or record.image), base)
-                member = os.path.relpath(record.image, record.span[0]) if record.span[0] else None
+                image, captions, questions, (shard, *extent) = record
+                file = os.path.relpath(os.path.realpath(shard or image), base)
+                member = os.path.relpath(image, shard) if shard else None
                 identity = hashlib.sha256(repr((file, member)).encode()).digest()
-                texts = record.captions, record.questions, record.span[1:]
+                texts = captions, questions, tuple(extent)
                 digest.update(identity + repr(texts).encode())
                 index.extend((f.tell(), int.from_bytes(identity[:7])))
                 line = json.dumps(record, ensure_ascii=False)
                 f.write(line.encode(errors="replace") + b"\n")
-                totals["captioned"] += bool(record.captions)
-                totals["questioned"] += bool(record.questions)
+                totals["captioned"] += bool(captions)
+                totals["questioned"] += bool(questions)
         index.extend((f.tell(), 0))
         totals["hash"] = digest.hexdigest()
         f.write(json.dumps(totals).encode())
@@ -613,9 +582,9 @@ def write_index(path, sources):
 
 
 def usable_records(source, totals):
-    """Reads one source -> Records, and counts those that are left out. Raises ValueError if none can be used or, of a
-    list or shard, only the smaller part."""
-    if os.path.isdir(source):
+    """Reads one source -> Records, and counts the others. Raises ValueError if few (of a folder, none) can be used."""
+    is_folder = os.path.isdir(source)
+    if is_folder:
         rows = read_folder(source)
     elif source.endswith(".tar"):
         rows = read_shard(source)
@@ -624,7 +593,7 @@ def usable_records(source, totals):
     good, bad = 0, []
     for row in rows:
         try:
-            record = Record.read(row)
+            record = read_record(row)
             if not record.span[0] and not os.path.isfile(record.image):
                 raise ValueError(f"no such image: {record.image}")
             yield record
@@ -633,7 +602,7 @@ def usable_records(source, totals):
             bad.append(f"{row.where}: {error}")
     if not good and not bad:
         raise ValueError(f"{source}: holds no images with texts")
-    if not good or len(bad) > good and not os.path.isdir(source):
+    if not good or len(bad) > good and not is_folder:
         raise ValueError(f"{source}: {len(bad)} records cannot be used, {good} can; {bad[0]}")
     totals["incomplete"] += len(bad)
     totals["first_incomplete"] = totals["first_incomplete"] or bad[:1]
@@ -654,8 +623,8 @@ class Subset(NamedTuple):
     latents: str = ""  # a .npy whose [i] are the moments of image i
 
     def record(self, k):
-        """Returns which record the k-th is, and its image: moments (2,C,h,w) if there are latents, else pixels (3,H,W)
-        in [-1,1]. In place of an image that cannot be read the next is taken."""
+        """Returns which record the k-th is, or the next that can be read, and its
+        image: moments (2,C,h,w) if there are latents, else pixels (3,H,W) in [-1,1]."""
         for n in range(k, k + 100):
             i = int(self.ids[n % len(self.ids)])
             if self.latents:
@@ -675,8 +644,8 @@ def fingerprint(source):
 
 
 def with_latents(subset, vae, folder, limit):
-    """Returns the subset with its images encoded, if they are at most `limit`. Images that cannot be read are left out.
-    This is done once: the moments are in a file, whose name is a hash of all that they depend on."""
+    """Returns the subset with its images encoded, if they are at most `limit`, without those that cannot be
+    read. This is done once: the moments are in a file, whose name is a hash of all that they depend on."""
     source, ids, _ = subset
     if len(ids) > limit:
         return subset
@@ -706,8 +675,11 @@ def encode_images(source, ids, vae, shape, path):
         latents = np.lib.format.open_memmap(beside, "w+", np.float16, shape)
         for part in slices(len(ids), source.size, source.size, "encoding"):
             latents[ids[part]] = np.nan
-            images = {i: readable(source, i) for i in ids[part].tolist()}
-            images = {i: image for i, image in images.items() if image is not None}
+            images = {}
+            for i in ids[part].tolist():
+                image = readable(source, i)
+                if image is not None:
+                    images[i] = image
             if images:
                 pixels = torch.from_numpy(to_pixels(images.values())).to(device)
                 moments = torch.stack(vae.encode(pixels), 1)
@@ -716,7 +688,6 @@ def encode_images(source, ids, vae, shape, path):
 
 
 # ---------------------------------------------------------------- batches
-
 class Images(NamedTuple):
     """Images of a batch. One of the two fields is None."""
     pixels: Tensor = None   # (B,3,H,W) in [-1,1]
@@ -736,9 +707,9 @@ class Batch(NamedTuple):
 
 @dataclass(eq=False)
 class Batches(torch.utils.data.Dataset):
-    """batches[step] is what one process computes at a step: a list of `accumulate` Batch. Rows are an endless stream, in
-    which each epoch has every record once. A row depends on the seed and its number alone. So a step is the same on
-    any number of processes, and after any interruption."""
+    """batches[step] is what one process computes at a step: a list of `accumulate` Batch. Rows
+    are an endless stream, every record once an epoch. A row depends on the seed and its number
+    alone, so a step is the same on any number of processes, and after any interruption."""
     images: Subset
     texts: Subset        # for the text loss; the same object, except with --text-data
     tokenizer: object    # a t5.Tokenizer
@@ -749,14 +720,14 @@ class Batches(torch.utils.data.Dataset):
     accumulate: int = 1  # passes per step
 
     def __getitem__(self, step):
-        size = (self.rows.stop - self.rows.start) // self.accumulate
-        starts = range(self.rows.start, self.rows.stop, size)
+        rows = self.rows
+        size = (rows.stop - rows.start) // self.accumulate
+        starts = range(rows.start, rows.stop, size)
         return [self.batch(step, slice(start, start + size)) for start in starts]
 
     def batch(self, step, rows):
         first = step * self.recipe.batch
-        columns = zip(*[self.row(first + k) for k in range(rows.start, rows.stop)])
-        images, text_images, *texts = columns
+        images, text_images, *texts = zip(*[self.row(first + k) for k in range(rows.start, rows.stop)])
         images = stack(self.images, images)
         text_images = images if self.texts is self.images else stack(self.texts, text_images)
         return Batch(images, text_images, *map(torch.tensor, texts), rows, self.seed * 1_000_003 + step)
@@ -765,19 +736,18 @@ class Batches(torch.utils.data.Dataset):
         """Makes row n of the stream -> image, image of the text loss, caption's ids, text's ids, which are maskable."""
         settings = self.settings
         rng = np.random.default_rng([self.seed, 1, n])
-        i, image = self.record(self.images, n)
-        caption, text = draw_texts(self.images.source, i, rng, self.recipe)
+        image, (caption, text) = self.draw(self.images, n, rng)
         text_image = image
         if self.texts is not self.images:  # --text-data
-            j, text_image = self.record(self.texts, n)
-            _, text = draw_texts(self.texts.source, j, rng, self.recipe)
+            text_image, (_, text) = self.draw(self.texts, n, rng)
         caption = self.tokenizer.encode(caption, settings.length)
         text = self.tokenizer.text_ids(text, settings.length, settings.caption_prompt, settings.answer_suffix, rng)
         return image, text_image, caption, *text
 
-    def record(self, subset, n):
+    def draw(self, subset, n, rng):
         epoch, k = divmod(n, len(subset.ids))
-        return subset.record(self.order(len(subset.ids), epoch)[k])
+        i, image = subset.record(self.order(len(subset.ids), epoch)[k])
+        return image, draw_texts(subset.source, i, rng, self.recipe)
 
     @functools.lru_cache(maxsize=4)  # the last two epochs of two subsets, 8 bytes per record
     def order(self, total, epoch):
@@ -790,7 +760,6 @@ def stack(subset, images):
 
 
 # ---------------------------------------------------------------- what all files share
-
 PIXELS = 2 ** 18  # of all images that go through the networks at once: 64 of 64x64, or one of 512x512
 
 
@@ -833,9 +802,8 @@ def parse(raw, where, kind):
 
 @contextmanager
 def replacing(path):
-    """Gives a path beside `path` to write to, and puts that file in the place of `path` once it is whole. So a full
-    disk or a Ctrl-C leaves what was there. Raises OSError with one line; a mistake in what is to be written
-    (ValueError) passes as it is."""
+    """Gives a path beside `path` to write to, and moves that file to `path` once it is whole: a full disk
+    or a Ctrl-C leaves what was there. Raises OSError with one line; a ValueError passes as it is."""
     beside = f"{path}.partial"
     try:
         yield beside
@@ -859,8 +827,7 @@ def write_text(path, text):
 
 
 def claim(path):
-    """Locks a folder by a file in it -> the lock, held until it is closed. Raises OSError where another run has it.
-    (After a kill -9 of torchrun its workers go on.)"""
+    """Locks a folder by a file in it -> the lock, held until it is closed. Raises OSError where another run has it."""
     lock = open(path, "a")
     try:
         import fcntl  # Windows has none

@@ -69,7 +69,6 @@ def masked_diffusion_loss(logits, tokens, masked, t):
 
     Two facts need not be learned (SUBS): the mask token, the last of the V, is never right, so its logit
     is left out; and a token that is not masked is known, so it costs nothing.
-
     logits (B,L,V), or (N,V) at the N masked tokens; tokens (B,L); masked (B,L) bool; t (B,)
     -> scalar. tokens, masked and t may stay on the CPU."""
     if logits.ndim == 3:
@@ -100,7 +99,6 @@ def noise_latents(latents, noise, t):
 
 def flow_matching_loss(velocity, latents, noise, weight=1.0):
     """The mean squared error against the direction of the line, noise - latents.
-
     velocity, latents, noise (B,C,H,W); weight: 1, or one per image, (B,1,1,1) -> scalar. (The
     authors' code takes the weight t^2, the paper none.) A batch without images costs 0."""
     if len(latents) == 0:

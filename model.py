@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -80,13 +80,11 @@ class Attention(nn.Module):
 
 
 class StreamBlock(nn.Module):
-    """A DiT block of one stream, split at the joint attention: `before` makes what goes into it, `after`
-    uses what comes out.
-
-    `vec` (B,width) is the time, embedded. From it come six vectors: shift, scale and gate for the attention,
-    and the same for the MLP. Shift and scale change what goes in; the gate says how much of the result is
-    added to the stream. Gates begin at zero (`DDiT.init_weights`): a new block passes its input on unchanged,
-    and learns from there."""
+    """A DiT block of one stream, split at the joint attention: `before` makes what goes into it,
+    `after` uses what comes out. `vec` (B,width) is the time, embedded. From it come six vectors:
+    shift, scale and gate for the attention, and the same for the MLP. Shift and scale change what
+    goes in; the gate says how much of the result is added to the stream. Gates begin at zero
+    (`DDiT.init_weights`): a new block passes its input on unchanged, and learns from there."""
     def __init__(self, config):
         super().__init__()
         width = config.width
@@ -107,8 +105,7 @@ class StreamBlock(nn.Module):
     def after(self, x, attended, modulation):
         gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         x = x + gate_attn[:, None] * self.attn.proj(attended)
-        h = modulate(self.norm2(x), shift_mlp, scale_mlp)
-        return x + gate_mlp[:, None] * self.mlp(h)
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class JointBlock(nn.Module):
@@ -166,7 +163,7 @@ def sincos_table(size, dim):
     omega = 10000.0 ** (-k / (dim // 4))
     angle = position[:, None] * omega
     waves = torch.cat([angle.sin(), angle.cos()], dim=1)  # (size, dim/2)
-    x = waves[None, :].expand(size, -1, -1)
+    x = waves[None].expand(size, -1, -1)
     y = waves[:, None].expand(-1, size, -1)
     return torch.cat([x, y], dim=2).reshape(1, size * size, dim).float()
 
@@ -201,8 +198,7 @@ class DDiT(nn.Module):
                 nn.init.zeros_(p)
 
     def positions(self, h, w):
-        """Returns the centred h x w crop of the position table, (1, h*w, width). Raises ValueError where the
-        table is smaller."""
+        """Returns the centred h x w crop of the position table, (1, h*w, width). Raises ValueError beyond it."""
         side = self.config.pos_size
         if h > side or w > side:
             raise ValueError(f"an image of {h}x{w} patches is larger than the model's {side}x{side} positions")
@@ -212,9 +208,9 @@ class DDiT(nn.Module):
         return table[:, top:top + h, left:left + w].flatten(1, 2)
 
     def forward(self, latents, t, text, predict=None, image_rows=None):
-        """latents (B,C,H,W), H and W multiples of the patch; t (B,) in [0,1]; text (B,L,text_dim), T5's states
-        -> velocity (B,C,H,W), logits (B,L,V). With predict, (B,L) bool on the CPU, logits are computed only at
-        its N true places, (N,V); with image_rows, the velocity only of that many first rows."""
+        """latents (B,C,H,W), H and W multiples of the patch; t (B,) in [0,1]; text (B,L,text_dim), T5's
+        states -> velocity (B,C,H,W), logits (B,L,V). With predict, (B,L) bool on the CPU, logits are computed
+        only at its N true places, (N,V); with image_rows, the velocity only of that many first rows."""
         vec = self.t_embedder(t)
         x = self.x_embedder["proj"](latents.to(vec.dtype))
         h, w = x.shape[2:]
@@ -222,7 +218,6 @@ class DDiT(nn.Module):
         text = self.context_embedder(text.to(vec.dtype))
         for block in self.joint_blocks:
             x, text = block(x, text, vec)
-
         x = self.final_layer(x[:image_rows], vec[:image_rows])
         p = self.config.patch
         velocity = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
@@ -233,8 +228,8 @@ class DDiT(nn.Module):
 
 
 class DualDiffusion(nn.Module):
-    """The whole system. `ddit`, `t5`, `vae` are modules, `tokenizer` is a t5.Tokenizer, `config` a Config. A
-    part that the file does not hold is None: stage 0 writes no ddit, and SD3's file may have no T5."""
+    """The whole system. `ddit`, `t5`, `vae` are modules, `tokenizer` is a t5.Tokenizer, `config` a Config.
+    A part that the file does not hold is None: stage 0 writes no ddit, and SD3's file may have no T5."""
     def __init__(self, config, tokenizer, ddit=None, t5=None, vae=None):
         super().__init__()
         self.config = config
@@ -245,17 +240,15 @@ class DualDiffusion(nn.Module):
 
     @classmethod
     def build(cls, config, tokenizer, parts=("ddit", "t5", "vae")):
-        """Makes a system with fresh random weights. Both vocabularies follow the tokenizer's; T5's is rounded
-        up to a multiple of 128."""
+        """Makes a system with fresh random weights. Both vocabularies
+        follow the tokenizer's; T5's is rounded up to a multiple of 128."""
         config.ddit.vocab = tokenizer.vocab_size
         config.t5.vocab_size = 128 * math.ceil(tokenizer.vocab_size / 128)
-        modules = {part: make_part(getattr(config, part)) for part in parts}
-        return cls(config, tokenizer, **modules)
+        return cls(config, tokenizer, **{part: make_part(getattr(config, part)) for part in parts})
 
     def encode_image(self, pixels):
         """Pixels (B,3,H,W) in [-1,1] -> latents as the transformer sees them (the mean of the posterior)."""
-        mean, _ = self.vae.encode(pixels.to(self.device))
-        return self.vae.normalize(mean)
+        return self.vae.normalize(self.vae.encode(pixels.to(self.device))[0])
 
     def decode_image(self, latents):
         """Latents as the transformer sees them -> pixels (B,3,8h,8w), clamped to [-1,1]."""
@@ -313,16 +306,13 @@ MODULES = {DDiTConfig: DDiT, T5Config: T5Encoder, EmbeddingsConfig: Embeddings, 
 
 
 def make_part(config):
-    """Makes the module of a part from its configuration."""
     return MODULES[type(config)](config)
 
 
 # ---------------------------------------------------------------- files
-# `find_parts` finds the tensors of each part, under our modules' names, and the configuration. That is in the
-# header (our files), in config.json (diffusers' folders), or it is SD3-medium's and T5-XXL's (other files).
-# `read_part` then makes a module, which is the only specification of its tensors: other names or shapes are
-# refused. Tensors are mapped from their files, and none is read before that.
-
+# `find_parts` finds the tensors of each part, under our modules' names, and the configuration: in the header (our
+# files), in config.json (diffusers' folders), or SD3-medium's and T5-XXL's (other files). `read_part` makes a module,
+# the only specification of its tensors: other names or shapes are refused. No mapped tensor is read before that.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # fp16 is too narrow for T5-XXL
 # Stability's single files have a prefix for each part, and so have ours.
 PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}
@@ -392,8 +382,8 @@ def read_json(path):
 
 
 def safetensors_files(folder):
-    """Lists the .safetensors of a part's folder: one file, or its shards. Of several variants, like
-    model.fp16.safetensors, the one with the shortest name counts, the plain one."""
+    """Lists the .safetensors of a part's folder: one file, or its shards. Of
+    variants, like model.fp16.safetensors, the one with the shortest name counts."""
     names = [name for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")]
     if not names:
         raise ValueError(f"{folder}: holds no .safetensors file")
@@ -425,14 +415,11 @@ def refuse_pointer(file):
 
 
 def by_our_names(part, tensors):
-    """Finds the tensors of a part in a file of ours, Stability's or diffusers' -> {our name: tensor}."""
-    prefix = PREFIXES[part]
-    others = (*PREFIXES.values(), "text_encoders.")
+    """Finds a part's tensors in a file of ours, Stability's or diffusers' -> {our name: tensor}."""
     found = {}
     for name, tensor in tensors.items():
-        if name.startswith(prefix):
-            name = name.removeprefix(prefix)
-        elif name.startswith(others):
+        name = name.removeprefix(PREFIXES[part])
+        if name.startswith((*PREFIXES.values(), "text_encoders.")):
             continue
         for line in RENAME[part].strip().splitlines():
             theirs, ours = line.split()
@@ -442,8 +429,7 @@ def by_our_names(part, tensors):
 
 
 def our_config(path, header):
-    """Reads the configuration in the header of our files -> Config; None if there is none. Raises ValueError
-    for one whose fields are not ours."""
+    """Reads the configuration in a header -> Config, or None. Raises ValueError for fields not ours."""
     try:
         sections = json.loads(header.get("config", "{}"))
     except ValueError:
@@ -454,7 +440,7 @@ def our_config(path, header):
     for name in vars(config):
         values = sections.get(name, {})
         kind = EmbeddingsConfig if "positions" in values else type(getattr(config, name))
-        wrong = values.keys() ^ {f.name for f in fields(kind)}
+        wrong = values.keys() ^ kind.__annotations__.keys()
         if wrong:
             raise ValueError(f"{path}: the configuration in its header, {name}, lacks a field or has an unknown one "
                              f"({', '.join(sorted(wrong))})")
@@ -466,12 +452,11 @@ def our_config(path, header):
 
 
 def their_config(part, values):
-    """Reads a part's configuration from a config.json; what that does not say is SD3-medium's or T5-XXL's."""
+    """Reads a part's configuration from a config.json; what it lacks is SD3-medium's or T5-XXL's."""
     config = getattr(Config(), part)
-    names = {f.name for f in fields(config)}
     for key, value in values.items():
         name = FIELDS[part].get(key, key)
-        if name in names:
+        if name in vars(config):
             setattr(config, name, value or 0)  # diffusers writes null for none
     if "attention_head_dim" in values:
         config.width = config.heads * values["attention_head_dim"]
@@ -487,13 +472,11 @@ def find_sources(path):
     names = ["transformer", "vae", "text_encoder"]
     if os.path.isdir(f"{path}/text_encoder_3"):
         names[2] = "text_encoder_3"  # beside it text_encoder is CLIP's
-    folders = [f"{path}/{name}" for name in names]
-    return [folder for folder in folders if os.path.isdir(folder)] or [path]
+    return [f"{path}/{name}" for name in names if os.path.isdir(f"{path}/{name}")] or [path]
 
 
 def find_parts(path, t5=None, vae=None, tokenizer=None):
-    """Finds what a checkpoint holds, a file or a folder -> Config, {part: {our name: tensor}}, Tokenizer or None.
-    t5, vae: a file or folder to take that part from; tokenizer: a file."""
+    """Finds what a checkpoint holds -> Config, {part: {our name: tensor}}, Tokenizer or None."""
     config = Config()
     parts, spiece = {}, None
     for source in find_sources(path):
@@ -506,8 +489,7 @@ def find_parts(path, t5=None, vae=None, tokenizer=None):
             if KEY_TENSORS[part] in found:
                 parts[part] = found
                 if not ours:
-                    values = read_json(f"{source}/config.json")
-                    setattr(config, part, their_config(part, values))
+                    setattr(config, part, their_config(part, read_json(f"{source}/config.json")))
         config = ours or config
     if not parts:
         raise ValueError(f"{path}: holds no part of SD3, T5 or D-DiT")
@@ -526,7 +508,7 @@ def find_parts(path, t5=None, vae=None, tokenizer=None):
 
 
 def find_tokenizer(path, file, spiece):
-    """Makes a Tokenizer from a file, from a folder in `path`, or from these bytes; None without any of them."""
+    """Makes a Tokenizer from a file, a folder in `path`, or these bytes; None without any of them."""
     for folder in ("tokenizer_3", "tokenizer"):
         beside = f"{path}/{folder}/spiece.model"
         if file is None and os.path.exists(beside):
@@ -544,11 +526,10 @@ def find_tokenizer(path, file, spiece):
 
 
 def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torch.float32, offload=False):
-    """Reads a file of ours, an SD3 single file, or a folder in diffusers layout -> the arguments of DualDiffusion.
-
-    t5, vae: another file or folder to take that part from; tokenizer: a spiece.model; dtype: to compute in, one
-    for all or {"ddit": dtype, "t5": dtype, "vae": dtype} (float32 for a part that is not named), None as in the
-    file; offload: T5 stays on the CPU. Raises FileNotFoundError or ValueError with one line."""
+    """Reads a file of ours, an SD3 single file, or a folder in diffusers layout -> the arguments of
+    DualDiffusion. t5, vae: another file or folder to take that part from; tokenizer: a spiece.model; dtype: to
+    compute in, one for all or {"ddit": dtype, "t5": dtype, "vae": dtype} (float32 for a part that is not named),
+    None as in the file; offload: T5 stays on the CPU. Raises FileNotFoundError or ValueError with one line."""
     config, parts, tokenizer = find_parts(path, t5, vae, tokenizer)
     check_fit(path, config, parts, tokenizer)
     dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(PARTS, dtype)
@@ -556,9 +537,8 @@ def read_parts(path, t5=None, vae=None, tokenizer=None, device="cpu", dtype=torc
     modules = {}
     for part, tensors in parts.items():
         on = "cpu" if offload and part == "t5" else device
-        kind = dtypes.get(part, torch.float32)
         try:
-            modules[part] = read_part(part, tensors, getattr(config, part), on, kind)
+            modules[part] = read_part(part, tensors, getattr(config, part), on, dtypes.get(part, torch.float32))
         except KeyError as error:
             raise ValueError(f"{files[part]}: the tensor {error.args[0]} is missing: not all of the file") from None
         except ValueError as error:
@@ -584,8 +564,8 @@ def check_fit(path, config, parts, tokenizer):
 
 
 def read_part(part, tensors, config, device, dtype):
-    """Makes the module of a part, on its device. A tensor is converted once; one that needs no conversion stays
-    mapped from its file. Raises KeyError if one is missing, ValueError if a name or shape is not the module's."""
+    """Makes the module of a part, on its device. A tensor that needs no conversion stays mapped from
+    its file. Raises KeyError if one is missing, ValueError if a name or shape is not the module's."""
     with torch.device("meta"):  # no memory yet, and no time spent on initial values
         module = make_part(config)
     if dtype is None:
@@ -614,9 +594,8 @@ def read_part(part, tensors, config, device, dtype):
 
 def join_qkv(tensors):
     """Brings tensors of diffusers' transformer into SD3's layout; others are returned as they are.
-
-    diffusers keeps q, k and v apart. And where no MLP follows a modulation (in the image head, and in the last
-    block of SD3, which ends its text stream early), diffusers stores scale, then shift."""
+    diffusers keeps q, k and v apart, and where no MLP follows a modulation (in the image head, and
+    in SD3's last block, which ends its text stream early) it stores scale, then shift."""
     if "joint_blocks.0.x_block.attn.q.weight" not in tensors:
         return tensors
     joined = {}
@@ -634,22 +613,20 @@ def join_qkv(tensors):
 
 
 def new_in_ddit(tensors, config):
-    """Makes what D-DiT has and SD3 lacks -> {name: tensor}; empty if the file is not SD3's.
-
-    SD3 adds CLIP's pooled vector to the time. With that vector at zero a constant is left, y_embedder(0), which
-    goes into the last bias of t_embedder. The last block of SD3 ends its text stream with the attention. What
-    follows there is new, and so is the text head; the velocity depends on neither. With gates at zero the text
-    passes unchanged. So for the same latents, time and text states the velocity is SD3's own."""
+    """Makes what D-DiT has and SD3 lacks -> {name: tensor}; empty if the file is not SD3's. SD3 adds
+    CLIP's pooled vector to the time. With that vector at zero a constant is left, y_embedder(0), which
+    goes into the last bias of t_embedder. The last block of SD3 ends its text stream with the attention.
+    What follows there is new, and so is the text head; the velocity depends on neither. With gates at zero
+    the text passes unchanged. So for the same latents, time and text states the velocity is SD3's own."""
     new = {}
     if "y_embedder.mlp.0.bias" in tensors:
         hidden = F.silu(tensors["y_embedder.mlp.0.bias"].float())
-        constant = tensors["y_embedder.mlp.2.weight"].float() @ hidden
-        bias = tensors["t_embedder.mlp.2.bias"].float() + constant
+        bias = tensors["t_embedder.mlp.2.bias"].float() + tensors["y_embedder.mlp.2.weight"].float() @ hidden
         new["t_embedder.mlp.2.bias"] = bias + tensors["y_embedder.mlp.2.bias"].float()
     last = f"joint_blocks.{config.depth - 1}.context_block."
     modulation = last + "adaLN_modulation.1."
     early = 2 * config.width  # SD3's last modulation: shift and scale before the attention
-    if modulation + "bias" not in tensors or len(tensors[modulation + "bias"]) != early:
+    if len(tensors.get(modulation + "bias", ())) != early:
         return new
     fresh = DDiT(replace(config, depth=1, pos_size=1))  # its heads and gates are zero
     for name, tensor in fresh.state_dict().items():
@@ -663,8 +640,7 @@ def new_in_ddit(tensors, config):
 
 def write_file(dd, path, dtype=None):
     """Writes one self-contained .safetensors: all parts under SD3's names, the tokenizer as bytes, the
-    configuration as JSON in the header. dtype: of the tensors in the file; None: as they are. Raises OSError,
-    and leaves what was there."""
+    configuration as JSON in the header. dtype: of the tensors in the file; None: as they are. Raises OSError."""
     tensors = {}
     for part, prefix in PREFIXES.items():
         module = getattr(dd, part)

@@ -38,7 +38,6 @@ def time_grid(steps, shift):
 
 def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
     """Noise (B,C,h,w) -> pixels (B,3,8h,8w), all prompts at once: Euler's steps along the ODE, from t = 1 to 0.
-
     Guidance predicts two velocities, one for the prompt and one for the negative text, which is usually empty,
     and takes negative + cfg * (prompt - negative). With cfg 1 this is the velocity for the prompt; a larger cfg
     goes further in the same direction."""
@@ -75,7 +74,6 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
 def text_to_image(dd, prompts, negative="", height=None, width=None, length=None, steps=28, cfg=None, shift=None,
                   noise=None, generator=None, watch=None):
     """Draws one image for each prompt of a list -> pixels (B,3,height,width) in [-1,1].
-
     height, width: pixels, multiples of 16; length: tokens to which a prompt is padded; steps: of Euler's method,
     in SD3 28; cfg: guidance, 1 is none; shift: of the time grid; noise (B,C,H/8,W/8): what to start from;
     watch(x, t, velocity) is called at every step. Where an argument is None, the checkpoint's own is taken.
@@ -117,7 +115,6 @@ def text_logits(dd, latents, tokens, predict):
 
 def in_random_order(masked, predict, step_of):
     """Ancestral sampling, exactly, but with fewer passes: reveals in each row the masks whose step is next.
-
     Chance alone decides at which step a token is revealed, for each token on its own (Eq. 5). The network only says
     which token it is, and it does not see the time. So all steps are drawn beforehand, and those that reveal
     nothing cost nothing."""
@@ -132,7 +129,6 @@ GAMMA = 0.1  # nats; more makes fewer passes and more errors (tests/README.md ha
 
 def by_entropy(masked, predict, step_of):
     """Reveals the surest masks of each row, as many as are nearly independent.
-
     One pass predicts each token on its own. Taking several at once errs by at most the sum of their entropies
     without the largest (a KL divergence; if all tokens but one are certain, nothing can depend on it). So a pass
     reveals the tokens of least entropy, as many as keep this sum within GAMMA."""
@@ -155,7 +151,6 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
     latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; steps: of ancestral
     sampling, for order "random"; order: one of ORDERS; temperature divides the logits, 0 takes the likeliest token;
     watch(tokens, reveal) is called after every pass. Order "random" at temperature 1 is exact ancestral sampling.
-
     A text is read up to its first EOS. Once that and all before it are revealed, the row's other masks become EOS
     without a forward pass."""
     mask_id = dd.tokenizer.mask_id
@@ -242,8 +237,7 @@ def text_ids(dd, text, length=None):
 @torch.no_grad()
 def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, temperature=0.0, whole=False, **how):
     """Unmasks one text (ids, maskable) for each image -> list of str, from the first mask on, or whole. order: by
-    default "random", the paper's, if `steps` are given, else "entropy". length: with "auto" a text is written in
-    blocks, until EOS. how: generator and watch, as in `unmask`."""
+    default "random", the paper's, if `steps` are given, else "entropy". length: "auto" writes in blocks, until EOS."""
     height, width = images.shape[2:]
     latent_size(dd, height, width)  # raises before any work is done in vain
     if len(texts) != len(images):
@@ -264,9 +258,7 @@ def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, te
 
 
 def in_float64(x):
-    if x.device.type == "mps":  # Apple's GPUs have no float64
-        x = x.cpu()
-    return x.double()
+    return (x.cpu() if x.device.type == "mps" else x).double()  # Apple's GPUs have no float64
 
 
 def draw(probs, generator):
@@ -287,9 +279,8 @@ def latent_size(dd, height, width):
     return height // factor, width // factor
 
 
-def unmask_in_blocks(dd, latents, tokens, maskable, steps, order, temperature, blocks=33, **how):
+def unmask_in_blocks(dd, latents, tokens, maskable, steps, order="random", temperature=1.0, blocks=33, **how):
     """Like `unmask`, for texts of any length, none of which is written yet -> a list of ids per text, forward passes.
-
     A text that fills its length without EOS is not at its end. So a window (t5.py) moves over it: prompt and latest
     words stay, and a block of new masks follows, until EOS, or for `blocks` blocks."""
     prompts = [row[~may].tolist()[:-1] for row, may in zip(tokens, maskable)]  # without the last EOS
@@ -312,10 +303,8 @@ def unmask_in_blocks(dd, latents, tokens, maskable, steps, order, temperature, b
 @torch.no_grad()
 def score(dd, images, texts, length=None, draws=64, seed=0):
     """Estimates how unlikely each text is, given its image -> (N,) nats: Eq. 7, an upper bound on -log p(text|image).
-
     images (N,3,H,W) in [-1,1]; texts: N captions, or pairs (question, answer), of which only the answer counts. Each
-    text is masked `draws` times, at stratified times, with the same random numbers for all texts, so that
-    differences vary little."""
+    text is masked `draws` times, with the same random numbers for all texts, so that differences vary little."""
     nats = []
     for image, text in zip(images, texts):
         generator = torch.Generator().manual_seed(seed)
@@ -332,8 +321,7 @@ def score(dd, images, texts, length=None, draws=64, seed=0):
 
 
 def rank(dd, images, questions, options, length=None):
-    """Ranks the same options as answers to one question per image -> list of str: the options, likeliest first, with
-    their probabilities in per cent."""
+    """Ranks options as answers to one question per image -> list of str: likeliest first, with their per cents."""
     lines = []
     for image, question in zip(images, questions):
         pairs = [(question, option) for option in options]
@@ -345,8 +333,7 @@ def rank(dd, images, questions, options, length=None):
 
 
 def keep_likeliest(dd, pixels, prompts, count, length=None):
-    """Keeps one of `count` drawings for each prompt, (N,3,H,W) -> (N/count,3,H,W): the one from which the model reads
-    the prompt with the greatest likelihood."""
+    """Keeps the one of `count` drawings for each prompt that best reads as it: (N,3,H,W) -> (N/count,3,H,W)."""
     best = []
     for images, prompt in zip(pixels.split(count), prompts):
         nats = score(dd, images, [prompt] * count, length, draws=16)
@@ -408,7 +395,6 @@ def at_least(least, kind=int):
 
 
 def token_count(text):
-    """An argparse type: a number, or auto."""
     return text if text == "auto" else at_least(6)(text)
 
 
@@ -427,7 +413,6 @@ def picture_name(path):
 
 
 def add_parts(parser):
-    """Adds the arguments that take parts of a model from other files."""
     parser.add_argument("--t5", help="Take T5 from this file or folder.")
     parser.add_argument("--vae", help="Take the VAE from this file or folder.")
     parser.add_argument("--spiece", help="Take T5's tokenizer, a spiece.model.")
@@ -453,8 +438,7 @@ def run_program(main, stopped="stopped", lower="--size, or give --offload"):
 
 
 def page(images, columns, texts=(), gap=2):
-    """Puts images (H,W,3) uint8 of one size on a white page, row by row, each with its lines of text below, if there
-    are any: [[str]] -> PIL image."""
+    """Puts images (H,W,3) uint8 of one size on a white page of PIL, row by row, each above its lines of text, [str]."""
     height, width, _ = images[0].shape
     across = width + gap
     texts = texts or [[]] * len(images)
@@ -472,8 +456,7 @@ def page(images, columns, texts=(), gap=2):
 
 
 def sheet(path, cells):
-    """Writes a PNG of images with their texts, four in a row. cells: [(image (H,W,3) uint8, text)], the images of one
-    size, which are shown 192 pixels wide."""
+    """Writes a page of images with their texts, four in a row. cells: [(image (H,W,3) uint8, text)]."""
     images, texts = [], []
     for image, text in cells:
         image = Image.fromarray(image).resize((192, 192), Image.Resampling.NEAREST)
@@ -486,15 +469,13 @@ def save_image(path, frames):
     """Writes an image; several become the frames of a GIF."""
     kind = ENDINGS[os.path.splitext(path)[1].lower()]
     with replacing(path) as beside:
-        frames[0].save(beside, kind, save_all=len(frames) > 1, append_images=frames[1:],
-                       duration=150, loop=0)
+        frames[0].save(beside, kind, save_all=len(frames) > 1, append_images=frames[1:], duration=150, loop=0)
 
 
 # ---------------------------------------------------------------- the program
 
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
     add = parser.add_argument_group("what to do").add_argument
     add("--vqa", nargs=2, action="append", default=[], metavar=("IMAGE", "QUESTION"),
         help="Answer a question about an image (may be repeated).")
@@ -502,7 +483,6 @@ def parse_args():
     add("--t2i", nargs="+", action="extend", default=[], metavar="TEXT", help="Draw each text.")
     add("--infill", nargs=2, action="append", default=[], metavar=("IMAGE", "TEXT"),
         help="Fill in a text about an image, one token per underscore (may be repeated).")
-
     group = parser.add_argument_group("the model")
     add = group.add_argument
     add("--ckpt", default=SHIPPED,
@@ -512,34 +492,27 @@ def parse_args():
         help="Where to run (default: the GPU, if there is one).")
     add("--dtype", choices=DTYPES, help="What to compute in (default: bf16 on a CUDA GPU, else fp32).")
     add("--offload", action="store_true", help="Keep T5 on the CPU, if GPU memory is short.")
-
     add = parser.add_argument_group("how to do it").add_argument
     add("--seed", type=int, default=0, help="Seeds all random numbers (default: 0).")
-    add("--steps", type=at_least(1),
-        help="Steps of drawing (default: 28), or of reading (default: see --order).")
+    add("--steps", type=at_least(1), help="Steps of drawing (default: 28), or of reading (default: see --order).")
     add("--order", choices=ORDERS,
         help="In which order tokens are unmasked (default: entropy; with --steps, random).")
     add("--temperature", type=at_least(0, float), default=0.0,
         help="Divides the logits of tokens; 0 takes the likeliest token (default: 0).")
     add("--length", type=token_count,
         help="Length of a text; auto takes as many as it needs (default: the checkpoint's).")
-    add("--options", nargs="+", default=[], metavar="ANSWER",
-        help="Rank these answers to --vqa by their probability.")
-    add("--suffix", metavar="TEXT", help="Is added to every question (default: the checkpoint's).")
+    add("--options", nargs="+", default=[], help="Rank these answers to --vqa by their probability.")
+    add("--suffix", help="Is added to every question (default: the checkpoint's).")
     add("--show-passes", action="store_true", help="Print a text after every forward pass, too; _ is a mask.")
     add("--num", type=at_least(1), default=1, help="Images per prompt (default: 1).")
     add("--best-of", type=at_least(1), default=1,
         help="Draw N images for each and keep the one that best reads as the prompt (default: 1).")
     add("--cfg", type=float, help="Guidance; 1 is none (default: the checkpoint's).")
-    add("--negative", default="", metavar="TEXT",
-        help="The text that guidance leads away from (default: the empty text).")
-    add("--size", type=image_size,
-        help="Pixels: 512, or WIDTHxHEIGHT (default: the checkpoint's).")
-    add("--trace", type=picture_name,
-        help="Write the steps of drawing, too, as a moving .gif, .png or .webp.")
+    add("--negative", default="", help="The text that guidance leads away from (default: the empty text).")
+    add("--size", type=image_size, help="Pixels: 512, or WIDTHxHEIGHT (default: the checkpoint's).")
+    add("--trace", type=picture_name, help="Write the steps of drawing, too, as a moving .gif, .png or .webp.")
     add("--out", type=picture_name, default="out.png",
         help="Where to write the drawing, or the page of all drawings (default: out.png).")
-
     args = parser.parse_args()
     if not (args.vqa or args.caption or args.infill or args.t2i):
         fail("nothing to do: give --vqa, --caption, --t2i or --infill (--help shows how)")
@@ -553,8 +526,8 @@ def parse_args():
 
 
 def prepare_text(dd, text, room):
-    """Returns a typed text as the model knows it: each word in lower case, if a small vocabulary takes fewer tokens for
-    that. Warns of unknown words, and of more than `room` tokens."""
+    """Returns a text with each word in lower case, if a small vocabulary takes fewer tokens for that. Warns of unknown
+    words, and of more than `room` tokens."""
     def count(text):
         return len(dd.tokenizer.pieces.encode(text))
 
@@ -656,11 +629,10 @@ def main():
         settings.answer_suffix = args.suffix
     args.height, args.width = args.size or (settings.size, settings.size)
     latent_size(dd, args.height, args.width)  # raises before any work is done in vain
-    generator = torch.Generator().manual_seed(args.seed)
     if reads:
-        read_images(dd, args, generator)
+        read_images(dd, args, torch.Generator().manual_seed(args.seed))
     if args.t2i:
-        draw_page(dd, args, generator)
+        draw_page(dd, args, torch.Generator().manual_seed(args.seed))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,12 @@ SENTINELS = 100  # <extra_id_0> ... <extra_id_99>, counted down from the top of 
 
 
 class Tokenizer:
-    """Turns text into ids and back. The ids are SentencePiece's own pieces (padding 0, end of sequence 1,
-    unknown 2), then the 100 sentinels, of which the last, `<extra_id_0>`, is the mask token. SentencePiece
-    does not know the sentinels, so nothing that a user types can become one.
-
-    There is no attention mask anywhere. A shorter text is padded with EOS (end of sequence), and to the
-    model this padding is text like any other: it is masked, predicted and counted in the loss. So the
-    model learns where to stop, and `decode` cuts at the first EOS."""
+    """Turns text into ids and back. The ids are SentencePiece's own pieces (padding 0, end of
+    sequence 1, unknown 2), then the 100 sentinels, of which the last, `<extra_id_0>`, is the mask
+    token. SentencePiece does not know the sentinels, so nothing that a user types can become one.
+    There is no attention mask anywhere. A shorter text is padded with EOS (end of sequence),
+    and to the model this padding is text like any other: it is masked, predicted and counted
+    in the loss. So the model learns where to stop, and `decode` cuts at the first EOS."""
     def __init__(self, model: bytes):
         """`model`: the bytes of a `spiece.model` file. Raises ValueError for anything else."""
         self.model = model
@@ -56,41 +55,37 @@ class Tokenizer:
         return self.pieces.decode([i for i in ids if i < len(self.pieces)])
 
     def text_ids(self, text, length, caption_prompt="", answer_suffix="", rng=None):
-        """Turns a caption (str), or a question with its answer (a pair of str), into ids, and says which
-        of them may be masked -> ids, maskable: two lists of this length.
-
-        A question becomes "Q: {question} A:", and only the answer may be masked. A caption stands alone,
-        or it answers the question `caption_prompt`. `answer_suffix` is added to every other question that
-        does not end with it. With `rng` a text that is too long gives one of its windows, see below.
-
-        The last token is EOS in every text and is never masked. It tells T5, which knows only distances
-        between tokens, how far away the end is; in a text of masks alone all tokens would look the same.
-        (The authors' code masks it too.)"""
+        """Turns a caption (str), or a question with its answer (a pair of str), into ids, and says which of
+        them may be masked -> ids, maskable: two lists of this length. A question becomes "Q: {question} A:",
+        and only the answer may be masked. A caption stands alone, or it answers the question
+        `caption_prompt`. `answer_suffix` is added to every other question that does not end with it. With
+        `rng` a text that is too long gives one of its windows, see below. The last token is EOS in every
+        text and is never masked. It tells T5, which knows only distances between tokens, how far away the
+        end is; in a text of masks alone all tokens would look the same. (The authors' code masks it too.)"""
         if isinstance(text, str):
-            question = caption_prompt
+            prompt = self.prompt_ids(caption_prompt, length) if caption_prompt else []
         else:
             question, text = text
             if not question.endswith(answer_suffix):
                 question = f"{question} {answer_suffix}"
-        prompt = self.prompt_ids(question, length) if question else []
+            prompt = self.prompt_ids(question, length)
         words = self.pieces.encode(text)
         room = length - 1 - len(prompt)
         if rng is not None and len(words) >= room > 0:
             return random_window(self, prompt, words, length, rng)
         ids = self.pad(prompt + words, length)
-        maskable = [False] * len(prompt) + [True] * room + [False]
-        return ids, maskable
+        return ids, [False] * len(prompt) + [True] * room + [False]
 
     def prompt_ids(self, question, length):
-        """Returns "Q: {question} A:", the authors' words, as ids without EOS. A question that is too long
-        is cut: room is left for the answer, a third of the length, but at most eight tokens."""
+        """Returns "Q: {question} A:", the authors' words, as ids without EOS. A question that is too
+        long is cut: room is left for the answer, a third of the length, but at most eight tokens."""
         question = self.pieces.encode(f"Q: {question}")
         ending = self.pieces.encode("A:")
         room = length - min(8, length // 3) - len(ending)
         return question[:room] + ending
 
     def blank_ids(self, text, length):
-        """Turns a text with underscores into ids, maskable: each underscore is one token to fill in."""
+        """Turns a text with underscores into ids, maskable: each is one token to fill in."""
         space = self.pieces.piece_to_id("▁")  # SentencePiece begins every text with a space
         ids = []
         for k, part in enumerate(text.split("_")):
@@ -127,9 +122,8 @@ class RMSNorm(nn.Module):
 
 
 def relative_position_bucket(distance, buckets, max_distance):
-    """Maps a distance, key position minus query position, to a bucket. Half of the buckets are for each
-    direction. Within a half, short distances have a bucket each; beyond, buckets grow wider
-    logarithmically, up to `max_distance`."""
+    """Maps a distance, key position minus query position, to a bucket. Half of them are for each
+    direction: one per short distance, then logarithmically wider ones, up to `max_distance`."""
     half = buckets // 2
     exact = buckets // 4
     near = distance.abs()
@@ -140,8 +134,8 @@ def relative_position_bucket(distance, buckets, max_distance):
 
 
 class SelfAttention(nn.Module):
-    """T5's attention has no biases in its projections and no division by sqrt(d_kv), which is part of the
-    initial weights instead. Positions enter as a bias on the scores."""
+    """T5's attention has no biases in its projections and no division by sqrt(d_kv), which
+    is part of the initial weights instead. Positions enter as a bias on the scores."""
     def __init__(self, config, has_relative_bias):
         super().__init__()
         self.config = config
@@ -159,8 +153,8 @@ class SelfAttention(nn.Module):
         position = torch.arange(length, device=device)
         distance = position[None, :] - position[:, None]
         bucket = relative_position_bucket(distance, config.buckets, config.max_distance)
-        bias = rearrange(self.relative_attention_bias(bucket), "q k heads -> 1 heads q k")
-        return bias.contiguous()  # once here, or fused attention would copy it in every layer
+        # contiguous once here, or fused attention would copy it in every layer
+        return rearrange(self.relative_attention_bias(bucket), "q k heads -> 1 heads q k").contiguous()
 
     def forward(self, x, bias):
         heads = self.config.num_heads
@@ -179,18 +173,16 @@ class DenseGated(nn.Module):
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x):
-        gate = F.gelu(self.wi_0(x), approximate="tanh")
-        return self.wo(gate * self.wi_1(x))
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
 
 
 class Block(nn.Module):
     """Attention (`layer.0` in the checkpoint), then the feed-forward network (`layer.1`)."""
     def __init__(self, config, has_relative_bias):
         super().__init__()
-        attention = SelfAttention(config, has_relative_bias)
-        attention = nn.ModuleDict({"SelfAttention": attention, "layer_norm": RMSNorm(config.d_model)})
-        dense = nn.ModuleDict({"DenseReluDense": DenseGated(config), "layer_norm": RMSNorm(config.d_model)})
-        self.layer = nn.ModuleList([attention, dense])
+        attention = {"SelfAttention": SelfAttention(config, has_relative_bias), "layer_norm": RMSNorm(config.d_model)}
+        dense = {"DenseReluDense": DenseGated(config), "layer_norm": RMSNorm(config.d_model)}
+        self.layer = nn.ModuleList([nn.ModuleDict(attention), nn.ModuleDict(dense)])
 
     def forward(self, x, bias):
         attention, dense = self.layer
@@ -208,12 +200,11 @@ class T5Encoder(nn.Module):
         init_weights(self)
 
     def forward(self, tokens):
-        """Tokens (B,L), long -> states (B,L,d_model): one vector per token, on the tokens' device even if
-        T5 itself is on another."""
+        """Tokens (B,L), long -> states (B,L,d_model): one vector per
+        token, on the tokens' device even if T5 itself is on another."""
         x = self.shared(tokens.to(self.shared.weight.device))
         blocks = self.encoder["block"]
-        first_attention = blocks[0].layer[0]["SelfAttention"]  # its position bias serves all blocks
-        bias = first_attention.position_bias(tokens.shape[1], x.device)
+        bias = blocks[0].layer[0]["SelfAttention"].position_bias(tokens.shape[1], x.device)  # serves all
         for block in blocks:
             x = block(x, bias)
         return self.encoder["final_layer_norm"](x).to(tokens.device)
@@ -233,19 +224,17 @@ def init_weights(encoder):
     if encoder.shared.weight.is_meta:  # a file will give the values
         return
     for name, p in encoder.named_parameters():
-        if p.ndim != 2:
-            continue
-        fan_in = p.shape[1]
-        if ".q." in name:
-            fan_in *= config.d_kv
-        elif name == "shared.weight":
-            fan_in = 1
-        nn.init.normal_(p, std=fan_in ** -0.5)
-    attention = encoder.encoder["block"][0].layer[0]["SelfAttention"]
-    with torch.no_grad():
-        init_position_bias(attention.relative_attention_bias.weight, config)
+        if p.ndim == 2:
+            fan_in = p.shape[1]
+            if ".q." in name:
+                fan_in *= config.d_kv
+            elif name == "shared.weight":
+                fan_in = 1
+            nn.init.normal_(p, std=fan_in ** -0.5)
+    init_position_bias(encoder.encoder["block"][0].layer[0]["SelfAttention"].relative_attention_bias.weight, config)
 
 
+@torch.no_grad()
 def init_position_bias(table, config):
     """Fills the position bias, in which we differ from T5's authors. It alone tells the order of the
     tokens, and an optimizer takes thousands of small steps to sharpen it. So it starts sharp, as in ALiBi
@@ -258,28 +247,24 @@ def init_position_bias(table, config):
         table[bucket, head] = -slope * distance.abs() - 4.0 * wrong_way
 
 
-# A window is a part of a text that is too long: the prompt, the words before some place, and a block of
-# words from there on. A model that has learned windows writes texts of any length, block by block
-# (`unmask_in_blocks` in sample.py).
-
+# A window is a part of a text that is too long: the prompt, the words before some place, and a block of words
+# from there on. A model that has learned windows writes texts block by block (`unmask_in_blocks` in sample.py).
 
 def random_window(tokenizer, prompt, words, length, rng):
     """Draws one of the windows in which a text would be written -> ids, maskable."""
     room = length - 1 - len(prompt)
-    starts = [0, *range(room, len(words) + 1, max(1, room // 4))]
-    start = starts[rng.integers(len(starts))]
-    return window_ids(tokenizer, prompt, words, start, length)
+    starts = [0] + list(range(room, len(words) + 1, max(1, room // 4)))
+    return window_ids(tokenizer, prompt, words, starts[rng.integers(len(starts))], length)
 
 
 def window_ids(tokenizer, prompt, words, start, length):
-    """Returns the ids of a window, and which are maskable: its block, the words from `start` on, then EOS.
-    The block takes a quarter of the room; in the first window, at start 0, it takes all."""
+    """Returns the ids of a window, and which are maskable: its block, the words from `start` on, then
+    EOS. The block takes a quarter of the room; in the first window, at start 0, it takes all."""
     room = length - 1 - len(prompt)
     block = max(1, room // 4) if start else room
     before = words[start - (room - block):start]
     new = tokenizer.pad(words[start:start + block], block + 1)
-    maskable = [False] * (length - 1 - block) + [True] * block + [False]
-    return prompt + before + new, maskable
+    return prompt + before + new, [False] * (length - 1 - block) + [True] * block + [False]
 
 
 @dataclass
@@ -295,18 +280,16 @@ class Embeddings(nn.Module):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        positions = torch.randn(config.positions, config.d_model) * config.d_model ** -0.5
-        self.positions = nn.Parameter(positions)
+        self.positions = nn.Parameter(torch.randn(config.positions, config.d_model) * config.d_model ** -0.5)
         self.encoder = nn.ModuleDict({"final_layer_norm": RMSNorm(config.d_model)})
 
     def forward(self, tokens):
-        x = self.shared(tokens.to(self.shared.weight.device))
-        x = x + self.positions[:tokens.shape[1]]
+        x = self.shared(tokens.to(self.shared.weight.device)) + self.positions[:tokens.shape[1]]
         return self.encoder["final_layer_norm"](x).to(tokens.device)
 
 
 def open_pieces(model):
-    """Makes SentencePiece's object from the bytes of a `spiece.model`. Raises ValueError for another's."""
+    """Makes SentencePiece's object from a `spiece.model`'s bytes. Raises ValueError for another's."""
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
@@ -318,14 +301,14 @@ def open_pieces(model):
 
 
 def train_tokenizer(lines, vocab_size):
-    """Makes a Tokenizer of at most `vocab_size` pieces from lines of text, numbered as T5's are. Unlike
-    T5's it merges pairs of bytes, which in a small vocabulary keeps every frequent word whole. Raises
-    ValueError if the texts have more letters than that."""
+    """Makes a Tokenizer of at most `vocab_size` pieces from lines of text, numbered as T5's are. Unlike T5's it
+    merges pairs, so frequent words stay whole. Raises ValueError if the texts have more letters than that."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+            sentence_iterator=iter(lines), model_writer=model, model_type="bpe",
+            vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=1.0,
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
             required_chars=string.ascii_letters + string.digits + ".,?!:;'-", minloglevel=2, num_threads=1)
     except RuntimeError as error:
         raise ValueError(f"these texts have more letters than --vocab {vocab_size}: give more ({error})") from error
@@ -333,7 +316,7 @@ def train_tokenizer(lines, vocab_size):
 
 
 def unseen_words(tokenizer, text):
-    """Lists the words that this vocabulary cannot write or, if it is small, spells almost by letters."""
+    """Lists the words that this vocabulary cannot write or, if small, spells almost by letters."""
     unseen = []
     small = len(tokenizer.pieces) < 10_000
     for word in re.findall(r"\w+|[^\w\s]", text.replace("_", " ")):

@@ -58,29 +58,29 @@ from sample import SHIPPED, at_least, fail
 @dataclass
 class Recipe:
     """The numbers of one stage. A flag of the same name overrides each; the comments are its help. The defaults are
-    those of the paper's stage 1. Table 6 has steps, batch, rate, warmup, weight_decay, size, length and text_weight. Clipping, the running average
-    and the empty captions come from the authors' code. Muon and the linear schedule are ours."""
-    steps: int = 60_000  # Optimizer steps
-    batch: int = 512  # Rows per step, over all processes
-    rate: float = 5e-5  # AdamW's learning rate after the warm-up
-    muon: float = 0.0  # Muon's learning rate, for the matrices inside the blocks; 0: AdamW learns them, too
-    warmup: int = 5000  # Steps in which the rates rise from 0
+    those of the paper's stage 1. Table 6 has steps, batch, rate, warmup, weight_decay, size, length and text_weight.
+    Clipping, the running average and the empty captions are the authors' code's; Muon, the linear schedule are ours."""
+    steps: int = 60_000         # Optimizer steps
+    batch: int = 512            # Rows per step, over all processes
+    rate: float = 5e-5          # AdamW's learning rate after the warm-up
+    muon: float = 0.0           # Muon's learning rate, for the matrices inside the blocks; 0: AdamW learns them, too
+    warmup: int = 5000          # Steps in which the rates rise from 0
     schedule: str = "constant"  # Schedule of the learning rates; linear falls to nearly 0
-    beta2: float = 0.999  # AdamW's decay of the squared gradients, per step
+    beta2: float = 0.999        # AdamW's decay of the squared gradients, per step
     weight_decay: float = 1e-2  # Weight decay of matrices
-    clip: float = 2.0  # Largest norm of the gradient
-    ema: float = 0.9995  # Decay per step of the weights' running average, which is saved; 0: none
-    size: int = 256  # Pixels of an image's side
-    length: int = 64  # Tokens of a text
-    text_weight: float = 0.2  # Weight of the text loss in Eq. 9
-    image_weight: float = 1.0  # Weight of the image loss; 0: the text loss alone, as in Table 10
-    time_mean: float = 0.0  # Mean of the image times' logit; above 0: more noise
-    time_std: float = 1.0  # Standard deviation of the image times' logit
-    drop: float = 0.1  # Share of captions left empty in the image half, for guidance
-    questions: float = 0.0  # Share of the text half that is questions with answers, not captions
-    learn_t5: str = "no"  # What learns in T5; mask: the mask token's embedding alone
-    pool: int = 25_000  # Images of the built-in world to learn from
-    vocab: int = 412  # Pieces, at most, of the tokenizer that stage 0 makes
+    clip: float = 2.0           # Largest norm of the gradient
+    ema: float = 0.9995         # Decay per step of the weights' running average, which is saved; 0: none
+    size: int = 256             # Pixels of an image's side
+    length: int = 64            # Tokens of a text
+    text_weight: float = 0.2    # Weight of the text loss in Eq. 9
+    image_weight: float = 1.0   # Weight of the image loss; 0: the text loss alone, as in Table 10
+    time_mean: float = 0.0      # Mean of the image times' logit; above 0: more noise
+    time_std: float = 1.0       # Standard deviation of the image times' logit
+    drop: float = 0.1           # Share of captions left empty in the image half, for guidance
+    questions: float = 0.0      # Share of the text half that is questions with answers, not captions
+    learn_t5: str = "no"        # What learns in T5; mask: the mask token's embedding alone
+    pool: int = 25_000          # Images of the built-in world to learn from
+    vocab: int = 412            # Pieces, at most, of the tokenizer that stage 0 makes
 
 
 # Plain shapes show through much noise: their layout is settled at t > 0.9, which mean 0 rarely draws.
@@ -102,9 +102,9 @@ RECIPES["end-to-end"] = RECIPES["sd3-medium"]
 
 
 def training_losses(learner, batch):
-    """The losses of one pass -> total, image loss, text loss (scalars). batch: a data.Batch. All random numbers are drawn
-    for the whole batch, from the step's seed, and a process uses those of its own rows. So any number of processes
-    takes the same step."""
+    """The losses of one pass, for a data.Batch -> total, image loss, text loss. All random numbers are drawn for the
+    whole batch, from the step's seed, and a process uses those of its rows. So any number of processes takes the
+    same step."""
     dd = learner.dd
     recipe = learner.recipe
     rows = batch.rows
@@ -251,25 +251,21 @@ def starting_file(args):
 
 
 def starting_point(args, recipe, texts, device, dtype):
-    """Makes the system with which a stage starts -> the system, {name: module} of what learns in this stage, in float32.
-    All else is in `dtype`; None: as in the file."""
+    """Makes the system with which a stage starts -> the system, {name: module} of what learns in it, in float32. All
+    else is in `dtype`; None: as in the file."""
     torch.manual_seed(args.seed)
     preset = copy.deepcopy(PRESETS[args.preset])
     if args.stage == "0":
         tokenizer = t5.train_tokenizer(tokenizer_texts(texts, args.seed), recipe.vocab)
         dd = DualDiffusion.build(preset, tokenizer, ["vae"]).to(device)
         return dd, {"vae": dd.vae}
-
-    found, _, _ = find_parts(*args.files)
+    found = find_parts(*args.files)[0]
     has_no_t5 = args.text_encoder == "none" or isinstance(found.t5, t5.EmbeddingsConfig)
     learns_all = recipe.learn_t5 == "all" or has_no_t5
-    dtypes = {"ddit": torch.float32, "t5": dtype, "vae": dtype}
-    if learns_all:
-        dtypes["t5"] = torch.float32
+    dtypes = {"ddit": torch.float32, "t5": torch.float32 if learns_all else dtype, "vae": dtype}
     if dtype is not None:
         dtypes["vae"] = torch.float32  # it is small, and its rounding would stay in stored latents
     dd = DualDiffusion.load(*args.files, device, dtypes)
-
     has_no_network = dd.ddit is None and dd.t5 is None
     from_shipped_parts = args.stage == "1" and args.start in (args.vae, SHIPPED) and not args.init
     starts_anew = has_no_network or from_shipped_parts
@@ -280,14 +276,12 @@ def starting_point(args, recipe, texts, device, dtype):
     missing = missing_parts(dd)
     if missing:
         fail(f"{args.start}: holds no {' and no '.join(missing)}")
-
     settings = dd.config.settings  # the file is to be used as it was trained
     settings.size = recipe.size
     settings.length = recipe.length
-    if args.caption_prompt is not None:
-        settings.caption_prompt = args.caption_prompt
-    if args.answer_suffix is not None:
-        settings.answer_suffix = args.answer_suffix
+    for name in ("caption_prompt", "answer_suffix"):
+        if getattr(args, name) is not None:
+            setattr(settings, name, getattr(args, name))
     dd.requires_grad_(False)
     modules = {"ddit": dd.ddit.requires_grad_()}
     if learns_all:
@@ -310,7 +304,7 @@ def fresh_networks(dd, preset, recipe, text_encoder):
 
 
 def tokenizer_texts(subset, seed, count=5000):
-    """Yields the texts that stage 0 makes a vocabulary from."""
+    """Yields texts for the vocabulary of stage 0."""
     for k in range(count):
         rng = np.random.default_rng([seed, 4, k])
         i = int(data.pick(rng, subset.ids))
@@ -340,20 +334,17 @@ class MaskRow(nn.Module):
 # ---------------------------------------------------------------- processes, optimizers, checkpoints
 
 def make_mesh(device, parallel):
-    """Says how the processes hold the weights. ddp: every process holds everything. fsdp: the processes of a node share
-    out gradients and optimizer state, and gather weights for a step (ZeRO-2); every node holds all of it."""
-    sharing = 1
-    if parallel == "fsdp":
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Says how processes hold the weights. ddp: each holds everything. fsdp: the processes of a node share out
+    gradients and optimizer state, and gather weights for a step (ZeRO-2); every node holds all of it."""
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if parallel == "fsdp" else 1
     shape = dist.get_world_size() // sharing, sharing
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def parallelize(module, mesh, dtype):
-    """Shares a module out among the processes of a mesh, in place, by FSDP2. From then on its parameters are DTensors:
-    `p.to_local()` is what this process holds, which in ddp is all of it. The network computes in `dtype`. The weights
-    themselves, their mean gradients and the optimizer stay in float32 (the "master weights"): a bf16 weight could not
-    take a step smaller than 1/256 of itself."""
+    """Shares a module out among the processes of a mesh, in place, by FSDP2. Its parameters become DTensors:
+    `p.to_local()` is what this process holds, in ddp all of it. The network computes in `dtype`. Weights, gradients
+    and optimizer stay in float32: a bf16 weight could not take a step smaller than 1/256 of itself."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # none is changed in place
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     parts = [part for part in module.modules() if isinstance(part, JointBlock)]
@@ -370,7 +361,7 @@ def sync_gradients(learner, last):
 
 
 def make_optimizers(modules, recipe):
-    """Makes the optimizers of {"ddit", "t5" or "vae": module} -> optimizers, [(parameter, view)]. Muon, where the recipe
+    """Makes the optimizers of {"ddit", "t5" or "vae": module} -> optimizers, [(parameter, view)]. Muon, if the recipe
     has it, learns the matrices inside the blocks: a view of each, on the same memory, a convolution's as
     (out, in * k * k). AdamW learns all else, with decay for matrices alone."""
     decayed, plain, views, muon_groups = [], [], [], []
@@ -388,7 +379,7 @@ def make_optimizers(modules, recipe):
                 muon.append(view)
             else:
                 decayed.append(p)
-        # T5 has neither 1/sqrt(d) on its attention scores nor norms on q and k, which explode at Muon's full rate.
+        # T5's attention has neither 1/sqrt(d) nor norms on q and k: at Muon's full rate its scores explode.
         peak = 0.2 * recipe.muon if name == "t5" else recipe.muon
         muon_groups.append({"params": muon, "peak": peak})
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay, "peak": recipe.rate},
@@ -412,9 +403,8 @@ def empty_state(optimizers):
 
 
 class Learner:
-    """All that a run consists of: the system dd and those of its modules that learn, {name: module}, shared out among the
-    processes; their parameters, optimizers and running averages; the recipe and the arguments; the folder and its
-    checkpoints; the images that are held out."""
+    """All that a run consists of: the system dd and those of its modules that learn, {name: module}, shared out among
+    the processes; their parameters, optimizers and running averages; recipe and arguments; held-out images."""
     def __init__(self, dd, modules, recipe, args, dtype, folder, held_out=None):
         self.dd = dd
         self.modules = modules
@@ -427,9 +417,7 @@ class Learner:
         self.saved = time.monotonic()
         self.autocast = dd.device.type == "cuda" and dtype == torch.bfloat16
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # see `save`: we mean it
-        for block in dd.modules():
-            if not isinstance(block, JointBlock | t5.Block):
-                continue
+        for block in [part for part in dd.modules() if isinstance(part, JointBlock | t5.Block)]:
             if args.compile:  # block.compile(), around FSDP's hooks and a checkpoint, compiles nothing
                 block.forward = torch.compile(block.forward)
             if args.checkpointing:
@@ -439,9 +427,7 @@ class Learner:
             parallelize(module, mesh, dtype)
         self.optimizers, self.views = make_optimizers(modules, recipe)
         self.parameters = [p for module in modules.values() for p in module.parameters()]
-        self.averages = []
-        if recipe.ema:
-            self.averages = [p.detach().clone() for p in self.parameters]
+        self.averages = [p.detach().clone() for p in self.parameters] if recipe.ema else []
 
     def moments(self, images):
         """data.Images -> the moments (B,2,C,h,w) of their latents, on the device: stored ones, or pixels encoded now.
@@ -475,8 +461,8 @@ class Learner:
         beside = f"{path}.partial"
         try:
             barrier()
-            # A lone process saves without collectives, in which gloo's threads start OpenMP teams of their own:
-            # then there are more threads than cores, and training took 1.6 times as long.
+            # A lone process saves without collectives: gloo's threads start OpenMP teams of their own. So there are
+            # more threads than cores, and training took 1.6 times as long.
             writer = HuggingFaceStorageWriter(beside, save_distributed=True)
             dcp.save(self.state(step), storage_writer=writer, no_dist=dist.get_world_size() == 1)
         except (Exception, CheckpointException) as error:
@@ -519,8 +505,7 @@ class Learner:
 
 def checkpoints(folder):
     """Lists the checkpoints that a run has left, oldest first. What a killed process was writing ends in .partial."""
-    digits = "[0-9]" * 8
-    return sorted(glob(f"{escape(folder)}/step-{digits}"))
+    return sorted(glob(f"{escape(folder)}/step-" + "[0-9]" * 8))
 
 
 class Log:
@@ -549,8 +534,8 @@ class Log:
     def write(self, done, norm, learner, validation):
         """Writes a line of metrics, means over the steps since the last. Raises ValueError if a loss is not finite."""
         means = torch.stack(self.losses).mean(0)
-        *parts, norm = mean_over_processes([*means, norm])
-        if not np.isfinite([*parts, norm]).all():
+        *parts, norm = mean_over_processes(list(means) + [norm])
+        if not np.isfinite(parts + [norm]).all():
             raise ValueError(f"the loss or its gradient is not a number at step {done}, so nothing of it was saved. "
                              "Lower --rate or --muon")
         line = {"step": done, **dict(zip(self.names, parts)), "grad_norm": norm}
@@ -569,25 +554,21 @@ class Log:
 
 
 def mean_over_processes(numbers):
-    """Takes a few numbers of each process -> list of their means over all."""
     x = torch.stack(list(numbers)).cpu()
     dist.all_reduce(x)
     return (x / dist.get_world_size()).tolist()
 
 
-def any_process(*flags):
-    """For each flag: is it set in any process? So all do what one process asks for."""
+def any_process(*flags):  # for each flag: is it set in any of them?
     return [share > 0 for share in mean_over_processes(torch.tensor(flags).float())]
 
 
 def is_first():
-    """Is this the process that writes and speaks?"""
-    return dist.get_rank() == 0
+    return dist.get_rank() == 0  # the process that writes and speaks
 
 
 def barrier():
-    """Lets all processes wait for each other, on the CPU."""
-    dist.all_reduce(torch.zeros(1))
+    dist.all_reduce(torch.zeros(1))  # on the CPU, all processes wait for each other
 
 
 @contextmanager
@@ -607,8 +588,7 @@ def noted_signals():
 
 
 def own_session(worker):
-    """Shields a process that makes batches from signals to the whole program: the last step needs it."""
-    os.setsid()
+    os.setsid()  # shields a process that makes batches from signals to the whole program: the last step needs it
 
 
 @torch.no_grad()
@@ -616,60 +596,48 @@ def validate(learner):
     """Computes both losses on images that are held out, with the same noise and masks every time."""
     steps = -(-min(256, len(learner.held_out[1].ids)) // learner.recipe.batch)
     batches = make_batches(learner, learner.held_out, UNSEEN)
-    parts = []
-    for step in range(steps):
-        for batch in batches[step]:
-            _, *losses_of_batch = learner.losses(learner, batch)
-            parts.append(torch.stack(losses_of_batch))
-    return mean_over_processes(torch.stack(parts).mean(0))
+    parts = [torch.stack(learner.losses(learner, batch)) for step in range(steps) for batch in batches[step]]
+    return mean_over_processes(torch.stack(parts).mean(0))[1:]
 
 
 def make_batches(learner, subsets, seed):
     """Makes the data.Batches of this process."""
-    images, texts = subsets
-    dd = learner.dd
     share = learner.recipe.batch // dist.get_world_size()
     first = share * dist.get_rank()
     rows = slice(first, first + share)
-    return data.Batches(images, texts, dd.tokenizer, dd.config.settings, learner.recipe, seed, rows,
+    return data.Batches(*subsets, learner.dd.tokenizer, learner.dd.config.settings, learner.recipe, seed, rows,
                         learner.args.accumulate)
 
 
 def show_samples(learner, name):
-    """Writes a sheet: eight drawings from captions, then the images of these captions with the model's caption and
-    answer; in stage 0, images beside their reconstructions. All processes draw, as they gather weights."""
-    _, subset = learner.held_out
-    cells = sample_cells(learner.dd, subset)
+    """Writes a sheet of what the model makes of held-out images. All processes draw, as they gather weights."""
+    cells = sample_cells(learner.dd, learner.held_out[1])
     if is_first():
         sample.sheet(f"{learner.folder}/{name}.png", cells)
 
 
+@torch.no_grad()
 def sample_cells(dd, subset):
-    """Draws and reads held-out images -> [(image, text)]."""
+    """Draws from captions, and reads the images of these captions; stage 0 reconstructs -> [(image, text)]."""
     source = subset.source
     rng = np.random.default_rng([0, 3])
     generator = torch.Generator().manual_seed(0)
     ids = rng.permutation(subset.ids)[:8]  # or sorted data would show one class alone
     images = [source.image(i) for i in ids]
     pixels = torch.from_numpy(data.to_pixels(images))
-    cells = []
     if dd.ddit is None:
-        with torch.no_grad():
-            decoded, _, _ = dd.vae(pixels.to(dd.device), torch.zeros(()))  # of the mean, without noise
-        for image, again in zip(images, data.to_images(decoded)):
-            cells += [(image, "image"), (again, "reconstruction")]
-        return cells
+        decoded, _, _ = dd.vae(pixels.to(dd.device), torch.zeros(()))  # of the mean, without noise
+        images += list(data.to_images(decoded))
+        return list(zip(images, ["image"] * len(ids) + ["reconstruction"] * len(ids)))
     prompts = [source.caption(i, rng) or "" for i in ids]
     drawn = data.to_images(sample.text_to_image(dd, prompts, generator=generator))
     questions = [source.question(i, rng) or ("what is this?", "") for i in ids]
     questions = [question for question, _ in questions]
     captions = sample.caption(dd, pixels, generator=generator)
     answers = sample.answer(dd, pixels, questions, generator=generator)
-    for image, prompt in zip(drawn, prompts):
-        cells.append((image, f"drawn: {prompt}"))
-    for image, caption, question, answer in zip(images, captions, questions, answers):
-        cells.append((image, f"read: {caption}\n{question}\n> {answer}"))
-    return cells
+    texts = [f"drawn: {prompt}" for prompt in prompts]
+    texts += [f"read: {text}\n{question}\n> {answer}" for text, question, answer in zip(captions, questions, answers)]
+    return list(zip(list(drawn) + images, texts))
 
 
 @torch.no_grad()
@@ -679,12 +647,9 @@ def show_batch(dd, batch, path):
     if images is None:
         mean = moments[:16, 0].to(dd.device).float()
         images = dd.decode_image(dd.vae.normalize(mean))
-    cells = []
-    for image, ids, may in zip(data.to_images(images[:16]), batch.tokens, batch.maskable):
-        prompt = dd.tokenizer.decode(ids[~may])
-        text = dd.tokenizer.decode(ids[may])
-        cells.append((image, f"{prompt} [{text}]".strip()))
-    sample.sheet(path, cells)
+    decode = dd.tokenizer.decode
+    texts = [f"{decode(ids[~may])} [{decode(ids[may])}]" for ids, may in zip(batch.tokens, batch.maskable)]
+    sample.sheet(path, list(zip(data.to_images(images[:16]), texts)))
 
 
 # ---------------------------------------------------------------- a stage from end to end, and its settings
@@ -722,8 +687,7 @@ def prepare(args, recipe, folder):
 
 def warn_of_other_numbers(args, recipe):
     """Warns where the starting file was trained with texts of another length, or with larger images."""
-    found, _, _ = find_parts(*args.files)
-    before = found.settings
+    before = find_parts(*args.files)[0].settings
     lengths = [other.length for other in RECIPES[args.preset].values()] + [recipe.length]
     if before.length not in lengths:
         warn(f"{args.start} was trained at --length {before.length}; this stage takes {recipe.length}")
@@ -756,11 +720,9 @@ def run_stage(args, recipe):
         print(f"{count:,} parameters learn from {len(texts.ids):,} records, in {settings['dtype']}, "
               f"on {dist.get_world_size()} x {args.device.type}{going_on}", file=sys.stderr)
         show_batch(dd, batches[0][0], f"{folder}/data.png")
-
     quick = images.latents or isinstance(images.source, data.World)  # but a GPU must not wait for one core
-    workers = args.workers
-    if workers is None:
-        workers = 0 if args.device.type == "cpu" and quick else min(4, os.cpu_count() or 1)
+    workers = 0 if args.device.type == "cpu" and quick else min(4, os.cpu_count() or 1)
+    workers = workers if args.workers is None else args.workers
     loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), num_workers=workers,
                         pin_memory=args.device.type == "cuda", worker_init_fn=own_session)
     log = Log(learner, start)
@@ -777,6 +739,7 @@ def is_newer(path, other):
     return os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(other)
 
 
+@torch.no_grad()
 def write_model(args, recipe, weights, texts, path):
     """Writes the file for sample.py: what was trained, and the frozen parts anew from the starting file; in float16."""
     dd, modules = starting_point(args, recipe, texts, torch.device("cpu"), None)
@@ -784,24 +747,18 @@ def write_model(args, recipe, weights, texts, path):
         module.load_state_dict(weights[name])
     if isinstance(modules.get("t5"), MaskRow):
         dd.t5.shared.weight.data[dd.tokenizer.mask_id] = modules["t5"].row.detach()
-    if args.stage == "0":
-        set_latent_scale(dd, texts)
+    if args.stage == "0":  # bring latents to mean 0 and standard deviation 1, which the transformer expects
+        pixels = torch.stack([texts.record(k)[1] for k in range(min(512, len(texts.ids)))])
+        parts = data.slices(len(pixels), recipe.size, recipe.size)
+        latents = torch.cat([dd.vae.encode(pixels[part])[0] for part in parts])  # the means
+        dd.config.vae.shift_factor = latents.mean().item()
+        dd.config.vae.scaling_factor = 1 / latents.std().item()
     dd.save(path, dtype=torch.float16)
 
 
-@torch.no_grad()
-def set_latent_scale(dd, subset):
-    """Brings latents to mean 0 and standard deviation 1, which the transformer expects."""
-    pixels = torch.stack([subset.record(k)[1] for k in range(min(512, len(subset.ids)))])
-    parts = data.slices(len(pixels), *pixels.shape[2:])
-    latents = torch.cat([dd.vae.encode(pixels[part])[0] for part in parts])  # the means
-    dd.config.vae.shift_factor = latents.mean().item()
-    dd.config.vae.scaling_factor = 1 / latents.std().item()
-
-
 def check_settings(folder, args, recipe, images, texts):
-    """Returns the settings of a run, which run.json keeps. A folder holds one run: another would overwrite what it has
-    left, and is refused. But a run at a constant rate may be made longer, and files and data may be moved."""
+    """Returns the settings of a run, which run.json keeps. A folder holds one run; another is refused. But a run at a
+    constant rate may be made longer, and files and data may be moved."""
     settings = asdict(recipe)
     for name in ("preset", "text_encoder", "seed", "caption_prompt", "answer_suffix"):
         settings[name] = getattr(args, name)
@@ -838,24 +795,20 @@ def default_dtype(args):
 def add_arguments(parser, recipe):
     add = parser.add_argument
     paths = "Images and texts, in .json, .jsonl, .csv, .tar or folders"
-    add("--data", nargs="+", metavar="PATH", help=f"{paths} (default: the built-in world).")
-    add("--image-data", nargs="+", metavar="PATH", help=f"{paths}, for the image loss alone (default: --data).")
-    add("--text-data", nargs="+", metavar="PATH", help=f"{paths}, for the text loss alone (default: --data).")
+    add("--data", nargs="+", help=f"{paths} (default: the built-in world).")
+    add("--image-data", nargs="+", help=f"{paths}, for the image loss alone (default: --data).")
+    add("--text-data", nargs="+", help=f"{paths}, for the text loss alone (default: --data).")
     add("--init", help="The checkpoint to start from (default: what the stage before left).")
     sample.add_parts(parser)
-    add("--text-encoder", choices=["t5", "none"], default="t5",
-        help="With none embeddings learn in T5's place, as in Table 9 (default: t5).")
+    add("--text-encoder", choices=["t5", "none"], default="t5", help="none: learned embeddings, Table 9 (default: t5).")
     add("--caption-prompt", help="The question that asks for a caption (default: the starting file's).")
     add("--answer-suffix", help="Is added to every question (default: the starting file's).")
     add("--out", default="runs", help="Where stageN/ folders are made (default: runs).")
     add("--seed", type=int, default=0, help="Seeds all random numbers (default: 0).")
-
     add = parser.add_argument_group("how it runs; what is learned is the same, up to rounding").add_argument
-    add("--device", type=sample.existing_device, default=sample.default_device(),
-        help="Where to train (default: the GPU, if there is one).")
+    add("--device", type=sample.existing_device, default=sample.default_device(), help="Where (default: a GPU).")
     add("--dtype", choices=DTYPES, help="What to compute in (default: bf16 where it is fast).")
-    add("--parallel", choices=["ddp", "fsdp"], default="ddp",
-        help="With fsdp processes share out gradients and optimizer state (default: ddp).")
+    add("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp: share out optimizer state (default: ddp).")
     add("--accumulate", type=at_least(1), default=1, help="Passes per step; more take less memory (default: 1).")
     add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
@@ -864,7 +817,6 @@ def add_arguments(parser, recipe):
     add("--save-minutes", type=float, default=10, help="Minutes between checkpoints (default: 10).")
     add("--show-every", type=at_least(1), default=500, help="Steps between samples (default: 500).")
     add("--keep", type=at_least(1), default=3, help="How many checkpoints to keep (default: 3).")
-
     group = parser.add_argument_group("numbers of a stage, with this stage's and preset's defaults")
     choices = {"schedule": ["constant", "linear"], "learn_t5": ["no", "mask", "all"]}
     meanings = dict(re.findall(r"(\w+): .*# (.*)", inspect.getsource(Recipe)))
@@ -906,14 +858,10 @@ def main():
         warn("FSDP2 does not run on a Mac's GPU: training on the CPU")
         args.device = torch.device("cpu")
     kind = args.device.type
-    backend = "gloo"
-    if kind != "cpu":
-        backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+    backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
     if kind == "cuda":
         torch.cuda.set_device(args.device)
-    alone = {}
-    if "WORLD_SIZE" not in os.environ:
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # The others wait for rank 0, which may read and encode images for hours.
     dist.init_process_group(backend, timeout=timedelta(hours=3), **alone)
     # On the CPU the backward pass of bf16 flash attention is slow: fall back on plain matrix products there.

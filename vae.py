@@ -33,7 +33,6 @@ class VAEConfig:
 
     @property
     def widths(self):
-        """Channels at each level, from the finest to the coarsest."""
         return [self.channels * multiplier for multiplier in self.multipliers]
 
 

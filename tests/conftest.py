@@ -16,3 +16,4 @@ import losses  # noqa: E402
 def straight_line(monkeypatch):
     """For tests that state numbers of the paper's schedule, whatever losses.alpha is just now."""
     monkeypatch.setattr(losses, "alpha", lambda t: 1 - 0.999 * t)
+    monkeypatch.setattr(losses, "reveal_rate", lambda t: 1 / t)

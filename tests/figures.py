@@ -304,7 +304,7 @@ def random_lines(count, rng):
     return images, rng.standard_normal(count)
 
 
-def crowds(times, rng, count=10_000):
+def positions(times, rng, count=10_000):
     """Where as many lines and as many paths are at these times -> a list of (on lines (N,), on paths (N,))."""
     images, noise = random_lines(count, rng)
     paths = follow(rng.standard_normal(count))
@@ -313,7 +313,7 @@ def crowds(times, rng, count=10_000):
 
 
 def velocity(dd, args):
-    """Lines from images to noise, and paths along their mean velocity. At every time both have the same histogram."""
+    """Lines from images to noise, and paths along their mean velocity. Both are spread alike at any time."""
     d = Drawing("Why a mean velocity draws", "images of one number, near −2 or 2")
     columns = {"image": 30, "learn": 460}  # the left edges, of lines and of paths
     width, top, height, reach = 310, 218, 400, 3.5
@@ -362,9 +362,9 @@ def velocity(dd, args):
     d.text(400, top + height + 42, "dark: lines that meet, and the path of their mean", "ink")
 
     y = top + height + 116
-    d.text(400, y, "At each time both crowds look alike", bold=True)
+    d.text(400, y, "At each time both are spread alike", bold=True)
     d.text(400, y + 36, "10,000 lines; 10,000 paths, with the lines’ outline", "noise")
-    for t, rise, (on_lines, on_paths) in zip(("1", "½", "0"), (145, 100, 152), crowds((1, 0.5, 0), rng)):
+    for t, rise, (on_lines, on_paths) in zip(("1", "½", "0"), (145, 100, 152), positions((1, 0.5, 0), rng)):
         y += rise
         d.area(stairs("image", on_lines, y), "image")
         d.area(stairs("learn", on_paths, y), "learn")

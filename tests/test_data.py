@@ -545,7 +545,8 @@ def test_captions_in_an_unknown_form_are_not_replaced_by_the_folder_s_name(pictu
     folder.mkdir()
     save(folder / "1.png", "L", 1)
     assert said(data.Records(str(folder), 16)) == [(1, ("cats",), ())]
-    assert "1 images without texts, so the names of their folders are taken: 'cats'" in capsys.readouterr().err
+    assert f"{folder}: 1 images without texts, so the names of their folders are their captions" in \
+        capsys.readouterr().err
     for name in ("captions.txt", "x.parquet", "Labels.csv"):
         (folder / name).write_text("?")
         with pytest.raises(ValueError, match=f"{name}: not read. The texts of a folder are"):

@@ -23,7 +23,7 @@ def test_paths_along_the_mean_velocity_never_cross_and_have_the_lines_histograms
     rng, count = np.random.default_rng(1), 10_000
     paths = figures.follow(np.sort(rng.standard_normal(count)))
     assert (np.diff(paths) > 0).all()
-    for on_lines, on_paths in figures.crowds((1, 0.75, 0.5, 0.25, 0), rng, count):
+    for on_lines, on_paths in figures.positions((1, 0.75, 0.5, 0.25, 0), rng, count):
         both = np.concatenate([on_lines, on_paths])
         below = [np.searchsorted(np.sort(x), both, "right") / count for x in (on_lines, on_paths)]
         assert abs(below[0] - below[1]).max() < 1.95 * (2 / count) ** 0.5  # Kolmogorov-Smirnov, 99.9%

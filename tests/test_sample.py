@@ -1,6 +1,7 @@
 """The samplers against exact laws on toy networks."""
 import itertools
 import os
+import re
 import resource
 from types import SimpleNamespace
 
@@ -421,12 +422,12 @@ def test_scores_tell_right_from_wrong(dd, pixels):
     assert torch.equal(kept, shown[[0, 3]])
 
 
-def test_only_a_vocabulary_without_capitals_is_read_to_in_lower_case(dd, capsys):
+def test_words_are_put_in_lower_case_where_a_small_vocabulary_knows_them_so(dd, capsys):
     assert sample.prepare_text(dd, "What color is the CIRCLE?", 20) == "what color is the circle?"
     assert sample.prepare_text(dd, "a Square", 20) == "a square" and sample.prepare_text(dd, "A", 20) == "A"
     lines = ["a sign that says STOP", "The cat and the dog say stop now"] * 50
     with_capitals = SimpleNamespace(tokenizer=train_tokenizer(lines, 200))
-    assert sample.prepare_text(with_capitals, "say STOP NOW", 20) == "say STOP NOW"
+    assert sample.prepare_text(with_capitals, "say STOP NOW", 20) == "say STOP now"  # it has STOP as a piece
     only_small = SimpleNamespace(tokenizer=train_tokenizer([line.lower() for line in lines], 200))
     assert sample.prepare_text(only_small, "say STOP NOW", 20) == "say stop now"
 
@@ -482,10 +483,10 @@ def test_a_text_that_fills_its_length_goes_on_in_the_windows_that_training_draws
         return None, torch.nn.functional.one_hot(ids, 100)[predict] * 50.0
 
     windows, unmask = {n: set() for n in range(30)}, sample.unmask
-    def watched(dd, latents, tokens, maskable, *how):
+    def watched(dd, latents, tokens, maskable, *how, **more):
         for (n,), row, free in zip(latents.tolist(), torch.where(maskable, mask, tokens).tolist(), maskable.tolist()):
             windows[n].add((*row, *free))
-        return unmask(dd, latents, tokens, maskable, *how)
+        return unmask(dd, latents, tokens, maskable, *how, **more)
     monkeypatch.setattr(sample, "unmask", watched)
     dd = SimpleNamespace(tokenizer=tokenizer, device="cpu", t5=lambda x: x, ddit=ddit)
     tokens = torch.tensor([[prompt] + [eos] * 7]).repeat(30, 1)
@@ -510,3 +511,42 @@ def test_a_blank_before_given_words_is_never_the_end():
         filled, _ = sample.unmask(dd, torch.zeros(2, 1), tokens, tokens == mask, 8, order, 0.0,
                                   torch.Generator().manual_seed(0))
         assert filled.tolist() == [[2, 4, 4, 3, eos, eos], [2, 3, eos, eos, eos, eos]]
+
+
+def test_the_method_of_the_readme_is_the_code_s(dd, monkeypatch, capsys):
+    """README's lines, part by part: its losses and gradients are joint_loss's, its drawing is text_to_image's without
+    guidance and shift, its reading is caption's from left to right."""
+    readme = open(os.path.join(os.path.dirname(sample.SHIPPED), "..", "README.md")).read()
+    lines = re.search(r"```python\n(.*# Train: .*?)```", readme, re.DOTALL)[1]
+    monkeypatch.chdir(os.path.dirname(os.path.dirname(sample.SHIPPED)))
+    parts, names = re.split("(?=# Draw: |# Read: )", lines), {}
+    try:
+        torch.manual_seed(1)
+        exec(parts[0], names)
+        images = losses.ImageHalf(names["latents"], names["noise"], names["noisy_latents"], names["image_t"],
+                                  names["tokens"])
+        texts = losses.TextHalf(names["latents"], names["tokens"], names["noisy_tokens"], names["masked"],
+                                names["text_t"])
+        theirs = [p.grad for p in names["dd"].ddit.parameters()]
+        ours = DualDiffusion.load(sample.SHIPPED)
+        total, image_loss, text_loss = losses.joint_loss(ours.ddit, ours.t5, images, texts)
+        total.backward()
+        assert torch.allclose(image_loss, names["image_loss"]) and torch.allclose(text_loss, names["text_loss"])
+        assert all(torch.allclose(p.grad, g, rtol=1e-3, atol=1e-5) for p, g in zip(ours.ddit.parameters(), theirs))
+        torch.manual_seed(2)
+        noise = torch.randn(1, 16, 8, 8)
+        torch.manual_seed(2)
+        exec(parts[1], names)
+        prompt = "a large red square below a small blue circle"
+        drawn = sample.text_to_image(dd, [prompt], cfg=1, shift=1, noise=noise)
+        assert (drawn - names["image"]).abs().max() < 1e-3
+        exec(parts[2], names)
+    finally:
+        torch.set_grad_enabled(True)
+
+    def from_left(masked, predict, step_of):
+        tokens, _ = predict(masked)
+        return masked & (masked.cumsum(1) == 1), tokens
+
+    monkeypatch.setitem(sample.ORDERS, "left", from_left)
+    assert sample.caption(dd, names["image"], order="left") == capsys.readouterr().out.splitlines()

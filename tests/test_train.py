@@ -177,7 +177,7 @@ def kill(args, processes=1, after=lambda: True):
 
 def test_a_killed_run_ends_with_the_same_weights(uninterrupted, tmp_path):
     args = ["--stage", 1, "--steps", 6, "--save-minutes", 0, "--out", tmp_path, *SMALL]
-    assert kill(args, after=lambda: checkpoints(tmp_path))
+    assert kill(args, after=lambda: len(checkpoints(tmp_path)) == 3)  # before, gates are zero, and Muon has no momentum
     result, left = tmp_path / "stage1" / "model.safetensors", checkpoints(tmp_path)
     assert not result.exists() and len(left) <= 3
     half = tmp_path / "stage1" / "checkpoints" / "step-00000005.partial"  # as a kill may leave behind
