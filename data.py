@@ -38,16 +38,17 @@ SIDE = 64  # pixels; an image has four quarters of 32 x 32, with at most one thi
 SIZES = {"small": (6.0, 7.0), "large": (10.5, 11.8)}  # least and largest radius in pixels
 COLORS = {"red": 0, "yellow": 52, "green": 125, "cyan": 180, "blue": 222, "purple": 285}  # hue, degrees
 
-# A shape is a function of x, y and its radius r. x (1,32) and y (32,1) say how many pixels points lie right of and
-# below the centre. The result is about the distance to the outline, negative inside. No point of a shape may have
-# |x| or |y| above 1.14 r.
+# A shape is a function of a point and a radius r: x and y are the pixels by which the point lies to the right of the
+# shape's centre, and below it; they are arrays, (1,32) and (32,1). It returns how far the point is outside the outline,
+# roughly, in pixels; inside it is negative. No point of a shape may have |x| or |y| above 1.14 r.
 SHAPES = {
     "circle": lambda x, y, r: np.hypot(x, y) - r,
     "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.88 * r,
     "triangle": lambda x, y, r: np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.57 * r,  # equilateral, point up
     "cross": lambda x, y, r: np.maximum(np.maximum(abs(x), abs(y)) - r, np.minimum(abs(x), abs(y)) - 0.36 * r)}
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")  # row by row
-RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1)}  # axis (0: rows), direction
+# Each relation compares rows (0) or columns (1), and asks for a smaller (-1) or a larger (1) one.
+RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (1, -1), "right of": (1, 1)}
 HELD = {("yellow", "triangle"), ("purple", "circle"), ("cyan", "square")}  # kept for testing
 
 
@@ -81,7 +82,8 @@ class World:
         rng = np.random.default_rng([self.seed, self.pairs == "held", i])
         things, looks = [], []
         quarters = rng.permutation(4).tolist()
-        for quarter in quarters[:pick(rng, (1, 2, 3))]:
+        count = pick(rng, (1, 2, 3))
+        for quarter in quarters[:count]:
             color, shape = self.new_pair(things, rng)
             size = pick(rng, SIZES)
             radius = rng.uniform(*SIZES[size])
@@ -103,7 +105,7 @@ class World:
             if self.pairs == "train":
                 allowed = pair not in HELD
             else:
-                allowed = pair in HELD or things  # the first thing has to be a held one
+                allowed = pair in HELD or len(things) > 0  # the first thing has to be a held one
             if allowed and pair not in taken:
                 return pair
 
@@ -145,7 +147,7 @@ class World:
 def related(a, relation, b):
     """Is quarter a in that relation to quarter b? Top left is above bottom right and left of it."""
     axis, direction = RELATIONS[relation]
-    distance = divmod(a, 2)[axis] - divmod(b, 2)[axis]
+    distance = divmod(a, 2)[axis] - divmod(b, 2)[axis]  # divmod gives (row, column)
     return distance * direction > 0
 
 
@@ -181,8 +183,8 @@ def ask_color(thing, phrase, things, rng):
 
 def draw_texts(source, i, rng, recipe):
     """Draws the two texts of one row of a batch -> prompt, text to read. The prompt, for the image loss, is a
-    caption; with probability `recipe.drop` it is empty, as guidance needs the velocity without a prompt, too (Eq.
-    10). The text to read is the same caption; with probability `recipe.questions` a pair (question, answer)."""
+    caption; with probability `recipe.drop` it is empty, as guidance needs the velocity without a prompt, too.
+    The text to read is the same caption; with probability `recipe.questions` it is a pair (question, answer)."""
     caption = text = source.caption(i, rng)
     if rng.random() < recipe.questions or caption is None:
         text = source.question(i, rng) or caption
@@ -193,9 +195,9 @@ def draw_texts(source, i, rng, recipe):
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
 
-# ---------------------------------------------------------------- kinds of questions
-# A kind takes a thing, a phrase that fits it alone, all things and a generator. It returns a question and its only
-# right answer, or None if this try of ten finds none. For as many yes as no, choose the answer first.
+# A kind of question is a function of a thing, a phrase that fits it alone, all things and a generator. It returns a
+# question and its only right answer, or None: then up to ten are tried. Where yes and no should come equally often,
+# choose the answer first.
 
 def ask_shape(thing, phrase, things, rng):
     phrase = phrase.replace("shape", "thing")
@@ -533,8 +535,8 @@ class Records:
         return os.stat(file).st_mtime_ns if os.path.exists(file) else 0
 
     def split(self, count):
-        """Holds out `count` images, at most one in twenty, at least one -> ids held out, ids of the others.
-        They are chosen by the hash of their names, so that all records of an image stay together."""
+        """Holds out `count` images, at most one in twenty, at least one, by the hash of their names -> ids; the
+        others' ids."""
         hashes = self.index[:-1, 1]
         images = np.unique(hashes)
         count = max(1, min(count, len(images) // 20))
@@ -554,8 +556,7 @@ class Records:
 
 
 def write_index(path, sources):
-    """Writes a record per line, with totals in the last. A .npy beside it has where each line starts, and a hash
-    of its image: of the path from the folder that holds all sources, and in a shard of the member's name."""
+    """Writes a line per record, then totals; into a .npy where each line starts, and a hash of its image's path."""
     index = array("q")
     digest = hashlib.sha256()
     totals = {"captioned": 0, "questioned": 0, "incomplete": 0, "first_incomplete": []}
@@ -644,8 +645,7 @@ def fingerprint(source):
 
 
 def with_latents(subset, vae, folder, limit):
-    """Returns the subset with its images encoded, if they are at most `limit`, without those that cannot be
-    read. This is done once: the moments are in a file, whose name is a hash of all that they depend on."""
+    """Returns the subset with its images encoded, if they are at most `limit`; done once, into a file."""
     source, ids, _ = subset
     if len(ids) > limit:
         return subset
@@ -687,7 +687,6 @@ def encode_images(source, ids, vae, shape, path):
         latents.flush()
 
 
-# ---------------------------------------------------------------- batches
 class Images(NamedTuple):
     """Images of a batch. One of the two fields is None."""
     pixels: Tensor = None   # (B,3,H,W) in [-1,1]
@@ -707,9 +706,8 @@ class Batch(NamedTuple):
 
 @dataclass(eq=False)
 class Batches(torch.utils.data.Dataset):
-    """batches[step] is what one process computes at a step: a list of `accumulate` Batch. Rows
-    are an endless stream, every record once an epoch. A row depends on the seed and its number
-    alone, so a step is the same on any number of processes, and after any interruption."""
+    """batches[step] is what one process computes at a step: a list of `accumulate` Batch. A row depends on the seed
+    and its number alone, so a step is the same on any number of processes, and after any interruption."""
     images: Subset
     texts: Subset        # for the text loss; the same object, except with --text-data
     tokenizer: object    # a t5.Tokenizer
@@ -779,12 +777,10 @@ warn_once = functools.cache(warn)
 
 
 def short_hash(values):
-    """Returns twelve letters that change with the values."""
     return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
 
 def one_line(error):
-    """Returns an error's message as one short line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1][:120]
 
@@ -821,7 +817,6 @@ def replacing(path):
 
 
 def write_text(path, text):
-    """Writes a text file by `replacing`."""
     with replacing(path) as beside, open(beside, "w") as f:
         f.write(text)
 

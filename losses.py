@@ -8,7 +8,6 @@ network then makes new data. Time t runs from 0 (clean) to 1 (pure noise, or not
 - A text is a row of tokens, and nothing lies between two tokens. So each token turns, at a random
   time, into one special token, the mask, and the network learns to put the tokens back (masked
   diffusion).
-
 References: Li et al., Dual Diffusion (D-DiT), arXiv 2501.00289, whose equation numbers stand here
   Sahoo et al., Masked Diffusion Language Models, arXiv 2406.07524: Eq. 7 and SUBS
   Kingma et al., Variational Diffusion Models, arXiv 2107.00630: stratified times
@@ -27,16 +26,14 @@ MIN_TIME = 1e-3  # the smallest time of a text in training, where the weight 1/t
 
 def alpha(t):
     """Returns the share of tokens that are still readable at time t. Both the masking in training and
-    the steps of sampling follow from this schedule. The paper's is a straight line from 1 to 0.001. (It
-    ends just above 0, where the logarithm of alpha would be infinite.)"""
+    the steps of sampling follow from this schedule. The paper's is a straight line from 1 to 0.001."""
     return 1 - 0.999 * t
 
 
 def reveal_rate(t):
-    """Returns the weight of Eq. 7, -alpha'(t) / (1 - alpha(t)); for the straight line this is 1/t.
-    Another schedule needs its own. The weight is the rate at which a masked token is revealed when time
-    runs backwards: in a short time dt a share -alpha'(t) dt of all tokens becomes readable, and these
-    tokens come from the share 1 - alpha(t) that is masked."""
+    """Returns the weight of the text loss (Eq. 7), -alpha'(t) / (1 - alpha(t)). It is the rate at which
+    masked tokens are revealed when time runs backwards: the share that becomes readable, divided by the
+    share that is masked. For the straight line it is 1/t. Another schedule needs another formula here."""
     return 1 / t
 
 
@@ -54,7 +51,7 @@ def mask_tokens(tokens, t, maskable, mask_id, generator=None):
     1 - alpha(t). tokens (B,L) long, t (B,), maskable (B,L) bool -> noisy tokens (B,L); masked (B,L)
     bool, which of them are now the mask."""
     chance = torch.rand(tokens.shape, generator=generator)
-    share = 1 - alpha(t.double())
+    share = 1 - alpha(t.double())  # float32 would round it
     masked = (chance < share[:, None]) & maskable  # Eq. 6
     return torch.where(masked, mask_id, tokens), masked
 
@@ -62,21 +59,21 @@ def mask_tokens(tokens, t, maskable, mask_id, generator=None):
 def masked_diffusion_loss(logits, tokens, masked, t):
     """Eq. 7: the cross-entropy of the masked tokens, weighted by `reveal_rate`, which is 1/t.
 
-    At time t only a share t of the tokens is masked and counted; dividing by t scales the sum up to the
-    whole text. The mean over all t is the cost of writing the text token by token in a random order, an
-    upper bound on its negative log-likelihood, in nats. The sum is divided by batch · length: it is per
-    token of the padded text. EOS padding costs like any token; the tokens of a question cost nothing.
+    At time t only a share t of the tokens is masked and counted, so dividing by t scales the sum up to
+    the whole text. Averaged over t, this is what it costs to write the text one token at a time, in a
+    random order. It bounds the negative log-likelihood of the text from above, in nats. The sum is
+    divided by batch · length. EOS padding costs like any token; the tokens of a question cost nothing.
 
-    Two facts need not be learned (SUBS): the mask token, the last of the V, is never right, so its logit
-    is left out; and a token that is not masked is known, so it costs nothing.
+    The mask token, the last of the V, is never right, so its logit is left out. Tokens that are not
+    masked are known, so they cost nothing. (The field calls these two rules SUBS.)
     logits (B,L,V), or (N,V) at the N masked tokens; tokens (B,L); masked (B,L) bool; t (B,)
-    -> scalar. tokens, masked and t may stay on the CPU."""
+    -> scalar. tokens, masked and t may be on the CPU while logits are on a GPU."""
     if logits.ndim == 3:
         logits = logits[masked]
     logits = logits[:, :-1].float()  # all but the mask token's
-    weight = reveal_rate(t)[:, None].expand(tokens.shape)  # (B,L)
-    weight = weight[masked].to(logits.device, non_blocking=True)
-    truth = tokens[masked].to(logits.device, non_blocking=True)
+    weight = reveal_rate(t)[:, None].expand(tokens.shape)                 # (B,L)
+    weight = weight[masked].to(logits.device, non_blocking=True)          # (N,)
+    truth = tokens[masked].to(logits.device, non_blocking=True)           # (N,)
     nats = F.cross_entropy(logits, truth, reduction="none")
     return (weight * nats).sum() / tokens.numel()  # Eq. 7
 
@@ -100,9 +97,9 @@ def noise_latents(latents, noise, t):
 def flow_matching_loss(velocity, latents, noise, weight=1.0):
     """The mean squared error against the direction of the line, noise - latents.
     velocity, latents, noise (B,C,H,W); weight: 1, or one per image, (B,1,1,1) -> scalar. (The
-    authors' code takes the weight t^2, the paper none.) A batch without images costs 0."""
+    authors' code takes the weight t^2, the paper none.)"""
     if len(latents) == 0:
-        return velocity.float().sum()
+        return velocity.float().sum()  # no image: 0, and gradients of 0
     error = velocity.float() - (noise - latents)
     return (weight * error.square()).mean()  # Eq. 3
 
@@ -117,20 +114,20 @@ class ImageHalf(NamedTuple):
 
 
 class TextHalf(NamedTuple):
-    """What the text loss learns from: texts to be read from their images. tokens, masked and t stay on
-    the CPU; only their masked places go to the network's device."""
+    """What the text loss learns from: texts to be read from their images. tokens, masked and t are on
+    the CPU."""
     latents: Tensor   # (B,C,H,W) clean
     tokens: Tensor    # (B,L) clean
     noisy: Tensor     # (B,L) the same tokens, some of them masked by `mask_tokens`
     masked: Tensor    # (B,L) bool, which of them are masked
-    t: Tensor         # (B,) how many are masked; the network itself is given time 0
+    t: Tensor         # (B,) at which they were masked; the network is given time 0
 
 
 def joint_loss(ddit, t5, images, texts, text_weight=0.2, image_weight=1.0):
     """An ImageHalf and a TextHalf -> total, image loss, text loss (scalars).
 
-    Eq. 8 has two losses, each with the other modality clean. Both halves have the same shapes, so
-    they are stacked along the batch, and T5 and the transformer run once:
+    Eq. 8 has two losses, each with the other modality clean. A row of either half has the same shape.
+    So all rows are stacked into one batch, and T5 and the transformer run once:
 
         rows 0 .. n-1     noisy latents    caption        t    -> velocity, image loss
         rows n .. n+m-1   clean latents    masked text    0    -> logits at the masks, text loss
@@ -140,9 +137,7 @@ def joint_loss(ddit, t5, images, texts, text_weight=0.2, image_weight=1.0):
     tokens = torch.cat([images.captions, texts.noisy])
     times = torch.cat([images.t, images.t.new_zeros(len(texts.t))])
     no_caption = torch.zeros(images.captions.shape, dtype=torch.bool)
-    # A NumPy array, since FSDP would copy a tensor to the GPU, where `nonzero` has to wait.
-    predict = torch.cat([no_caption, texts.masked]).numpy()
-
+    predict = torch.cat([no_caption, texts.masked])
     velocity, logits = ddit(latents, times, t5(tokens), predict=predict, image_rows=n)
     image_loss = flow_matching_loss(velocity, images.latents, images.noise)         # Eq. 8, images
     text_loss = masked_diffusion_loss(logits, texts.tokens, texts.masked, texts.t)  # Eq. 8, text

@@ -5,7 +5,6 @@ and text, each with weights of its own. They meet in every block in one joint at
 head predicts the velocity of the image, the other the masked tokens. `DualDiffusion` is the whole system:
 transformer, T5, VAE and tokenizer. Modules carry the names of SD3's single-file checkpoint, so its weights
 load without translation.
-
 References: Li et al., Dual Diffusion (D-DiT), arXiv 2501.00289
   Esser et al., Scaling Rectified Flow Transformers (SD3: MM-DiT), arXiv 2403.03206
   Peebles & Xie, Scalable Diffusion Models with Transformers (DiT: adaLN-Zero), arXiv 2212.09748
@@ -40,7 +39,7 @@ class DDiTConfig:
     text_dim: int = 4096    # of T5's states
     vocab: int = 32100      # outputs of the text head; the last is the mask token
     pos_size: int = 192     # side of the position table, in patches: the largest image
-    qk_norm: bool = False   # RMSNorm on queries and keys; without it Muon lets attention logits grow
+    qk_norm: bool = False   # RMSNorm on queries and keys; SD3-medium has none
 
 
 def modulate(x, shift, scale):
@@ -99,12 +98,13 @@ class StreamBlock(nn.Module):
 
     def before(self, x, vec):
         """-> (q, k, v), and the other four vectors, which `after` needs."""
-        shift, scale, *modulation = self.adaLN_modulation(vec).chunk(6, dim=1)
-        return self.attn(modulate(self.norm1(x), shift, scale)), modulation
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(vec).chunk(6, dim=1)
+        qkv = self.attn(modulate(self.norm1(x), shift, scale))
+        return qkv, (gate, shift_mlp, scale_mlp, gate_mlp)
 
     def after(self, x, attended, modulation):
-        gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate_attn[:, None] * self.attn.proj(attended)
+        gate, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = x + gate[:, None] * self.attn.proj(attended)
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
@@ -157,7 +157,7 @@ class TextHead(nn.Module):
 
 def sincos_table(size, dim):
     """Makes the fixed 2-D position table, (1, size*size, dim): half of the channels hold sines and cosines of
-    x, the other half of y. Coordinates span 64 units whatever the size; size 192 is SD3-medium's table."""
+    x, the other half of y. As in SD3, x and y run from 0 to 64, whatever the size of the table."""
     position = torch.arange(size, dtype=torch.float64) * 64 / size
     k = torch.arange(dim // 4, dtype=torch.float64)
     omega = 10000.0 ** (-k / (dim // 4))
@@ -169,7 +169,7 @@ def sincos_table(size, dim):
 
 
 class DDiT(nn.Module):
-    """Figure 1. The time modulates both streams. Where text is predicted it is 0, as the image is clean."""
+    """Figure 1. The time modulates both streams. Where text is predicted, the image is clean: the time is 0."""
     def __init__(self, config: DDiTConfig):
         super().__init__()
         self.config = config
@@ -181,7 +181,7 @@ class DDiT(nn.Module):
         self.joint_blocks = nn.ModuleList(JointBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.text_head = TextHead(config)
-        if not self.pos_embed.is_meta:  # on "meta" a file will give the values
+        if not self.pos_embed.is_meta:  # else a file will give the values
             self.init_weights()
 
     def init_weights(self):
@@ -189,7 +189,7 @@ class DDiT(nn.Module):
         self.pos_embed.copy_(sincos_table(self.config.pos_size, self.config.width))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a convolution's as a matrix
                 nn.init.zeros_(module.bias)
         for k in (0, 2):
             nn.init.normal_(self.t_embedder.mlp[k].weight, std=0.02)
@@ -209,8 +209,9 @@ class DDiT(nn.Module):
 
     def forward(self, latents, t, text, predict=None, image_rows=None):
         """latents (B,C,H,W), H and W multiples of the patch; t (B,) in [0,1]; text (B,L,text_dim), T5's
-        states -> velocity (B,C,H,W), logits (B,L,V). With predict, (B,L) bool on the CPU, logits are computed
-        only at its N true places, (N,V); with image_rows, the velocity only of that many first rows."""
+        states -> velocity (B,C,H,W), logits (B,L,V).
+        predict: (B,L) bool on the CPU; logits are computed only at its N true places, (N,V). image_rows: the
+        velocity is computed only for so many of the first rows."""
         vec = self.t_embedder(t)
         x = self.x_embedder["proj"](latents.to(vec.dtype))
         h, w = x.shape[2:]
@@ -218,11 +219,11 @@ class DDiT(nn.Module):
         text = self.context_embedder(text.to(vec.dtype))
         for block in self.joint_blocks:
             x, text = block(x, text, vec)
-        x = self.final_layer(x[:image_rows], vec[:image_rows])
+        x = self.final_layer(x[:image_rows], vec[:image_rows])  # None: all rows
         p = self.config.patch
         velocity = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
         if predict is not None:
-            places, = torch.as_tensor(predict).flatten().nonzero(as_tuple=True)
+            places = torch.as_tensor(predict).flatten().nonzero()[:, 0]
             text = text.flatten(0, 1)[places.to(text.device, non_blocking=True)]
         return velocity, self.text_head(text)
 
@@ -313,7 +314,7 @@ def make_part(config):
 # `find_parts` finds the tensors of each part, under our modules' names, and the configuration: in the header (our
 # files), in config.json (diffusers' folders), or SD3-medium's and T5-XXL's (other files). `read_part` makes a module,
 # the only specification of its tensors: other names or shapes are refused. No mapped tensor is read before that.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # fp16 is too narrow for T5-XXL
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # T5-XXL's activations overflow fp16
 # Stability's single files have a prefix for each part, and so have ours.
 PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}
 # A tensor that every file with that part has, and beginnings of names that we do not use.
@@ -374,7 +375,6 @@ AUTHORS = {"size": 512, "length": 128, "caption_prompt": "Describe the image con
 
 
 def read_json(path):
-    """Reads a JSON object; an empty one where there is no file."""
     if not os.path.exists(path):
         return {}
     with open(path, "rb") as f:
@@ -382,8 +382,7 @@ def read_json(path):
 
 
 def safetensors_files(folder):
-    """Lists the .safetensors of a part's folder: one file, or its shards. Of
-    variants, like model.fp16.safetensors, the one with the shortest name counts."""
+    """Lists a part's .safetensors: one file, or its shards; not of variants like model.fp16.safetensors."""
     names = [name for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")]
     if not names:
         raise ValueError(f"{folder}: holds no .safetensors file")
@@ -408,7 +407,6 @@ def open_checkpoint(path):
 
 
 def refuse_pointer(file):
-    """Raises ValueError for the small text that git leaves in a file's place without git-lfs."""
     with open(file, "rb") as f:
         if f.read(40).startswith(b"version https://git-lfs"):
             raise ValueError(f"{file}: a git-lfs pointer, not the file itself: fetch it (git lfs pull)")
@@ -444,9 +442,6 @@ def our_config(path, header):
         if wrong:
             raise ValueError(f"{path}: the configuration in its header, {name}, lacks a field or has an unknown one "
                              f"({', '.join(sorted(wrong))})")
-        for key, value in values.items():
-            if isinstance(value, list):
-                values[key] = tuple(value)
         setattr(config, name, kind(**values))
     return config
 
@@ -564,8 +559,7 @@ def check_fit(path, config, parts, tokenizer):
 
 
 def read_part(part, tensors, config, device, dtype):
-    """Makes the module of a part, on its device. A tensor that needs no conversion stays mapped from
-    its file. Raises KeyError if one is missing, ValueError if a name or shape is not the module's."""
+    """Makes a part's module, on its device. Raises KeyError for a missing tensor, ValueError for another model's."""
     with torch.device("meta"):  # no memory yet, and no time spent on initial values
         module = make_part(config)
     if dtype is None:
@@ -593,9 +587,8 @@ def read_part(part, tensors, config, device, dtype):
 
 
 def join_qkv(tensors):
-    """Brings tensors of diffusers' transformer into SD3's layout; others are returned as they are.
-    diffusers keeps q, k and v apart, and where no MLP follows a modulation (in the image head, and
-    in SD3's last block, which ends its text stream early) it stores scale, then shift."""
+    """Brings tensors of diffusers' transformer into SD3's layout; others are returned as they are. diffusers keeps q,
+    k and v apart. Where no MLP follows a modulation, it stores scale, then shift."""
     if "joint_blocks.0.x_block.attn.q.weight" not in tensors:
         return tensors
     joined = {}
@@ -639,8 +632,8 @@ def new_in_ddit(tensors, config):
 
 
 def write_file(dd, path, dtype=None):
-    """Writes one self-contained .safetensors: all parts under SD3's names, the tokenizer as bytes, the
-    configuration as JSON in the header. dtype: of the tensors in the file; None: as they are. Raises OSError."""
+    """Writes all parts, tokenizer and configuration into one .safetensors; dtype: of its tensors, None: as they
+    are."""
     tensors = {}
     for part, prefix in PREFIXES.items():
         module = getattr(dd, part)

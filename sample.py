@@ -5,7 +5,6 @@ backwards: an image begins as noise and follows the velocity; a text begins as m
     python sample.py --caption img.png
     python sample.py --t2i "a large green triangle left of a small red circle" --num 8 --out out.png
     python sample.py --infill img.png "a _ green _ above a small _ circle and a small green square"
-
 References: Esser et al., SD3, arXiv 2403.03206, section 5.3.2; Ho & Salimans, Classifier-Free Guidance, 2207.12598
   Kynkäänniemi et al., Limited-Interval Guidance, 2404.07724; Zheng et al., Time-Agnostic Masked Models, 2409.02908
   Ben-Hamu et al., Entropy-Bounded Unmasking, 2505.24857
@@ -16,7 +15,7 @@ import re
 import sys
 import textwrap
 
-# Idle threads of OpenMP spin, which slows us beside other programs. This limits it, if set before torch comes.
+# Waiting threads of OpenMP spin, which slows everything beside other programs. (Set before torch is imported.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -48,17 +47,18 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
         texts += [negative] * len(prompts)
     tokens = [dd.tokenizer.encode(text, length) for text in texts]
     states = dd.t5(torch.tensor(tokens, device=dd.device))
-    no_text = torch.zeros(len(tokens), length, dtype=torch.bool)  # no logits are wanted
+    prompt_states = states[:len(prompts)]
 
-    def predict_velocity(x, t):
+    def predict_velocity(x, t, states):
         times = torch.full((len(x),), t, device=dd.device)
-        velocity, _ = dd.ddit(x, times, states[:len(x)], predict=no_text[:len(x)])
+        no_logits = torch.zeros(len(x), length, dtype=torch.bool)
+        velocity, _ = dd.ddit(x, times, states, predict=no_logits)
         return velocity.float()
 
     def velocity_at(x, t):
         if cfg == 1 or not low <= t <= high:  # elsewhere guidance costs a pass and helps little
-            return predict_velocity(x, t)
-        with_prompt, with_negative = predict_velocity(torch.cat([x, x]), t).chunk(2)
+            return predict_velocity(x, t, prompt_states)
+        with_prompt, with_negative = predict_velocity(torch.cat([x, x]), t, states).chunk(2)
         return with_negative + cfg * (with_prompt - with_negative)  # Eq. 10
 
     grid = time_grid(steps, shift).tolist()
@@ -92,33 +92,38 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
 
 
 def revealed_share(steps):
-    """Returns (steps+1,) float64: the share of tokens that are revealed at each time of an even grid from t = 1 to
-    0. It is alpha(t), scaled to run from 0 to 1. (By Eq. 5 a token stays masked through a step from t to s with
-    probability (1 - alpha(s)) / (1 - alpha(t)). The product over all steps so far is 1 minus this share.)"""
+    """Returns (steps+1,) float64: the share of tokens that are revealed by each time of an even grid from t = 1 to 0.
+    By Eq. 5 a token stays masked through a step from t to s with probability (1 - alpha(s)) / (1 - alpha(t)). So it
+    stays masked from 1 to s with probability (1 - alpha(s)) / (1 - alpha(1)); the share is 1 minus this."""
     readable = losses.alpha(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     return (readable - readable[0]) / (readable[-1] - readable[0])  # Eq. 5
 
 
 def text_logits(dd, latents, tokens, predict):
-    """One forward pass: latents (B,C,H,W), tokens (B,L), predict (B,L) bool -> logits (N,V) at its N true places."""
+    """One forward pass: latents (B,C,H,W), tokens (B,L) -> logits (N,V) at the N true places of predict (B,L)."""
     states = dd.t5(tokens.to(dd.device))
     times = torch.zeros(len(tokens), device=dd.device)
     _, logits = dd.ddit(latents, times, states, predict=predict, image_rows=0)
     return finite(logits)
 
 
-# An order of unmasking is a function. masked (B,L) bool says where masks are left. predict(places) runs the network
-# where places (B,L) is true -> predicted tokens (B,L), and the entropies of their distributions (B,L), in nats. The
-# order returns which masks are revealed now, (B,L) bool, and the tokens. step_of (B,L) is the step of ancestral
-# sampling at which each token is revealed.
+def draw_steps(shape, steps, generator):
+    """Draws the step, 0 to steps-1, at which each token is revealed. Ancestral sampling goes from t = 1 to 0 in steps,
+    and at each step reveals each mask with some probability (Eq. 5). The network does not change this probability;
+    it only says which token appears. So the steps of all tokens can be drawn beforehand."""
+    u = torch.rand(shape, dtype=torch.float64, generator=generator)
+    return torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # k where share[k] <= u < share[k+1]
+
+
+# An order of unmasking is a function. It gets masked (B,L) bool, the places that are still masked; step_of (B,L), the
+# steps of `draw_steps`; and predict. predict(places) runs the network where places (B,L) is true -> predicted tokens
+# (B,L), and the entropies of their distributions in nats (B,L). The order returns which masks to reveal, and tokens.
+LATER = 10 ** 9  # more than any step or entropy
 
 
 def in_random_order(masked, predict, step_of):
-    """Ancestral sampling, exactly, but with fewer passes: reveals in each row the masks whose step is next.
-    Chance alone decides at which step a token is revealed, for each token on its own (Eq. 5). The network only says
-    which token it is, and it does not see the time. So all steps are drawn beforehand, and those that reveal
-    nothing cost nothing."""
-    next_step = step_of.masked_fill(~masked, 2 ** 31).amin(1, keepdim=True)
+    """Reveals in each row the masks whose step is next: ancestral sampling, without the passes that reveal nothing."""
+    next_step = step_of.masked_fill(~masked, LATER).amin(1, keepdim=True)
     reveal = masked & (step_of == next_step)
     tokens, _ = predict(reveal)
     return reveal, tokens
@@ -128,16 +133,15 @@ GAMMA = 0.1  # nats; more makes fewer passes and more errors (tests/README.md ha
 
 
 def by_entropy(masked, predict, step_of):
-    """Reveals the surest masks of each row, as many as are nearly independent.
-    One pass predicts each token on its own. Taking several at once errs by at most the sum of their entropies
-    without the largest (a KL divergence; if all tokens but one are certain, nothing can depend on it). So a pass
-    reveals the tokens of least entropy, as many as keep this sum within GAMMA."""
+    """Reveals the masks of each row that have the least entropy, as many as keep the sum of entropies within GAMMA.
+    One pass predicts each token as if the others stayed masked, so tokens that are revealed together may not fit
+    together. This error (a KL divergence) is at most the sum of their entropies, without the largest."""
     tokens, nats = predict(masked)
-    nats = nats.masked_fill(~masked, 1e9)
+    nats = nats.masked_fill(~masked, LATER)
     surest_first = nats.argsort(1)
     sorted_nats = nats.gather(1, surest_first)
-    nats_of_surer = sorted_nats.cumsum(1) - sorted_nats
-    within = torch.zeros_like(masked).scatter(1, surest_first, nats_of_surer <= GAMMA)
+    nats_of_surer = sorted_nats.cumsum(1) - sorted_nats  # for each token the sum of all surer ones
+    within = torch.zeros_like(masked).scatter(1, surest_first, nats_of_surer <= GAMMA)  # sorted back
     return masked & within, tokens
 
 
@@ -155,18 +159,22 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
     without a forward pass."""
     mask_id = dd.tokenizer.mask_id
     eos_id = dd.tokenizer.eos_id
-    u = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
-    step_of = torch.bucketize(u, revealed_share(steps)[1:-1], right=True)
-    given = ~maskable & (tokens != eos_id)
-    before_given = given.flip(1).cumsum(1).flip(1) > 0  # places before the last given word
+    step_of = draw_steps(tokens.shape, steps, generator)
+    place = torch.arange(tokens.shape[1])
+    is_given = ~maskable & (tokens != eos_id)
+    last_given = torch.where(is_given, place, -1).amax(1, keepdim=True)
 
     def predict(places):
         rows = places.any(1)
         logits = text_logits(dd, latents[rows], tokens[rows], places[rows])
-        logits[before_given[places], eos_id] = -torch.inf  # a text does not end before given words
+        before_given = (place < last_given)[places]
+        logits[before_given, eos_id] = -torch.inf  # a text does not end before words that are given
         ids, entropies = draw_tokens(logits, temperature, generator)
+        predicted = tokens.clone()
+        predicted[places] = ids
         nats = torch.zeros(places.shape, dtype=entropies.dtype)
-        return tokens.masked_scatter(places, ids), nats.masked_scatter(places, entropies)
+        nats[places] = entropies
+        return predicted, nats
 
     tokens = torch.where(maskable, mask_id, tokens)
     masked = maskable
@@ -202,7 +210,7 @@ def draw_tokens(logits, temperature, generator):
 
 
 def caption(dd, images, length=None, steps=None, **how):
-    """Describes images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; the rest: see `unmask_texts`."""
+    """Describes images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; steps, how: see `unmask_texts`."""
     texts = [text_ids(dd, "", length)] * len(images)
     return unmask_texts(dd, images, texts, length, steps, dd.config.settings.caption_steps, **how)
 
@@ -217,13 +225,10 @@ def infill(dd, images, texts, length=None, steps=None, **how):
     """Fills in the blanks of one text per image -> list of str. Every underscore stands for one token."""
     length = text_length(dd, length)
     texts = [dd.tokenizer.blank_ids(text, length) for text in texts]
-    return unmask_texts(dd, images, texts, length, steps, length, whole=True, **how)
+    return unmask_texts(dd, images, texts, length, steps, default_steps=length, whole=True, **how)
 
-
-# ------------------------------------------------- the chapter ends here; what follows makes it practical
 
 def text_length(dd, length):
-    """Returns how many tokens a text has; "auto" begins with the checkpoint's own length."""
     return dd.config.settings.length if length in (None, "auto") else length
 
 
@@ -236,8 +241,9 @@ def text_ids(dd, text, length=None):
 
 @torch.no_grad()
 def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, temperature=0.0, whole=False, **how):
-    """Unmasks one text (ids, maskable) for each image -> list of str, from the first mask on, or whole. order: by
-    default "random", the paper's, if `steps` are given, else "entropy". length: "auto" writes in blocks, until EOS."""
+    """Unmasks one text (ids, maskable) for each image -> list of str: the texts from their first mask on, or the whole
+    texts. order: by default "random", the paper's, if `steps` are given, else "entropy". length: with "auto" a text
+    is written in blocks, until EOS. how: generator and watch, see `unmask`."""
     height, width = images.shape[2:]
     latent_size(dd, height, width)  # raises before any work is done in vain
     if len(texts) != len(images):
@@ -257,13 +263,15 @@ def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, te
     return lines
 
 
+# ------------------------------------------------- the chapter ends here; what follows makes it practical
+
+
 def in_float64(x):
     return (x.cpu() if x.device.type == "mps" else x).double()  # Apple's GPUs have no float64
 
 
 def draw(probs, generator):
-    """Draws like torch.multinomial, on any device with one generator, which is on the CPU: probs (N,V) float64 ->
-    ids (N,). A number u falls between two values of the cumulative distribution, whose last may miss 1 by rounding."""
+    """Draws like torch.multinomial, on any device with one generator on the CPU: probs (N,V) float64 -> ids (N,)."""
     ends = probs.cumsum(1)
     u = torch.rand(len(probs), 1, dtype=torch.float64, generator=generator).to(ends.device)
     return (ends < u * ends[:, -1:]).sum(1)
@@ -280,9 +288,8 @@ def latent_size(dd, height, width):
 
 
 def unmask_in_blocks(dd, latents, tokens, maskable, steps, order="random", temperature=1.0, blocks=33, **how):
-    """Like `unmask`, for texts of any length, none of which is written yet -> a list of ids per text, forward passes.
-    A text that fills its length without EOS is not at its end. So a window (t5.py) moves over it: prompt and latest
-    words stay, and a block of new masks follows, until EOS, or for `blocks` blocks."""
+    """Like `unmask`, for texts of any length. A text that fills its length without EOS is not at its end. So a window
+    (t5.py) moves over it: prompt and latest words stay, and a block of new masks follows, up to `blocks` times."""
     prompts = [row[~may].tolist()[:-1] for row, may in zip(tokens, maskable)]  # without the last EOS
     texts = [[] for _ in prompts]
     passes = 0
@@ -303,8 +310,8 @@ def unmask_in_blocks(dd, latents, tokens, maskable, steps, order="random", tempe
 @torch.no_grad()
 def score(dd, images, texts, length=None, draws=64, seed=0):
     """Estimates how unlikely each text is, given its image -> (N,) nats: Eq. 7, an upper bound on -log p(text|image).
-    images (N,3,H,W) in [-1,1]; texts: N captions, or pairs (question, answer), of which only the answer counts. Each
-    text is masked `draws` times, with the same random numbers for all texts, so that differences vary little."""
+    images (N,3,H,W); texts: N captions, or pairs (question, answer), whose answer counts. Each is masked `draws`
+    times."""
     nats = []
     for image, text in zip(images, texts):
         generator = torch.Generator().manual_seed(seed)
@@ -368,7 +375,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def default_device():
-    """Returns the name of the accelerator that torch finds, or "cpu"."""
     gpu = torch.accelerator.current_accelerator(check_available=True)
     return gpu.type if gpu else "cpu"
 
@@ -385,7 +391,6 @@ def existing_device(name):
 
 
 def at_least(least, kind=int):
-    """Makes an argparse type: a number that is not smaller."""
     def number(text):
         value = kind(text)
         if not value >= least:  # also for nan
@@ -526,8 +531,8 @@ def parse_args():
 
 
 def prepare_text(dd, text, room):
-    """Returns a text with each word in lower case, if a small vocabulary takes fewer tokens for that. Warns of unknown
-    words, and of more than `room` tokens."""
+    """Puts words in lower case where a small vocabulary takes fewer tokens so. Warns of unknown words, of a long
+    text."""
     def count(text):
         return len(dd.tokenizer.pieces.encode(text))
 

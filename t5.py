@@ -2,7 +2,6 @@
 
 The encoder knows nothing of diffusion. It takes tokens and returns one vector per token. The mask
 token is to T5 a token like any other. The transformer (model.py) does the rest.
-
 References: Raffel et al., T5, arXiv 1910.10683; v1.1 (gated GELU), Shazeer, arXiv 2002.05202
   Zhang & Sennrich, RMSNorm, arXiv 1910.07467
   Kudo & Richardson, SentencePiece, arXiv 1808.06226
@@ -56,22 +55,24 @@ class Tokenizer:
 
     def text_ids(self, text, length, caption_prompt="", answer_suffix="", rng=None):
         """Turns a caption (str), or a question with its answer (a pair of str), into ids, and says which of
-        them may be masked -> ids, maskable: two lists of this length. A question becomes "Q: {question} A:",
-        and only the answer may be masked. A caption stands alone, or it answers the question
-        `caption_prompt`. `answer_suffix` is added to every other question that does not end with it. With
-        `rng` a text that is too long gives one of its windows, see below. The last token is EOS in every
-        text and is never masked. It tells T5, which knows only distances between tokens, how far away the
-        end is; in a text of masks alone all tokens would look the same. (The authors' code masks it too.)"""
+        them may be masked -> ids, maskable: two lists of this length.
+        A question becomes "Q: {question} {answer_suffix} A:", and only its answer may be masked. A caption
+        stands alone, or it answers the question `caption_prompt`. If a text is too long, its end is cut off;
+        with `rng`, as in training, some part of it is drawn (`random_window`).
+        The last token of every text is EOS and is never masked. T5 knows only distances between tokens. In
+        a text of masks alone it could not tell them apart; the last EOS shows each how far away the end is.
+        (The authors' code masks it, too.)"""
         if isinstance(text, str):
             prompt = self.prompt_ids(caption_prompt, length) if caption_prompt else []
         else:
             question, text = text
-            if not question.endswith(answer_suffix):
+            if not question.endswith(answer_suffix):  # it may have been typed
                 question = f"{question} {answer_suffix}"
             prompt = self.prompt_ids(question, length)
         words = self.pieces.encode(text)
         room = length - 1 - len(prompt)
-        if rng is not None and len(words) >= room > 0:
+        is_too_long = len(words) >= room  # without place for an EOS of its own
+        if is_too_long and rng is not None:
             return random_window(self, prompt, words, length, rng)
         ids = self.pad(prompt + words, length)
         return ids, [False] * len(prompt) + [True] * room + [False]
@@ -122,8 +123,9 @@ class RMSNorm(nn.Module):
 
 
 def relative_position_bucket(distance, buckets, max_distance):
-    """Maps a distance, key position minus query position, to a bucket. Half of them are for each
-    direction: one per short distance, then logarithmically wider ones, up to `max_distance`."""
+    """Maps a distance, key position minus query position, to a bucket. Each direction has half of the
+    buckets. Short distances have one each; longer ones share buckets, which grow wider logarithmically
+    up to `max_distance`."""
     half = buckets // 2
     exact = buckets // 4
     near = distance.abs()
@@ -195,7 +197,7 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.shared = empty_embedding(config.vocab_size, config.d_model)
-        blocks = nn.ModuleList(Block(config, has_relative_bias=k == 0) for k in range(config.num_layers))
+        blocks = nn.ModuleList(Block(config, has_relative_bias=(k == 0)) for k in range(config.num_layers))
         self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": RMSNorm(config.d_model)})
         init_weights(self)
 
@@ -258,8 +260,8 @@ def random_window(tokenizer, prompt, words, length, rng):
 
 
 def window_ids(tokenizer, prompt, words, start, length):
-    """Returns the ids of a window, and which are maskable: its block, the words from `start` on, then
-    EOS. The block takes a quarter of the room; in the first window, at start 0, it takes all."""
+    """Returns ids and maskable of a window. The words from `start` on are its block: a quarter of it, at start 0
+    all."""
     room = length - 1 - len(prompt)
     block = max(1, room // 4) if start else room
     before = words[start - (room - block):start]
@@ -301,8 +303,7 @@ def open_pieces(model):
 
 
 def train_tokenizer(lines, vocab_size):
-    """Makes a Tokenizer of at most `vocab_size` pieces from lines of text, numbered as T5's are. Unlike T5's it
-    merges pairs, so frequent words stay whole. Raises ValueError if the texts have more letters than that."""
+    """Makes a Tokenizer of at most `vocab_size` pieces from lines of text. Raises ValueError for too many letters."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -8,7 +8,6 @@
 
 With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/, and the same
 command goes on from there. `torchrun --nproc_per_node N train.py ...` takes the same steps; N has to divide the batch.
-
 References: Li et al., D-DiT, arXiv 2501.00289, section 4; Jordan et al., Muon, 2024
   Zhao et al., FSDP, arXiv 2304.11277
 """
@@ -57,18 +56,18 @@ from sample import SHIPPED, at_least, fail
 
 @dataclass
 class Recipe:
-    """The numbers of one stage. A flag of the same name overrides each; the comments are its help. The defaults are
-    those of the paper's stage 1. Table 6 has steps, batch, rate, warmup, weight_decay, size, length and text_weight.
-    Clipping, the running average and the empty captions are the authors' code's; Muon, the linear schedule are ours."""
+    """The numbers of one stage. For each there is a flag of the same name. The defaults are the paper's, of stage 1:
+    steps, batch, rate, warmup, weight_decay, size, length and text_weight from Table 6; clip, ema and drop from the
+    authors' code. muon and schedule are ours."""
     steps: int = 60_000         # Optimizer steps
     batch: int = 512            # Rows per step, over all processes
     rate: float = 5e-5          # AdamW's learning rate after the warm-up
-    muon: float = 0.0           # Muon's learning rate, for the matrices inside the blocks; 0: AdamW learns them, too
+    muon: float = 0.0           # Muon's learning rate, for the matrices inside the blocks; 0: AdamW updates them, too
     warmup: int = 5000          # Steps in which the rates rise from 0
     schedule: str = "constant"  # Schedule of the learning rates; linear falls to nearly 0
     beta2: float = 0.999        # AdamW's decay of the squared gradients, per step
     weight_decay: float = 1e-2  # Weight decay of matrices
-    clip: float = 2.0           # Largest norm of the gradient
+    clip: float = 2.0           # Norm to which larger gradients are clipped
     ema: float = 0.9995         # Decay per step of the weights' running average, which is saved; 0: none
     size: int = 256             # Pixels of an image's side
     length: int = 64            # Tokens of a text
@@ -78,7 +77,7 @@ class Recipe:
     time_std: float = 1.0       # Standard deviation of the image times' logit
     drop: float = 0.1           # Share of captions left empty in the image half, for guidance
     questions: float = 0.0      # Share of the text half that is questions with answers, not captions
-    learn_t5: str = "no"        # What learns in T5; mask: the mask token's embedding alone
+    learn_t5: str = "no"        # What is trained in T5; mask: the mask token's embedding alone
     pool: int = 25_000          # Images of the built-in world to learn from
     vocab: int = 412            # Pieces, at most, of the tokenizer that stage 0 makes
 
@@ -107,24 +106,29 @@ def training_losses(learner, batch):
     same step."""
     dd = learner.dd
     recipe = learner.recipe
+    if dd.ddit is None:
+        return autoencoder_losses(learner, batch)  # stage 0
     rows = batch.rows
     generator = torch.Generator().manual_seed(batch.seed)
-    moments = learner.moments(batch.images)
+    moments = learner.moments(batch.images)  # means and log-variances of the latents
     image_t = losses.logit_normal_times(recipe.batch, recipe.time_mean, recipe.time_std, generator)[rows]
     text_t = losses.stratified_times(recipe.batch, generator=generator)[rows]
-    vae_noise, noise = batch_noise((2, recipe.batch, *moments.shape[2:]), generator, dd.device)[:, rows]
-    torch.rand(rows.start, recipe.length, generator=generator)  # skips the numbers of the rows before
+    both = batch_noise((2, recipe.batch, *moments.shape[2:]), generator, dd.device)
+    vae_noise, noise = both[:, rows]
+    torch.rand(rows.start, recipe.length, generator=generator)  # leaves out the numbers of other processes' rows
     noisy_tokens, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id, generator)
 
-    latents = text_latents = sample_latents(dd.vae, moments, vae_noise)
+    latents = sample_latents(dd.vae, moments, vae_noise)
+    text_latents = latents
     if batch.text_images is not batch.images:  # the text half is about other images (--text-data)
         text_latents = sample_latents(dd.vae, learner.moments(batch.text_images), vae_noise)
-    n = len(latents) if recipe.image_weight else 0  # Table 10: no image half
-    image_t = image_t[:n].to(dd.device, non_blocking=True)
-    captions = batch.captions[:n].to(dd.device, non_blocking=True)
+    image_t = image_t.to(dd.device, non_blocking=True)
+    captions = batch.captions.to(dd.device, non_blocking=True)
     noisy_tokens = noisy_tokens.to(dd.device, non_blocking=True)
-    noisy_latents = losses.noise_latents(latents[:n], noise[:n], image_t)
-    images = losses.ImageHalf(latents[:n], noise[:n], noisy_latents, image_t, captions)
+    noisy_latents = losses.noise_latents(latents, noise, image_t)
+    images = losses.ImageHalf(latents, noise, noisy_latents, image_t, captions)
+    if recipe.image_weight == 0:  # Table 10: no image half
+        images = losses.ImageHalf._make(x[:0] for x in images)
     texts = losses.TextHalf(text_latents, batch.tokens, noisy_tokens, masked, text_t)
     return losses.joint_loss(dd.ddit, dd.t5, images, texts, recipe.text_weight, recipe.image_weight)
 
@@ -144,26 +148,24 @@ def learning_rate(recipe, step):
 
 
 def train(learner, loader, log, signals):
-    """The loop, to the last step. loader gives a list of data.Batch per step; signals lists those that have come in."""
+    """The loop, to the last step. learner: see `Learner`; loader gives a list of data.Batch for each step; signals: a
+    list, to which Ctrl-C and SIGTERM add."""
     recipe = learner.recipe
-    for step, batches in zip(log.bar, loader):
+    for step, batches in zip(log.bar, loader):  # the progress bar counts the steps
         for k, batch in enumerate(batches, 1):  # several, if one does not fit in memory
             sync_gradients(learner, last=k == len(batches))
-            loss, *parts = learner.losses(learner, batch)  # training_losses; in stage 0 autoencoder_losses
+            loss, *parts = training_losses(learner, batch)
             (loss / len(batches)).backward()
-            log.losses.append(torch.stack(parts).detach())
+            log.recent.append(torch.stack(parts).detach())
 
         norm = nn.utils.clip_grad_norm_(learner.parameters, recipe.clip)
-        for p, view in learner.views:  # Muon's matrices, which AdamW must not see
-            view.grad = p.grad.to_local().flatten(1)
-            p.grad = None
+        hand_over_to_muon(learner)
         for optimizer in learner.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(recipe, step)
             optimizer.step()
             optimizer.zero_grad()
-        for average, p in zip(learner.averages, learner.parameters):
-            average.to_local().lerp_(p.detach().to_local(), 1 - recipe.ema)
+        update_averages(learner)
 
         done = step + 1
         finished = done == recipe.steps
@@ -171,7 +173,8 @@ def train(learner, loader, log, signals):
         save_now = save_now or stop or finished
         show_now = done % learner.args.show_every == 0 and not finished
         if done % 20 == 0 or save_now or show_now:  # only here does the loop wait for the device
-            log.write(done, norm.full_tensor(), learner, validate(learner) if show_now or finished else ())
+            validation = validate(learner) if show_now or finished else ()
+            log.write(done, norm.full_tensor(), learner, validation)
         if save_now:
             learner.save(done)
         if show_now:
@@ -232,8 +235,8 @@ BEFORE = {"0": [], "1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}
 
 
 def starting_file(args):
-    """Returns the checkpoint that a stage begins with: --init, or what the stage before left. Stage 1 without a stage 0
-    takes VAE and tokenizer from --vae or from the shipped file. Stage 0 needs none: ""."""
+    """Returns the checkpoint that a stage begins with; "" for stage 0, and for stage 1 the VAE's and the
+    tokenizer's."""
     for stage in BEFORE[args.stage]:
         before = f"{args.out}/stage{stage}/model.safetensors"
         if os.path.exists(before):
@@ -251,8 +254,8 @@ def starting_file(args):
 
 
 def starting_point(args, recipe, texts, device, dtype):
-    """Makes the system with which a stage starts -> the system, {name: module} of what learns in it, in float32. All
-    else is in `dtype`; None: as in the file."""
+    """Makes the system, and {name: module} of what learns in this stage, in float32; the rest in `dtype`, or as
+    stored."""
     torch.manual_seed(args.seed)
     preset = copy.deepcopy(PRESETS[args.preset])
     if args.stage == "0":
@@ -292,7 +295,6 @@ def starting_point(args, recipe, texts, device, dtype):
 
 
 def fresh_networks(dd, preset, recipe, text_encoder):
-    """Makes a system of new networks with the tokenizer and the VAE of another."""
     preset.vae = dd.config.vae
     if text_encoder == "none":
         positions = max(recipe.length, preset.settings.length)  # for the longest texts of any stage
@@ -304,7 +306,6 @@ def fresh_networks(dd, preset, recipe, text_encoder):
 
 
 def tokenizer_texts(subset, seed, count=5000):
-    """Yields texts for the vocabulary of stage 0."""
     for k in range(count):
         rng = np.random.default_rng([seed, 4, k])
         i = int(data.pick(rng, subset.ids))
@@ -352,18 +353,34 @@ def parallelize(module, mesh, dtype):
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
+def predict_as_array(ddit, args, kwargs):
+    """Runs before FSDP, which would copy the tensor `predict` to the GPU, where `nonzero` waits, but no NumPy array."""
+    return args, kwargs | {"predict": kwargs["predict"].numpy()}
+
+
 def sync_gradients(learner, last):
-    """Lets only the last pass of a step all-reduce gradients and free gathered weights. (With fsdp every pass
-    reduce-scatters within a node.)"""
+    """Lets only the last pass of a step all-reduce gradients over the nodes, and free gathered weights."""
     for module in learner.modules.values():
         module.set_requires_all_reduce(last)
         module.set_reshard_after_backward(last)
 
 
+def hand_over_to_muon(learner):
+    """Gives the gradients of Muon's matrices to its views of them, and keeps them from AdamW."""
+    for p, view in learner.views:
+        view.grad = p.grad.to_local().flatten(1)
+        p.grad = None
+
+
+def update_averages(learner):
+    """Moves the running average of every weight, if there is one, a little towards the weight."""
+    for average, p in zip(learner.averages, learner.parameters):
+        average.to_local().lerp_(p.detach().to_local(), 1 - learner.recipe.ema)
+
+
 def make_optimizers(modules, recipe):
-    """Makes the optimizers of {"ddit", "t5" or "vae": module} -> optimizers, [(parameter, view)]. Muon, if the recipe
-    has it, learns the matrices inside the blocks: a view of each, on the same memory, a convolution's as
-    (out, in * k * k). AdamW learns all else, with decay for matrices alone."""
+    """Makes optimizers for {name: module} -> optimizers, [(parameter, view)]. Muon, if the recipe has it, learns the
+    matrices inside the blocks: a view of each, on the same memory, as (out, all else). AdamW learns the rest."""
     decayed, plain, views, muon_groups = [], [], [], []
     for name, module in modules.items():
         layers = [part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
@@ -403,8 +420,8 @@ def empty_state(optimizers):
 
 
 class Learner:
-    """All that a run consists of: the system dd and those of its modules that learn, {name: module}, shared out among
-    the processes; their parameters, optimizers and running averages; recipe and arguments; held-out images."""
+    """All that a run consists of: the system, the modules of it that learn, shared out among the processes, their
+    parameters, optimizers and running averages; the recipe, the arguments; the images that are held out."""
     def __init__(self, dd, modules, recipe, args, dtype, folder, held_out=None):
         self.dd = dd
         self.modules = modules
@@ -413,7 +430,6 @@ class Learner:
         self.folder = folder
         self.held_out = held_out  # two Subsets, for the two losses
         self.checkpoints = f"{folder}/checkpoints"
-        self.losses = training_losses if dd.ddit else autoencoder_losses
         self.saved = time.monotonic()
         self.autocast = dd.device.type == "cuda" and dtype == torch.bfloat16
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # see `save`: we mean it
@@ -425,13 +441,15 @@ class Learner:
         mesh = make_mesh(dd.device, args.parallel)
         for module in modules.values():
             parallelize(module, mesh, dtype)
+        if dd.ddit:
+            dd.ddit.register_forward_pre_hook(predict_as_array, prepend=True, with_kwargs=True)
         self.optimizers, self.views = make_optimizers(modules, recipe)
         self.parameters = [p for module in modules.values() for p in module.parameters()]
         self.averages = [p.detach().clone() for p in self.parameters] if recipe.ema else []
 
     def moments(self, images):
-        """data.Images -> the moments (B,2,C,h,w) of their latents, on the device: stored ones, or pixels encoded now.
-        These are used once and not stored, so bf16 may round them."""
+        """Returns the moments (B,2,C,h,w) of data.Images on the device: as stored, or encoded now, in bf16 if that is
+        fast."""
         device = self.dd.device
         if images.moments is not None:
             return images.moments.to(device, non_blocking=True).float()
@@ -440,15 +458,14 @@ class Learner:
             return torch.stack(self.dd.vae.encode(pixels), 1).float()
 
     def weights(self):
-        """Returns {name: state dict}, whole and on the CPU: what the stage leaves."""
         for average, p in zip(self.averages, self.parameters):
             p.data.copy_(average)
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return {name: get_model_state_dict(module, options=whole) for name, module in self.modules.items()}
 
     def state(self, step):
-        """Returns all that a run must remember. Loading writes into these very tensors. A shard knows its place in the
-        whole, so any number of processes can read what any other number wrote."""
+        """Returns all that a run must remember; loading writes into these tensors, from files of any number of
+        processes."""
         return {"step": torch.tensor(step),
                 "files": torch.tensor(dist.get_world_size()),  # each process writes one
                 "modules": {name: module.state_dict() for name, module in self.modules.items()},
@@ -513,7 +530,7 @@ class Log:
     def __init__(self, learner, start):
         steps = learner.recipe.steps
         self.names = ("image_loss", "text_loss") if learner.dd.ddit else ("reconstruction", "kl")
-        self.losses = []  # of each pass since the last line
+        self.recent = []  # the losses of each pass since the last line
         self.step = start
         self.since = time.perf_counter()
         self.metrics = f"{learner.folder}/metrics.jsonl"
@@ -533,7 +550,7 @@ class Log:
 
     def write(self, done, norm, learner, validation):
         """Writes a line of metrics, means over the steps since the last. Raises ValueError if a loss is not finite."""
-        means = torch.stack(self.losses).mean(0)
+        means = torch.stack(self.recent).mean(0)
         *parts, norm = mean_over_processes(list(means) + [norm])
         if not np.isfinite(parts + [norm]).all():
             raise ValueError(f"the loss or its gradient is not a number at step {done}, so nothing of it was saved. "
@@ -548,7 +565,7 @@ class Log:
         if is_first():
             with open(self.metrics, "a") as f:
                 f.write(json.dumps(line) + "\n")
-        self.losses = []
+        self.recent = []
         self.step = done
         self.since = time.perf_counter()
 
@@ -596,12 +613,11 @@ def validate(learner):
     """Computes both losses on images that are held out, with the same noise and masks every time."""
     steps = -(-min(256, len(learner.held_out[1].ids)) // learner.recipe.batch)
     batches = make_batches(learner, learner.held_out, UNSEEN)
-    parts = [torch.stack(learner.losses(learner, batch)) for step in range(steps) for batch in batches[step]]
+    parts = [torch.stack(training_losses(learner, batch)) for step in range(steps) for batch in batches[step]]
     return mean_over_processes(torch.stack(parts).mean(0))[1:]
 
 
 def make_batches(learner, subsets, seed):
-    """Makes the data.Batches of this process."""
     share = learner.recipe.batch // dist.get_world_size()
     first = share * dist.get_rank()
     rows = slice(first, first + share)
@@ -610,7 +626,6 @@ def make_batches(learner, subsets, seed):
 
 
 def show_samples(learner, name):
-    """Writes a sheet of what the model makes of held-out images. All processes draw, as they gather weights."""
     cells = sample_cells(learner.dd, learner.held_out[1])
     if is_first():
         sample.sheet(f"{learner.folder}/{name}.png", cells)
@@ -655,8 +670,7 @@ def show_batch(dd, batch, path):
 # ---------------------------------------------------------------- a stage from end to end, and its settings
 
 def prepare(args, recipe, folder):
-    """Finds what a stage begins with -> dd, {name: module} of what learns, Subsets to learn from (for the two losses),
-    held-out Subsets, the run's settings."""
+    """Finds what a stage begins with -> dd, {name: module}, Subsets to learn from, held-out Subsets, settings."""
     args.start = starting_file(args)
     args.files = args.start, args.t5, args.vae, args.spiece
     if args.stage not in ("0", "1"):
@@ -708,10 +722,12 @@ def run_stage(args, recipe):
     start = learner.load()
     if start > recipe.steps:
         fail(f"{folder} is already at step {start}, beyond --steps {recipe.steps}")
-    if start == recipe.steps and is_newer(path, checkpoints(learner.checkpoints)[-1]):
-        if is_first():
-            print(f"finished: {path}")  # and not written again: a later stage may have begun with this file
-        return
+    if start == recipe.steps and os.path.exists(path):
+        newest = checkpoints(learner.checkpoints)[-1]
+        if os.path.getmtime(path) >= os.path.getmtime(newest):  # a later stage may have begun with this file
+            if is_first():
+                print(f"finished: {path}")
+            return
     images, texts = subsets
     batches = make_batches(learner, subsets, args.seed)
     if is_first():
@@ -735,10 +751,6 @@ def run_stage(args, recipe):
         print(f"wrote {path}")
 
 
-def is_newer(path, other):
-    return os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(other)
-
-
 @torch.no_grad()
 def write_model(args, recipe, weights, texts, path):
     """Writes the file for sample.py: what was trained, and the frozen parts anew from the starting file; in float16."""
@@ -757,8 +769,7 @@ def write_model(args, recipe, weights, texts, path):
 
 
 def check_settings(folder, args, recipe, images, texts):
-    """Returns the settings of a run, which run.json keeps. A folder holds one run; another is refused. But a run at a
-    constant rate may be made longer, and files and data may be moved."""
+    """Returns the settings of a run, kept in run.json. A folder holds one run, which may be made longer or moved."""
     settings = asdict(recipe)
     for name in ("preset", "text_encoder", "seed", "caption_prompt", "answer_suffix"):
         settings[name] = getattr(args, name)
@@ -806,20 +817,20 @@ def add_arguments(parser, recipe):
     add("--out", default="runs", help="Where stageN/ folders are made (default: runs).")
     add("--seed", type=int, default=0, help="Seeds all random numbers (default: 0).")
     add = parser.add_argument_group("how it runs; what is learned is the same, up to rounding").add_argument
-    add("--device", type=sample.existing_device, default=sample.default_device(), help="Where (default: a GPU).")
+    add("--device", type=sample.existing_device, default=sample.default_device(), help="Device (default: a GPU).")
     add("--dtype", choices=DTYPES, help="What to compute in (default: bf16 where it is fast).")
     add("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp: share out optimizer state (default: ddp).")
-    add("--accumulate", type=at_least(1), default=1, help="Passes per step; more take less memory (default: 1).")
+    add("--accumulate", type=at_least(1), default=1, help="Passes per step; more need less memory (default: 1).")
     add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
-    add("--workers", type=at_least(0), help="Processes that make batches (default: 4; with stored latents 0).")
-    add("--latents", type=int, default=25_000, help="Most records whose latents are stored (default: 25000).")
+    add("--workers", type=at_least(0), help="Processes that make batches (default: 4; 0 where a CPU needs none).")
+    add("--latents", type=int, default=25_000, help="Latents are stored for at most so many records (default: 25000).")
     add("--save-minutes", type=float, default=10, help="Minutes between checkpoints (default: 10).")
     add("--show-every", type=at_least(1), default=500, help="Steps between samples (default: 500).")
     add("--keep", type=at_least(1), default=3, help="How many checkpoints to keep (default: 3).")
     group = parser.add_argument_group("numbers of a stage, with this stage's and preset's defaults")
     choices = {"schedule": ["constant", "linear"], "learn_t5": ["no", "mask", "all"]}
-    meanings = dict(re.findall(r"(\w+): .*# (.*)", inspect.getsource(Recipe)))
+    meanings = dict(re.findall(r"(\w+): .*# (.*)", inspect.getsource(Recipe)))  # its comments
     for f in fields(Recipe):
         flag = "--" + f.name.replace("_", "-")
         group.add_argument(flag, type=f.type, choices=choices.get(f.name), default=getattr(recipe, f.name),

@@ -1,9 +1,9 @@
 """Seeing images: the autoencoder of Stable Diffusion 3, which turns pixels into latents and back.
 
 An image of 8h x 8w pixels becomes a grid of h x w latents with 16 channels; the transformer works
-on these. For each latent the encoder gives a Gaussian, by its mean and log-variance. Training draws
-a latent from it (it "samples the posterior"), so close latents decode to similar images.
-
+on these. For each latent the encoder gives a Gaussian, by its mean and log-variance. In training the
+decoder gets a latent drawn from it (this "samples the posterior"), so it learns to decode close
+latents to similar images.
 References: Esser et al., Scaling Rectified Flow Transformers (SD3), arXiv 2403.03206, section 5.2.1
   Rombach et al., Latent Diffusion, arXiv 2112.10752, whose module names SD3's file still carries
 """
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1], config.groups)
         self.up = nn.ModuleList()
-        coarser = widths[1:] + widths[-1:]  # the width of the level that runs before
+        coarser = widths[1:] + widths[-1:]  # the decoder comes to each level from the next coarser one
         for k, width in enumerate(widths):
             upsample = Upsample(width) if k > 0 else None
             self.up.append(Level(coarser[k], width, 3, config.groups, upsample=upsample))
