@@ -38,9 +38,8 @@ SIDE = 64  # pixels; an image has four quarters of 32 x 32, with at most one thi
 SIZES = {"small": (6.0, 7.0), "large": (10.5, 11.8)}  # least and largest radius in pixels
 COLORS = {"red": 0, "yellow": 52, "green": 125, "cyan": 180, "blue": 222, "purple": 285}  # hue, degrees
 
-# A shape is a function of a point and a radius r: x and y are the pixels by which the point lies to the right of the
-# shape's centre, and below it; they are arrays, (1,32) and (32,1). It returns how far the point is outside the outline,
-# roughly, in pixels; inside it is negative. No point of a shape may have |x| or |y| above 1.14 r.
+# A shape is a function of x, y and its radius r, in pixels: x to the right, y downwards from the shape's centre. Its
+# value is roughly the distance to the outline, negative inside. No point inside may have |x| or |y| above 1.14 r.
 SHAPES = {
     "circle": lambda x, y, r: np.hypot(x, y) - r,
     "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.88 * r,
@@ -117,8 +116,9 @@ class World:
             top = thing.quarter // 2 * 32
             left = thing.quarter % 2 * 32
             quarter = canvas[top:top + 32, left:left + 32]
-            y, x = np.ogrid[top + 0.5:top + 32, left + 0.5:left + 32]  # of the pixels' centres
-            inside = np.clip(0.5 - SHAPES[thing.shape](x - center_x, y - center_y, radius), 0, 1)
+            x = np.arange(left, left + 32) + 0.5 - center_x  # of the pixels' centres
+            y = np.arange(top, top + 32)[:, None] + 0.5 - center_y
+            inside = np.clip(0.5 - SHAPES[thing.shape](x, y, radius), 0, 1)
             quarter += inside[..., None] * (rgb - quarter)
         return (canvas * 255 + 0.5).astype(np.uint8)
 
@@ -139,13 +139,14 @@ class World:
             for _ in range(10):
                 thing = pick(rng, things)
                 phrase = refer(thing, things, rng, hide=name)
-                pair = phrase and KINDS[name](thing, phrase, things, rng)
-                if pair:
-                    return pair
+                if phrase:
+                    pair = KINDS[name](thing, phrase, things, rng)
+                    if pair:
+                        return pair
 
 
 def related(a, relation, b):
-    """Is quarter a in that relation to quarter b? Top left is above bottom right and left of it."""
+    """Is quarter a in that relation to quarter b? (Top left, for example, is above bottom right.)"""
     axis, direction = RELATIONS[relation]
     distance = divmod(a, 2)[axis] - divmod(b, 2)[axis]  # divmod gives (row, column)
     return distance * direction > 0
@@ -177,7 +178,7 @@ def refer(thing, things, rng, hide=None):
 
 
 def ask_color(thing, phrase, things, rng):
-    """Asks for the colour of a thing, which `phrase` describes -> question, answer. KINDS, below, has other kinds."""
+    """Asks for the colour of a thing, which `phrase` describes -> question, answer. The other KINDS stand below."""
     return pick(rng, [f"what color is the {phrase}?", f"what is the color of the {phrase}?"]), thing.color
 
 
@@ -348,14 +349,12 @@ def read_record(row):
         captions = texts("re_caption") or texts("caption") + texts("text")
         answers = texts("answers") or texts("answer")
         answers = sorted(answers, key=answers.count, reverse=True)
-        questions = []
+        questions = [(question, *answers) for question in texts("question") if answers]
         turns = fields.get("conversations") or []  # LLaVA's, in which a human and the model take turns
         for turn, reply in zip(turns, turns[1:]):
             if (turn["from"], reply["from"]) == ("human", "gpt"):
                 question = turn["value"].replace("<image>", "").strip()
                 questions.append((question, reply["value"].strip()))
-        if answers:
-            questions += [(question, *answers) for question in texts("question")]
     except (KeyError, TypeError, AttributeError):
         raise ValueError("not in a form that this program knows") from None
     if len(images) != 1 or not captions + questions:
@@ -524,10 +523,6 @@ class Records:
         image, captions, questions, span = json.loads(mapped(self.lines)[start:end].tobytes())
         return Record(image, tuple(captions), tuple(map(tuple, questions)), tuple(span))
 
-    def count_images(self):
-        """Counts the images; several records may be about one."""
-        return len(np.unique(self.index[:-1, 1]))
-
     def changed(self, i):
         """Returns when the file that holds image i was changed last, in ns; 0 if it is gone."""
         record = self.record(i)
@@ -567,7 +562,7 @@ def write_index(path, sources):
             for record in usable_records(source, totals):
                 image, captions, questions, (shard, *extent) = record
                 file = os.path.relpath(os.path.realpath(shard or image), base)
-                member = os.path.relpath(image, shard) if shard else None
+                member = bool(shard) and image.removeprefix(f"{shard}/")
                 identity = hashlib.sha256(repr((file, member)).encode()).digest()
                 texts = captions, questions, tuple(extent)
                 digest.update(identity + repr(texts).encode())

@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ---------------------------------------------------------------- text: masked diffusion
-
 MIN_TIME = 1e-3  # the smallest time of a text in training, where the weight 1/t is largest
 
 
@@ -31,15 +29,15 @@ def alpha(t):
 
 
 def reveal_rate(t):
-    """Returns the weight of the text loss (Eq. 7), -alpha'(t) / (1 - alpha(t)). It is the rate at which
-    masked tokens are revealed when time runs backwards: the share that becomes readable, divided by the
-    share that is masked. For the straight line it is 1/t. Another schedule needs another formula here."""
+    """Returns the weight of the text loss (Eq. 7), -alpha'(t) / (1 - alpha(t)). For the straight line it
+    is 1/t; another schedule needs another formula. When time runs backwards, it is the rate of revealing:
+    the share that becomes readable in a unit of time, over the share that is masked."""
     return 1 / t
 
 
 def stratified_times(n, eps=MIN_TIME, generator=None):
     """Returns (n,) times in [eps, 1] for the texts of a batch, in random order. The interval is cut into
-    n equal strata, and each gives one time, all at the same random offset. So every time alone is
+    n equal parts, and each gives one time; all have the same random offset. So every time alone is
     uniform, but each batch has as many early times as late ones, and its loss varies less."""
     offset = torch.rand(1, generator=generator)
     t = (offset + torch.randperm(n, generator=generator)) / n
@@ -51,7 +49,7 @@ def mask_tokens(tokens, t, maskable, mask_id, generator=None):
     1 - alpha(t). tokens (B,L) long, t (B,), maskable (B,L) bool -> noisy tokens (B,L); masked (B,L)
     bool, which of them are now the mask."""
     chance = torch.rand(tokens.shape, generator=generator)
-    share = 1 - alpha(t.double())  # float32 would round it
+    share = 1 - alpha(t.double())  # in float64, as a small t nearly cancels
     masked = (chance < share[:, None]) & maskable  # Eq. 6
     return torch.where(masked, mask_id, tokens), masked
 
@@ -60,12 +58,12 @@ def masked_diffusion_loss(logits, tokens, masked, t):
     """Eq. 7: the cross-entropy of the masked tokens, weighted by `reveal_rate`, which is 1/t.
 
     At time t only a share t of the tokens is masked and counted, so dividing by t scales the sum up to
-    the whole text. Averaged over t, this is what it costs to write the text one token at a time, in a
-    random order. It bounds the negative log-likelihood of the text from above, in nats. The sum is
-    divided by batch · length. EOS padding costs like any token; the tokens of a question cost nothing.
+    the whole text. Averaged over t, this is the mean cost, over all orders, of writing the text one token
+    at a time. So it is an upper bound on the text's negative log-likelihood, in nats. Here it is given
+    per token. EOS padding costs like any token; the tokens of a question cost nothing.
 
-    The mask token, the last of the V, is never right, so its logit is left out. Tokens that are not
-    masked are known, so they cost nothing. (The field calls these two rules SUBS.)
+    The mask token, the last of the V, is never the right answer, so its logit is left out. Tokens that
+    are not masked are known, so they cost nothing. (The field calls these two rules SUBS.)
     logits (B,L,V), or (N,V) at the N masked tokens; tokens (B,L); masked (B,L) bool; t (B,)
     -> scalar. tokens, masked and t may be on the CPU while logits are on a GPU."""
     if logits.ndim == 3:
@@ -78,12 +76,9 @@ def masked_diffusion_loss(logits, tokens, masked, t):
     return (weight * nats).sum() / tokens.numel()  # Eq. 7
 
 
-# ---------------------------------------------------------------- images: flow matching
-
 def logit_normal_times(n, mean=0.0, std=1.0, generator=None):
     """Returns (n,) image times in (0,1), the sigmoid of a normal variable. With mean 0 most lie in the
-    middle, where the network has most to learn: near t = 1 the mean of all images is a good answer, and
-    near t = 0 little is left to decide."""
+    middle, where the network has most to learn."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
 
 
@@ -114,10 +109,9 @@ class ImageHalf(NamedTuple):
 
 
 class TextHalf(NamedTuple):
-    """What the text loss learns from: texts to be read from their images. tokens, masked and t are on
-    the CPU."""
+    """What the text loss learns from: texts to be read from their images."""
     latents: Tensor   # (B,C,H,W) clean
-    tokens: Tensor    # (B,L) clean
+    tokens: Tensor    # (B,L) clean; like masked and t on the CPU
     noisy: Tensor     # (B,L) the same tokens, some of them masked by `mask_tokens`
     masked: Tensor    # (B,L) bool, which of them are masked
     t: Tensor         # (B,) at which they were masked; the network is given time 0
@@ -126,8 +120,8 @@ class TextHalf(NamedTuple):
 def joint_loss(ddit, t5, images, texts, text_weight=0.2, image_weight=1.0):
     """An ImageHalf and a TextHalf -> total, image loss, text loss (scalars).
 
-    Eq. 8 has two losses, each with the other modality clean. A row of either half has the same shape.
-    So all rows are stacked into one batch, and T5 and the transformer run once:
+    Eq. 8 has two losses, each with the other modality clean. Rows of both halves have the same shapes.
+    So they are stacked into one batch, and T5 and the transformer run once:
 
         rows 0 .. n-1     noisy latents    caption        t    -> velocity, image loss
         rows n .. n+m-1   clean latents    masked text    0    -> logits at the masks, text loss
@@ -136,8 +130,8 @@ def joint_loss(ddit, t5, images, texts, text_weight=0.2, image_weight=1.0):
     latents = torch.cat([images.noisy, texts.latents])
     tokens = torch.cat([images.captions, texts.noisy])
     times = torch.cat([images.t, images.t.new_zeros(len(texts.t))])
-    no_caption = torch.zeros(images.captions.shape, dtype=torch.bool)
-    predict = torch.cat([no_caption, texts.masked])
+    no_logits = torch.zeros(images.captions.shape, dtype=torch.bool)
+    predict = torch.cat([no_logits, texts.masked])  # the tokens for which logits are wanted
     velocity, logits = ddit(latents, times, t5(tokens), predict=predict, image_rows=n)
     image_loss = flow_matching_loss(velocity, images.latents, images.noise)         # Eq. 8, images
     text_loss = masked_diffusion_loss(logits, texts.tokens, texts.masked, texts.t)  # Eq. 8, text

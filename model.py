@@ -42,6 +42,20 @@ class DDiTConfig:
     qk_norm: bool = False   # RMSNorm on queries and keys; SD3-medium has none
 
 
+@dataclass
+class Settings:
+    """How a checkpoint is meant to be used. The defaults are the paper's at full size."""
+    size: int = 256         # pixels, the side of the images that it reads and draws
+    length: int = 256       # tokens to which a prompt, caption or question with answer is padded
+    cfg: float = 7.0        # classifier-free guidance when drawing
+    cfg_times: tuple = (0.0, 1.0)  # guidance works between these two t; in the paper always
+    shift: float = 3.0      # of the time grid of drawing; SD3's
+    caption_steps: int = 256
+    answer_steps: int = 16
+    caption_prompt: str = ""  # the question that asks for a caption; "": captions need no question
+    answer_suffix: str = ""   # is added to every question
+
+
 def modulate(x, shift, scale):
     """adaLN: x (B,N,D), shift and scale (B,D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
@@ -80,10 +94,9 @@ class Attention(nn.Module):
 
 class StreamBlock(nn.Module):
     """A DiT block of one stream, split at the joint attention: `before` makes what goes into it,
-    `after` uses what comes out. `vec` (B,width) is the time, embedded. From it come six vectors:
-    shift, scale and gate for the attention, and the same for the MLP. Shift and scale change what
-    goes in; the gate says how much of the result is added to the stream. Gates begin at zero
-    (`DDiT.init_weights`): a new block passes its input on unchanged, and learns from there."""
+    `after` uses what comes out. `vec` (B,width) is the time, embedded. From it come shift, scale and
+    gate for the attention, and the same for the MLP. Shift and scale change what goes in; the gate
+    says how much of the result is added to the stream. Gates begin at zero (`DDiT.init_weights`)."""
     def __init__(self, config):
         super().__init__()
         width = config.width
@@ -98,13 +111,13 @@ class StreamBlock(nn.Module):
 
     def before(self, x, vec):
         """-> (q, k, v), and the other four vectors, which `after` needs."""
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(vec).chunk(6, dim=1)
-        qkv = self.attn(modulate(self.norm1(x), shift, scale))
-        return qkv, (gate, shift_mlp, scale_mlp, gate_mlp)
+        shift_attn, scale_attn, gate_attn, *for_mlp = self.adaLN_modulation(vec).chunk(6, dim=1)
+        qkv = self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        return qkv, (gate_attn, *for_mlp)
 
     def after(self, x, attended, modulation):
-        gate, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate[:, None] * self.attn.proj(attended)
+        gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = x + gate_attn[:, None] * self.attn.proj(attended)
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
@@ -157,7 +170,7 @@ class TextHead(nn.Module):
 
 def sincos_table(size, dim):
     """Makes the fixed 2-D position table, (1, size*size, dim): half of the channels hold sines and cosines of
-    x, the other half of y. As in SD3, x and y run from 0 to 64, whatever the size of the table."""
+    x, the other half of y. As in SD3, x and y run from 0 to 64, however many positions there are."""
     position = torch.arange(size, dtype=torch.float64) * 64 / size
     k = torch.arange(dim // 4, dtype=torch.float64)
     omega = 10000.0 ** (-k / (dim // 4))
@@ -189,7 +202,7 @@ class DDiT(nn.Module):
         self.pos_embed.copy_(sincos_table(self.config.pos_size, self.config.width))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # a convolution's as a matrix
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # in place: flatten gives a view
                 nn.init.zeros_(module.bias)
         for k in (0, 2):
             nn.init.normal_(self.t_embedder.mlp[k].weight, std=0.02)
@@ -198,7 +211,7 @@ class DDiT(nn.Module):
                 nn.init.zeros_(p)
 
     def positions(self, h, w):
-        """Returns the centred h x w crop of the position table, (1, h*w, width). Raises ValueError beyond it."""
+        """Returns the centred h x w crop of the position table, (1, h*w, width), or raises ValueError."""
         side = self.config.pos_size
         if h > side or w > side:
             raise ValueError(f"an image of {h}x{w} patches is larger than the model's {side}x{side} positions")
@@ -223,14 +236,13 @@ class DDiT(nn.Module):
         p = self.config.patch
         velocity = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
         if predict is not None:
-            places = torch.as_tensor(predict).flatten().nonzero()[:, 0]
+            places = torch.as_tensor(predict).flatten().nonzero()[:, 0]  # train.py gives an array
             text = text.flatten(0, 1)[places.to(text.device, non_blocking=True)]
         return velocity, self.text_head(text)
 
 
 class DualDiffusion(nn.Module):
-    """The whole system. `ddit`, `t5`, `vae` are modules, `tokenizer` is a t5.Tokenizer, `config` a Config.
-    A part that the file does not hold is None: stage 0 writes no ddit, and SD3's file may have no T5."""
+    """The whole system: three modules, a t5.Tokenizer, a Config. A part that a file does not hold is None."""
     def __init__(self, config, tokenizer, ddit=None, t5=None, vae=None):
         super().__init__()
         self.config = config
@@ -241,8 +253,7 @@ class DualDiffusion(nn.Module):
 
     @classmethod
     def build(cls, config, tokenizer, parts=("ddit", "t5", "vae")):
-        """Makes a system with fresh random weights. Both vocabularies
-        follow the tokenizer's; T5's is rounded up to a multiple of 128."""
+        """Makes a system with fresh random weights. (T5's table has a multiple of 128 rows.)"""
         config.ddit.vocab = tokenizer.vocab_size
         config.t5.vocab_size = 128 * math.ceil(tokenizer.vocab_size / 128)
         return cls(config, tokenizer, **{part: make_part(getattr(config, part)) for part in parts})
@@ -269,20 +280,6 @@ class DualDiffusion(nn.Module):
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
-
-@dataclass
-class Settings:
-    """How a checkpoint is meant to be used. The defaults are the paper's at full size."""
-    size: int = 256         # pixels, the side of the images that it reads and draws
-    length: int = 256       # tokens to which a prompt, caption or question with answer is padded
-    cfg: float = 7.0        # classifier-free guidance when drawing
-    cfg_times: tuple = (0.0, 1.0)  # guidance works between these two t; in the paper always
-    shift: float = 3.0      # of the time grid of drawing; SD3's
-    caption_steps: int = 256
-    answer_steps: int = 16
-    caption_prompt: str = ""  # the question that asks for a caption; "": captions need no question
-    answer_suffix: str = ""   # is added to every question
-
 
 @dataclass
 class Config:
@@ -382,13 +379,12 @@ def read_json(path):
 
 
 def safetensors_files(folder):
-    """Lists a part's .safetensors: one file, or its shards; not of variants like model.fp16.safetensors."""
+    """Lists a part's .safetensors: one file, or its shards. Variants, as model.fp16.safetensors, have longer names."""
     names = [name for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")]
     if not names:
         raise ValueError(f"{folder}: holds no .safetensors file")
-    stems = {name: name.removesuffix(".safetensors").split("-00")[0] for name in names}
-    plain = min(stems.values(), key=len)
-    return [f"{folder}/{name}" for name in names if stems[name] == plain]
+    shortest = min(map(len, names))
+    return [f"{folder}/{name}" for name in names if len(name) == shortest]
 
 
 def open_checkpoint(path):
@@ -401,15 +397,8 @@ def open_checkpoint(path):
                 for name in f.keys():
                     tensors[name] = f.get_tensor(name)
         except SafetensorError as error:
-            refuse_pointer(file)
-            raise ValueError(f"{file}: not a readable .safetensors file, or not all of one ({error})") from error
+            raise ValueError(f"{file}: not a whole .safetensors file, or a git-lfs pointer to one ({error})") from error
     return tensors, header
-
-
-def refuse_pointer(file):
-    with open(file, "rb") as f:
-        if f.read(40).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{file}: a git-lfs pointer, not the file itself: fetch it (git lfs pull)")
 
 
 def by_our_names(part, tensors):
@@ -509,7 +498,6 @@ def find_tokenizer(path, file, spiece):
         if file is None and os.path.exists(beside):
             file = beside
     if file:
-        refuse_pointer(file)
         with open(file, "rb") as f:
             spiece = f.read()
     if spiece is None:
@@ -632,8 +620,7 @@ def new_in_ddit(tensors, config):
 
 
 def write_file(dd, path, dtype=None):
-    """Writes all parts, tokenizer and configuration into one .safetensors; dtype: of its tensors, None: as they
-    are."""
+    """Writes all parts, tokenizer and configuration into one .safetensors; dtype: of its tensors."""
     tensors = {}
     for part, prefix in PREFIXES.items():
         module = getattr(dd, part)
@@ -646,7 +633,9 @@ def write_file(dd, path, dtype=None):
         save_file(tensors, beside, {"format": "pt", "config": json.dumps(asdict(dd.config))})
 
 
-def missing_parts(dd):
-    """Lists what a system still needs to draw and read, in words: ["T5 (--t5)"]."""
+def check_complete(dd, path):
+    """Raises ValueError for a system that lacks what it needs to draw and read."""
     names = PARTS | {"tokenizer": "tokenizer (--spiece)"}
-    return [name for part, name in names.items() if getattr(dd, part) is None]
+    missing = [name for part, name in names.items() if getattr(dd, part) is None]
+    if missing:
+        raise ValueError(f"{path}: holds no {' and no '.join(missing)}")

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import textwrap
+from functools import partial
 
 # Waiting threads of OpenMP spin, which slows everything beside other programs. (Set before torch is imported.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import losses
 from data import ENDINGS, EXTENSIONS, load_image, replacing, slices, to_images, to_pixels, warn
-from model import DTYPES, DualDiffusion, missing_parts
+from model import DTYPES, DualDiffusion, check_complete
 from t5 import unseen_words, window_ids
 
 
@@ -87,8 +88,10 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
         h, w = latent_size(dd, height or settings.size, width or settings.size)
         noise = torch.randn(len(prompts), dd.config.vae.latent_channels, h, w, generator=generator)
     factor = dd.config.vae.factor
-    parts = slices(len(prompts), noise.shape[2] * factor, noise.shape[3] * factor)
-    return torch.cat([denoise(dd, noise[k], prompts[k], negative, length, steps, cfg, shift, watch) for k in parts])
+    drawn = []
+    for part in slices(len(prompts), noise.shape[2] * factor, noise.shape[3] * factor):
+        drawn.append(denoise(dd, noise[part], prompts[part], negative, length, steps, cfg, shift, watch))
+    return torch.cat(drawn)
 
 
 def revealed_share(steps):
@@ -115,15 +118,13 @@ def draw_steps(shape, steps, generator):
     return torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # k where share[k] <= u < share[k+1]
 
 
-# An order of unmasking is a function. It gets masked (B,L) bool, the places that are still masked; step_of (B,L), the
-# steps of `draw_steps`; and predict. predict(places) runs the network where places (B,L) is true -> predicted tokens
-# (B,L), and the entropies of their distributions in nats (B,L). The order returns which masks to reveal, and tokens.
-LATER = 10 ** 9  # more than any step or entropy
-
+# An order of unmasking is a function of masked (B,L) bool, the places that are still masked; of predict(places), which
+# runs the network for such places (see `predict_tokens`); and of step_of (B,L), the steps of `draw_steps`. It returns
+# which masks to reveal now, (B,L) bool, and the tokens (B,L).
 
 def in_random_order(masked, predict, step_of):
     """Reveals in each row the masks whose step is next: ancestral sampling, without the passes that reveal nothing."""
-    next_step = step_of.masked_fill(~masked, LATER).amin(1, keepdim=True)
+    next_step = step_of.masked_fill(~masked, 10 ** 9).amin(1, keepdim=True)
     reveal = masked & (step_of == next_step)
     tokens, _ = predict(reveal)
     return reveal, tokens
@@ -133,11 +134,12 @@ GAMMA = 0.1  # nats; more makes fewer passes and more errors (tests/README.md ha
 
 
 def by_entropy(masked, predict, step_of):
-    """Reveals the masks of each row that have the least entropy, as many as keep the sum of entropies within GAMMA.
-    One pass predicts each token as if the others stayed masked, so tokens that are revealed together may not fit
-    together. This error (a KL divergence) is at most the sum of their entropies, without the largest."""
+    """Reveals the surest masks of each row, those of least entropy. One pass predicts each token as if the others
+    stayed masked, so tokens that are revealed together may not fit together. The error (a KL divergence) is at most
+    the sum of their entropies without the largest. So it is kept within GAMMA: a mask is revealed if the entropies of
+    all surer masks add up to no more."""
     tokens, nats = predict(masked)
-    nats = nats.masked_fill(~masked, LATER)
+    nats = nats.masked_fill(~masked, 10 ** 9)
     surest_first = nats.argsort(1)
     sorted_nats = nats.gather(1, surest_first)
     nats_of_surer = sorted_nats.cumsum(1) - sorted_nats  # for each token the sum of all surer ones
@@ -155,41 +157,41 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
     latents (B,C,H,W) as the transformer sees them; tokens (B,L) long; maskable (B,L) bool; steps: of ancestral
     sampling, for order "random"; order: one of ORDERS; temperature divides the logits, 0 takes the likeliest token;
     watch(tokens, reveal) is called after every pass. Order "random" at temperature 1 is exact ancestral sampling.
-    A text is read up to its first EOS. Once that and all before it are revealed, the row's other masks become EOS
-    without a forward pass."""
+    A text is read up to its first EOS. When this EOS and all before it are revealed, the row needs no more passes."""
     mask_id = dd.tokenizer.mask_id
     eos_id = dd.tokenizer.eos_id
     step_of = draw_steps(tokens.shape, steps, generator)
-    place = torch.arange(tokens.shape[1])
-    is_given = ~maskable & (tokens != eos_id)
-    last_given = torch.where(is_given, place, -1).amax(1, keepdim=True)
-
-    def predict(places):
-        rows = places.any(1)
-        logits = text_logits(dd, latents[rows], tokens[rows], places[rows])
-        before_given = (place < last_given)[places]
-        logits[before_given, eos_id] = -torch.inf  # a text does not end before words that are given
-        ids, entropies = draw_tokens(logits, temperature, generator)
-        predicted = tokens.clone()
-        predicted[places] = ids
-        nats = torch.zeros(places.shape, dtype=entropies.dtype)
-        nats[places] = entropies
-        return predicted, nats
-
+    may_end = ends_allowed(tokens, maskable, eos_id)
     tokens = torch.where(maskable, mask_id, tokens)
     masked = maskable
     passes = 0
     while masked.any():
+        predict = partial(predict_tokens, dd, latents, tokens, may_end, temperature, generator)
         reveal, predicted = ORDERS[order](masked, predict, step_of)
         tokens = torch.where(reveal, predicted, tokens)
         masked = masked & ~reveal
+        is_eos = maskable & (tokens == eos_id)
         before_first_mask = masked.cumsum(1) == 0
-        has_ended = (before_first_mask & maskable & (tokens == eos_id)).any(1)
+        has_ended = (before_first_mask & is_eos).any(1)
         masked = masked & ~has_ended[:, None]
         passes += 1
         if watch:
             watch(tokens, reveal)
     return torch.where(tokens == mask_id, eos_id, tokens), passes
+
+
+def predict_tokens(dd, latents, tokens, may_end, temperature, generator, places):
+    """One forward pass of the rows in which places (B,L) has a true one -> tokens (B,L), and the entropies (B,L) of
+    their distributions in nats; both are meant for these places. may_end (B,L): may EOS stand here?"""
+    rows = places.any(1)
+    logits = text_logits(dd, latents[rows], tokens[rows], places[rows])
+    logits[~may_end[places], dd.tokenizer.eos_id] = -torch.inf
+    ids, entropies = draw_tokens(logits, temperature, generator)
+    predicted = tokens.clone()
+    predicted[places] = ids
+    nats = torch.zeros(places.shape, dtype=entropies.dtype)
+    nats[places] = entropies
+    return predicted, nats
 
 
 def draw_tokens(logits, temperature, generator):
@@ -252,7 +254,8 @@ def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, te
         order = "random" if steps else "entropy"
     steps = steps or default_steps
     method = unmask_in_blocks if length == "auto" else unmask
-    tokens, maskable = map(torch.tensor, zip(*texts))
+    tokens = torch.tensor([ids for ids, _ in texts])
+    maskable = torch.tensor([may for _, may in texts])
     lines = []
     for part in slices(len(images), height, width):
         latents = dd.encode_image(images[part])
@@ -264,6 +267,13 @@ def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, te
 
 
 # ------------------------------------------------- the chapter ends here; what follows makes it practical
+
+def ends_allowed(tokens, maskable, eos_id):
+    """Where may a text end, (B,L) bool? In-filling must not end it before a word that is given."""
+    is_given = ~maskable & (tokens != eos_id)
+    place = torch.arange(tokens.shape[1])
+    last_given = torch.where(is_given, place, -1).amax(1, keepdim=True)
+    return place > last_given
 
 
 def in_float64(x):
@@ -550,7 +560,8 @@ def prepare_text(dd, text, room):
 
 def read_images(dd, args, generator):
     """Does --vqa, --caption and --infill: prints what is read, a line per image."""
-    settings, pieces = dd.config.settings, dd.tokenizer.pieces
+    settings = dd.config.settings
+    pieces = dd.tokenizer.pieces
     length = settings.length
     suffix = dd.tokenizer.prompt_ids(settings.answer_suffix, 10 * length)  # with "Q:" and "A:"
     question_room = length - min(8, length // 3) - len(suffix)
@@ -622,9 +633,7 @@ def main():
     dtype = args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")
     dd = DualDiffusion.load(args.ckpt, args.t5, args.vae, args.spiece, args.device, DTYPES[dtype],
                             args.offload)
-    missing = missing_parts(dd)
-    if missing:
-        fail(f"{args.ckpt}: holds no {' and no '.join(missing)}")
+    check_complete(dd, args.ckpt)
     if reads and not dd.ddit.text_head.linear.weight.any():
         warn("this model's text head was never trained: it can draw, but what it reads means nothing")
     settings = dd.config.settings

@@ -22,12 +22,11 @@ SENTINELS = 100  # <extra_id_0> ... <extra_id_99>, counted down from the top of 
 
 
 class Tokenizer:
-    """Turns text into ids and back. The ids are SentencePiece's own pieces (padding 0, end of
-    sequence 1, unknown 2), then the 100 sentinels, of which the last, `<extra_id_0>`, is the mask
-    token. SentencePiece does not know the sentinels, so nothing that a user types can become one.
-    There is no attention mask anywhere. A shorter text is padded with EOS (end of sequence),
-    and to the model this padding is text like any other: it is masked, predicted and counted
-    in the loss. So the model learns where to stop, and `decode` cuts at the first EOS."""
+    """Turns text into ids and back. The ids are SentencePiece's own pieces (padding 0, end of sequence or
+    EOS 1, unknown 2), then the 100 sentinels, of which the last, `<extra_id_0>`, is the mask token.
+    SentencePiece does not know the sentinels, so nothing that a user types can become one.
+    There is no attention mask anywhere. A shorter text is padded with EOS, and to the model this padding
+    is text like any other. So it learns where to stop, and `decode` cuts at the first EOS."""
     def __init__(self, model: bytes):
         """`model`: the bytes of a `spiece.model` file. Raises ValueError for anything else."""
         self.model = model
@@ -60,18 +59,17 @@ class Tokenizer:
         stands alone, or it answers the question `caption_prompt`. If a text is too long, its end is cut off;
         with `rng`, as in training, some part of it is drawn (`random_window`).
         The last token of every text is EOS and is never masked. T5 knows only distances between tokens. In
-        a text of masks alone it could not tell them apart; the last EOS shows each how far away the end is.
-        (The authors' code masks it, too.)"""
+        a text of masks alone it could not tell them apart; the last EOS shows each how far away the end is."""
         if isinstance(text, str):
             prompt = self.prompt_ids(caption_prompt, length) if caption_prompt else []
         else:
             question, text = text
-            if not question.endswith(answer_suffix):  # it may have been typed
+            if answer_suffix and not question.endswith(answer_suffix):  # it may have been typed
                 question = f"{question} {answer_suffix}"
             prompt = self.prompt_ids(question, length)
         words = self.pieces.encode(text)
         room = length - 1 - len(prompt)
-        is_too_long = len(words) >= room  # without place for an EOS of its own
+        is_too_long = len(words) >= room  # no EOS would follow but the last
         if is_too_long and rng is not None:
             return random_window(self, prompt, words, length, rng)
         ids = self.pad(prompt + words, length)
@@ -87,13 +85,13 @@ class Tokenizer:
 
     def blank_ids(self, text, length):
         """Turns a text with underscores into ids, maskable: each is one token to fill in."""
-        space = self.pieces.piece_to_id("▁")  # SentencePiece begins every text with a space
+        space = self.pieces.piece_to_id("▁")
         ids = []
         for k, part in enumerate(text.split("_")):
             part = self.pieces.encode(part)
             if k > 0:
                 ids.append(self.mask_id)
-                if part[:1] == [space]:  # no space was typed between "_" and, say, "?"
+                if part[:1] == [space]:  # SentencePiece has put it there
                     part = part[1:]
             ids += part
         ids = self.pad(ids, length)
@@ -202,8 +200,7 @@ class T5Encoder(nn.Module):
         init_weights(self)
 
     def forward(self, tokens):
-        """Tokens (B,L), long -> states (B,L,d_model): one vector per
-        token, on the tokens' device even if T5 itself is on another."""
+        """Tokens (B,L), long -> states (B,L,d_model), one vector per token, on the tokens' device."""
         x = self.shared(tokens.to(self.shared.weight.device))
         blocks = self.encoder["block"]
         bias = blocks[0].layer[0]["SelfAttention"].position_bias(tokens.shape[1], x.device)  # serves all
@@ -260,8 +257,7 @@ def random_window(tokenizer, prompt, words, length, rng):
 
 
 def window_ids(tokenizer, prompt, words, start, length):
-    """Returns ids and maskable of a window. The words from `start` on are its block: a quarter of it, at start 0
-    all."""
+    """Returns ids, maskable. The words from `start` on are the block: a quarter of the room; at start 0, all."""
     room = length - 1 - len(prompt)
     block = max(1, room // 4) if start else room
     before = words[start - (room - block):start]
@@ -295,7 +291,7 @@ def open_pieces(model):
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
-        raise ValueError("not a SentencePiece model (T5's is named spiece.model)") from error
+        raise ValueError("not a SentencePiece model (T5's spiece.model), or a git-lfs pointer to one") from error
     special = pieces.pad_id(), pieces.eos_id(), pieces.unk_id()
     if special != (0, 1, 2):  # Llama's, for one, has as many pieces as T5's
         raise ValueError(f"not T5's: its pad, end and unknown are pieces {special}, not (0, 1, 2)")

@@ -2,14 +2,13 @@
 
     python train.py --stage 0      the tokenizer and the VAE; only where no pretrained parts exist
     python train.py --stage 1      dual diffusion on captions
-    python train.py --stage 2      the same with better captions; the mask token's embedding learns, too
+    python train.py --stage 2      the same on longer captions; of T5 only the mask token's embedding is trained
     python train.py --stage 2hr    between 2 and 3, optional: higher resolution
     python train.py --stage 3      question answering, mixed with captions; the image loss stays
 
 With no other argument this is the `tiny` preset on the built-in world. A stage writes into OUT/stageN/, and the same
 command goes on from there. `torchrun --nproc_per_node N train.py ...` takes the same steps; N has to divide the batch.
-References: Li et al., D-DiT, arXiv 2501.00289, section 4; Jordan et al., Muon, 2024
-  Zhao et al., FSDP, arXiv 2304.11277
+References: Li et al., D-DiT, arXiv 2501.00289, section 4; Jordan et al., Muon, 2024; Zhao et al., FSDP, 2304.11277
 """
 import argparse
 import copy
@@ -50,7 +49,7 @@ import sample
 import t5
 import vae
 from data import one_line, warn
-from model import DTYPES, PRESETS, DualDiffusion, JointBlock, find_parts, missing_parts
+from model import DTYPES, PRESETS, DualDiffusion, JointBlock, check_complete, find_parts
 from sample import SHIPPED, at_least, fail
 
 
@@ -62,7 +61,7 @@ class Recipe:
     steps: int = 60_000         # Optimizer steps
     batch: int = 512            # Rows per step, over all processes
     rate: float = 5e-5          # AdamW's learning rate after the warm-up
-    muon: float = 0.0           # Muon's learning rate, for the matrices inside the blocks; 0: AdamW updates them, too
+    muon: float = 0.0           # Learning rate of Muon, for matrices inside the blocks; 0: AdamW takes all
     warmup: int = 5000          # Steps in which the rates rise from 0
     schedule: str = "constant"  # Schedule of the learning rates; linear falls to nearly 0
     beta2: float = 0.999        # AdamW's decay of the squared gradients, per step
@@ -115,7 +114,7 @@ def training_losses(learner, batch):
     text_t = losses.stratified_times(recipe.batch, generator=generator)[rows]
     both = batch_noise((2, recipe.batch, *moments.shape[2:]), generator, dd.device)
     vae_noise, noise = both[:, rows]
-    torch.rand(rows.start, recipe.length, generator=generator)  # leaves out the numbers of other processes' rows
+    torch.rand(rows.start, recipe.length, generator=generator)  # skips the numbers that mask the rows before
     noisy_tokens, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id, generator)
 
     latents = sample_latents(dd.vae, moments, vae_noise)
@@ -128,7 +127,7 @@ def training_losses(learner, batch):
     noisy_latents = losses.noise_latents(latents, noise, image_t)
     images = losses.ImageHalf(latents, noise, noisy_latents, image_t, captions)
     if recipe.image_weight == 0:  # Table 10: no image half
-        images = losses.ImageHalf._make(x[:0] for x in images)
+        images = losses.ImageHalf._make(x[:0] for x in images)  # no rows
     texts = losses.TextHalf(text_latents, batch.tokens, noisy_tokens, masked, text_t)
     return losses.joint_loss(dd.ddit, dd.t5, images, texts, recipe.text_weight, recipe.image_weight)
 
@@ -140,7 +139,7 @@ def sample_latents(vae, moments, noise):
 
 
 def learning_rate(recipe, step):
-    """The factor on every learning rate at a step (0-based)."""
+    """Returns by what every learning rate is multiplied at a step (0-based)."""
     factor = min(1.0, (step + 1) / max(recipe.warmup, 1))
     if recipe.schedule == "linear":
         factor *= 1 - step / recipe.steps
@@ -276,9 +275,7 @@ def starting_point(args, recipe, texts, device, dtype):
         fail("--text-encoder none starts from nothing: give --vae and --spiece, but no --init")
     if starts_anew and dd.tokenizer:
         dd = fresh_networks(dd, preset, recipe, args.text_encoder).to(device)
-    missing = missing_parts(dd)
-    if missing:
-        fail(f"{args.start}: holds no {' and no '.join(missing)}")
+    check_complete(dd, args.start)
     settings = dd.config.settings  # the file is to be used as it was trained
     settings.size = recipe.size
     settings.length = recipe.length
@@ -366,7 +363,7 @@ def sync_gradients(learner, last):
 
 
 def hand_over_to_muon(learner):
-    """Gives the gradients of Muon's matrices to its views of them, and keeps them from AdamW."""
+    """Gives the gradients of matrices to Muon's views of them."""
     for p, view in learner.views:
         view.grad = p.grad.to_local().flatten(1)
         p.grad = None

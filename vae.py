@@ -28,8 +28,7 @@ class VAEConfig:
 
     @property
     def factor(self):
-        """Pixels per latent, along a side."""
-        return 2 ** (len(self.multipliers) - 1)
+        return 2 ** (len(self.multipliers) - 1)  # pixels per latent, along a side
 
     @property
     def widths(self):

@@ -33,7 +33,7 @@ import published
 from metrics import interval, vqa_score
 
 import data
-from model import DTYPES, DualDiffusion, missing_parts
+from model import DTYPES, DualDiffusion, check_complete
 from sample import (
     ORDERS,
     SHIPPED,
@@ -533,8 +533,8 @@ def load_model(args):
     dtype = DTYPES[args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")]  # as sample.py
     dd = DualDiffusion.load(args.ckpt, args.t5, args.vae, args.spiece, args.device, dtype)
     autoencoder_alone = args.benchmark in JUDGED and dd.vae and not dd.ddit and not dd.t5  # what stage 0 leaves
-    if (missing := missing_parts(dd)) and not autoencoder_alone:
-        fail(f"{args.ckpt}: holds no {' and no '.join(missing)}")
+    if not autoencoder_alone:
+        check_complete(dd, args.ckpt)
     return dd
 
 

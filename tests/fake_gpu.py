@@ -193,7 +193,7 @@ def step(preset, stage, gpus, parallel="fsdp", checkpointing=True, passes=1):
         learner = train.Learner(dd, modules, recipe, args, BF16, out)
         for p in learner.parameters:  # a first step, after which the optimizer has its state
             p.grad = torch.zeros_like(p)
-        log = Namespace(bar=range(1), losses=[])
+        log = Namespace(bar=range(1), recent=[])
         train.train(learner, [[]], log, [])
         state = gpu.alive
         gpu.begin()

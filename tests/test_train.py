@@ -405,7 +405,7 @@ def test_a_step_is_the_same_on_any_number_of_processes(monkeypatch):
     recipe, tokenizer = train.RECIPES["tiny"]["3"], DualDiffusion.load(SHIPPED).tokenizer
     feed, settings = data.Subset(data.World(), np.arange(100)), Settings(length=recipe.length)
     plain = SimpleNamespace(sample=lambda mean, logvar, noise: noise, normalize=lambda z: z)
-    dd = SimpleNamespace(tokenizer=tokenizer, device=torch.device("cpu"), vae=plain, ddit=None, t5=None)
+    dd = SimpleNamespace(tokenizer=tokenizer, device=torch.device("cpu"), vae=plain, ddit="a network", t5=None)
     learner = SimpleNamespace(dd=dd, recipe=recipe,
                               moments=lambda images: torch.zeros(len(images.pixels), 2, 16, 8, 8))
     monkeypatch.setattr(train.losses, "joint_loss", lambda ddit, t5, images, texts, *weights: (images, texts))
