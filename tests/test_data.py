@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import tarfile
