@@ -132,7 +132,7 @@ class World:
         return pick(rng, ["", "", "", "there is "]) + pick(rng, phrasings(order, relation))
 
     def question(self, i, rng, kind=None):
-        """Draws a question, of this kind if one is given, with its answer; None where many tries find none."""
+        """Draws a question, of some kind or of this, and its answer; None where none is found."""
         things, _, _ = self.scene(i)
         for _ in range(1 if kind else 100):
             name = kind or pick(rng, self.kinds)
@@ -178,7 +178,7 @@ def refer(thing, things, rng, hide=None):
 
 
 def ask_color(thing, phrase, things, rng):
-    """Asks for the colour of a thing, which `phrase` describes -> question, answer. The other KINDS stand below."""
+    """Asks for the colour of a thing, which `phrase` describes -> question, answer. This is one of eight kinds."""
     return pick(rng, [f"what color is the {phrase}?", f"what is the color of the {phrase}?"]), thing.color
 
 
@@ -279,10 +279,11 @@ def load_image(path, height, width=None, span=WHOLE_FILE):
     resized to cover, cropped in the centre. span: see `Record`. Raises OSError for no file, ValueError for no image."""
     shard, start, count = span
     width = width or height
-    with open(shard or path, "rb") as f:
-        f.seek(start)
-        content = io.BytesIO(f.read(count))
+    file = open(shard or path, "rb")
     try:
+        with file:
+            file.seek(start)
+            content = io.BytesIO(file.read(count))
         with warnings.catch_warnings(action="ignore"), Image.open(content, formats=FORMATS) as image:
             twice = 2 * max(width, height)
             image.draft(None, (twice, twice))  # a large JPEG is decoded at a fraction of its size
@@ -509,7 +510,8 @@ class Records:
         if not os.path.exists(self.lines):
             os.makedirs(folder, exist_ok=True)
             write_index(self.lines, paths)
-        vars(self).update(json.loads(mapped(self.lines)[self.index[-1, 0]:].tobytes()))
+        totals = mapped(self.lines)[self.index[-1, 0]:]
+        vars(self).update(json.loads(totals.tobytes()))
 
     @property
     def index(self):
@@ -572,7 +574,7 @@ def write_index(path, sources):
                 totals["captioned"] += bool(captions)
                 totals["questioned"] += bool(questions)
         index.extend((f.tell(), 0))
-        totals["hash"] = digest.hexdigest()
+        totals["hash"] = digest.hexdigest()[:12]
         f.write(json.dumps(totals).encode())
         np.save(f"{path}.npy", np.reshape(index, (-1, 2)))
 
@@ -763,12 +765,16 @@ def slices(count, height, width, desc=None):
     return tqdm(parts, desc, leave=False, disable=count <= size or None)
 
 
+def warn_here(message):
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # tqdm's, or it would run into a bar
+
+
 def warn(message):
     if os.environ.get("RANK", "0") == "0":  # of all the processes of torchrun, one speaks
-        tqdm.write(f"warning: {message}", file=sys.stderr)  # tqdm's, or it would run into a bar
+        warn_here(message)
 
 
-warn_once = functools.cache(warn)
+warn_once = functools.cache(warn_here)
 
 
 def short_hash(values):

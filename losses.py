@@ -30,8 +30,8 @@ def alpha(t):
 
 def reveal_rate(t):
     """Returns the weight of the text loss (Eq. 7), -alpha'(t) / (1 - alpha(t)). For the straight line it
-    is 1/t; another schedule needs another formula. When time runs backwards, it is the rate of revealing:
-    the share that becomes readable in a unit of time, over the share that is masked."""
+    is 1/t; another schedule needs another formula. When time runs backwards, masked tokens are revealed at
+    this rate."""
     return 1 / t
 
 
@@ -44,23 +44,21 @@ def stratified_times(n, eps=MIN_TIME, generator=None):
     return eps + (1 - eps) * t
 
 
-def mask_tokens(tokens, t, maskable, mask_id, generator=None):
+def mask_tokens(tokens, u, t, maskable, mask_id):
     """The forward process of text: each maskable token becomes the mask independently, with probability
-    1 - alpha(t). tokens (B,L) long, t (B,), maskable (B,L) bool -> noisy tokens (B,L); masked (B,L)
-    bool, which of them are now the mask."""
-    chance = torch.rand(tokens.shape, generator=generator)
-    share = 1 - alpha(t.double())  # in float64, as a small t nearly cancels
-    masked = (chance < share[:, None]) & maskable  # Eq. 6
+    1 - alpha(t). tokens (B,L) long; u (B,L), uniform in [0,1); t (B,); maskable (B,L) bool -> noisy tokens
+    (B,L); masked (B,L) bool, which of them are now the mask."""
+    share = 1 - alpha(t.double())  # in float64: for small t the difference would lose digits
+    masked = (u < share[:, None]) & maskable  # Eq. 6
     return torch.where(masked, mask_id, tokens), masked
 
 
 def masked_diffusion_loss(logits, tokens, masked, t):
     """Eq. 7: the cross-entropy of the masked tokens, weighted by `reveal_rate`, which is 1/t.
 
-    At time t only a share t of the tokens is masked and counted, so dividing by t scales the sum up to
-    the whole text. Averaged over t, this is the mean cost, over all orders, of writing the text one token
-    at a time. So it is an upper bound on the text's negative log-likelihood, in nats. Here it is given
-    per token. EOS padding costs like any token; the tokens of a question cost nothing.
+    At time t about a share t of the tokens is masked and counted, so dividing by t scales the sum up to
+    the whole text. Averaged over t, this is an upper bound on the text's negative log-likelihood, in
+    nats (Sahoo et al.). Here it is divided by the number of tokens, all B * L of them.
 
     The mask token, the last of the V, is never the right answer, so its logit is left out. Tokens that
     are not masked are known, so they cost nothing. (The field calls these two rules SUBS.)
@@ -91,8 +89,7 @@ def noise_latents(latents, noise, t):
 
 def flow_matching_loss(velocity, latents, noise, weight=1.0):
     """The mean squared error against the direction of the line, noise - latents.
-    velocity, latents, noise (B,C,H,W); weight: 1, or one per image, (B,1,1,1) -> scalar. (The
-    authors' code takes the weight t^2, the paper none.)"""
+    velocity, latents, noise (B,C,H,W); weight: 1, or one per image, (B,1,1,1) -> scalar."""
     if len(latents) == 0:
         return velocity.float().sum()  # no image: 0, and gradients of 0
     error = velocity.float() - (noise - latents)
@@ -111,7 +108,7 @@ class ImageHalf(NamedTuple):
 class TextHalf(NamedTuple):
     """What the text loss learns from: texts to be read from their images."""
     latents: Tensor   # (B,C,H,W) clean
-    tokens: Tensor    # (B,L) clean; like masked and t on the CPU
+    tokens: Tensor    # (B,L) clean; on the CPU, and so are masked and t
     noisy: Tensor     # (B,L) the same tokens, some of them masked by `mask_tokens`
     masked: Tensor    # (B,L) bool, which of them are masked
     t: Tensor         # (B,) at which they were masked; the network is given time 0

@@ -110,10 +110,11 @@ class StreamBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def before(self, x, vec):
-        """-> (q, k, v), and the other four vectors, which `after` needs."""
-        shift_attn, scale_attn, gate_attn, *for_mlp = self.adaLN_modulation(vec).chunk(6, dim=1)
+        """-> (q, k, v), and the four vectors that `after` needs."""
+        vectors = self.adaLN_modulation(vec).chunk(6, dim=1)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = vectors
         qkv = self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        return qkv, (gate_attn, *for_mlp)
+        return qkv, (gate_attn, shift_mlp, scale_mlp, gate_mlp)
 
     def after(self, x, attended, modulation):
         gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
@@ -223,8 +224,8 @@ class DDiT(nn.Module):
     def forward(self, latents, t, text, predict=None, image_rows=None):
         """latents (B,C,H,W), H and W multiples of the patch; t (B,) in [0,1]; text (B,L,text_dim), T5's
         states -> velocity (B,C,H,W), logits (B,L,V).
-        predict: (B,L) bool on the CPU; logits are computed only at its N true places, (N,V). image_rows: the
-        velocity is computed only for so many of the first rows."""
+        predict: (B,L) bool on the CPU; logits are computed only where it is true, (N,V). image_rows: the
+        velocity is computed only for this number of rows, the first ones."""
         vec = self.t_embedder(t)
         x = self.x_embedder["proj"](latents.to(vec.dtype))
         h, w = x.shape[2:]

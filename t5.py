@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-SENTINELS = 100  # <extra_id_0> ... <extra_id_99>, counted down from the top of the vocabulary
+SENTINELS = 100  # <extra_id_99> ... <extra_id_0>, the last ids of the vocabulary
 
 
 class Tokenizer:
@@ -69,7 +69,7 @@ class Tokenizer:
             prompt = self.prompt_ids(question, length)
         words = self.pieces.encode(text)
         room = length - 1 - len(prompt)
-        is_too_long = len(words) >= room  # no EOS would follow but the last
+        is_too_long = len(words) >= room  # it would leave no place for an EOS but the last
         if is_too_long and rng is not None:
             return random_window(self, prompt, words, length, rng)
         ids = self.pad(prompt + words, length)

@@ -2,7 +2,7 @@
 
     python train.py --stage 0      the tokenizer and the VAE; only where no pretrained parts exist
     python train.py --stage 1      dual diffusion on captions
-    python train.py --stage 2      the same on longer captions; of T5 only the mask token's embedding is trained
+    python train.py --stage 2      the same on longer captions, if there are; of T5 only the mask's embedding is trained
     python train.py --stage 2hr    between 2 and 3, optional: higher resolution
     python train.py --stage 3      question answering, mixed with captions; the image loss stays
 
@@ -114,8 +114,8 @@ def training_losses(learner, batch):
     text_t = losses.stratified_times(recipe.batch, generator=generator)[rows]
     both = batch_noise((2, recipe.batch, *moments.shape[2:]), generator, dd.device)
     vae_noise, noise = both[:, rows]
-    torch.rand(rows.start, recipe.length, generator=generator)  # skips the numbers that mask the rows before
-    noisy_tokens, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id, generator)
+    u = torch.rand(recipe.batch, recipe.length, generator=generator)[rows]
+    noisy_tokens, masked = losses.mask_tokens(batch.tokens, u, text_t, batch.maskable, dd.tokenizer.mask_id)
 
     latents = sample_latents(dd.vae, moments, vae_noise)
     text_latents = latents
@@ -138,8 +138,8 @@ def sample_latents(vae, moments, noise):
     return vae.normalize(vae.sample(mean, logvar, noise))
 
 
-def learning_rate(recipe, step):
-    """Returns by what every learning rate is multiplied at a step (0-based)."""
+def rate_factor(recipe, step):
+    """Returns the factor of all learning rates at a step (0-based). It rises to 1 in the warm-up."""
     factor = min(1.0, (step + 1) / max(recipe.warmup, 1))
     if recipe.schedule == "linear":
         factor *= 1 - step / recipe.steps
@@ -147,8 +147,7 @@ def learning_rate(recipe, step):
 
 
 def train(learner, loader, log, signals):
-    """The loop, to the last step. learner: see `Learner`; loader gives a list of data.Batch for each step; signals: a
-    list, to which Ctrl-C and SIGTERM add."""
+    """The loop, to the last step. loader: a list of data.Batch for each step; signals: those that have come."""
     recipe = learner.recipe
     for step, batches in zip(log.bar, loader):  # the progress bar counts the steps
         for k, batch in enumerate(batches, 1):  # several, if one does not fit in memory
@@ -158,10 +157,10 @@ def train(learner, loader, log, signals):
             log.recent.append(torch.stack(parts).detach())
 
         norm = nn.utils.clip_grad_norm_(learner.parameters, recipe.clip)
-        hand_over_to_muon(learner)
+        hand_over_to_muon(learner)  # if the recipe has Muon, an optimizer for matrices
         for optimizer in learner.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * learning_rate(recipe, step)
+                group["lr"] = group["peak"] * rate_factor(recipe, step)
             optimizer.step()
             optimizer.zero_grad()
         update_averages(learner)
@@ -262,16 +261,16 @@ def starting_point(args, recipe, texts, device, dtype):
         dd = DualDiffusion.build(preset, tokenizer, ["vae"]).to(device)
         return dd, {"vae": dd.vae}
     found = find_parts(*args.files)[0]
-    has_no_t5 = args.text_encoder == "none" or isinstance(found.t5, t5.EmbeddingsConfig)
+    no_t5_wanted = args.stage == "1" and args.text_encoder == "none"
+    has_no_t5 = no_t5_wanted or isinstance(found.t5, t5.EmbeddingsConfig)
     learns_all = recipe.learn_t5 == "all" or has_no_t5
     dtypes = {"ddit": torch.float32, "t5": torch.float32 if learns_all else dtype, "vae": dtype}
     if dtype is not None:
         dtypes["vae"] = torch.float32  # it is small, and its rounding would stay in stored latents
     dd = DualDiffusion.load(*args.files, device, dtypes)
     has_no_network = dd.ddit is None and dd.t5 is None
-    from_shipped_parts = args.stage == "1" and args.start in (args.vae, SHIPPED) and not args.init
-    starts_anew = has_no_network or from_shipped_parts
-    if args.stage == "1" and args.text_encoder == "none" and not starts_anew:
+    starts_anew = has_no_network or (args.stage == "1" and not args.init)
+    if no_t5_wanted and not starts_anew:
         fail("--text-encoder none starts from nothing: give --vae and --spiece, but no --init")
     if starts_anew and dd.tokenizer:
         dd = fresh_networks(dd, preset, recipe, args.text_encoder).to(device)
@@ -454,7 +453,8 @@ class Learner:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, self.autocast):
             return torch.stack(self.dd.vae.encode(pixels), 1).float()
 
-    def weights(self):
+    def final_weights(self):
+        """Moves the running averages into the modules -> {name of a module: its whole state, on the CPU}."""
         for average, p in zip(self.averages, self.parameters):
             p.data.copy_(average)
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -741,7 +741,7 @@ def run_stage(args, recipe):
     log = Log(learner, start)
     with noted_signals() as signals:
         train(learner, loader, log, signals)
-    weights = learner.weights()
+    weights = learner.final_weights()
     show_samples(learner, "samples")
     if is_first():
         write_model(args, recipe, weights, texts, path)

@@ -207,7 +207,7 @@ def step(preset, stage, gpus, parallel="fsdp", checkpointing=True, passes=1):
         if preset == "tiny" and stage in ("0", "2"):
             learner.save(2)
             assert learner.load() == 2
-            learner.weights()
+            learner.final_weights()
     dist.destroy_process_group()
     return gpu.peak / 1e9
 

@@ -88,7 +88,8 @@ def test_masking_and_unmasking_follow_one_schedule(monkeypatch, schedule):
     def watch(drawn, reveal):
         passes.append(reveal)
         t = torch.tensor([1 - len(passes) / steps])
-        _, masked = losses.mask_tokens(tokens, t, tokens == 0, MASK, generator)
+        u = torch.rand(tokens.shape, generator=generator)
+        _, masked = losses.mask_tokens(tokens, u, t, tokens == 0, MASK)
         assert abs(masked.sum() - (drawn == MASK).sum()) < 4 * n ** 0.5
     drawn, _ = sample.unmask(dd, torch.zeros(1, 1), tokens, tokens == 0, steps, generator=generator, watch=watch)
     assert len(passes) == steps and (drawn != MASK).all()

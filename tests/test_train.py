@@ -60,6 +60,7 @@ def run(*args, processes=1, status=0, program="train.py"):
             for name in ("text_to_image", "caption", "answer"):  # sheets in full would take longer than the training
                 patch.setattr(sample, name, partial(getattr(sample, name), steps=1))
             patch.setattr(sys, "argv", [os.path.join(ROOT, program), *map(str, args)])
+            data.warn_once.cache_clear()  # a new process has warned of nothing yet
             try:
                 runpy.run_path(sys.argv[0], run_name="__main__")
             except SystemExit as end:
@@ -572,8 +573,8 @@ def test_what_cannot_be_read_is_moved_aside_and_does_not_count(uninterrupted, tm
 
 def test_learning_rate_rises_then_holds_or_falls():
     recipe = train.Recipe(steps=100, warmup=10, schedule="linear")
-    assert [train.learning_rate(recipe, s) for s in (0, 4, 50)] == pytest.approx([0.1, 0.5 * 0.96, 0.5])
-    assert train.learning_rate(train.Recipe(steps=100, warmup=10), 99) == 1
+    assert [train.rate_factor(recipe, s) for s in (0, 4, 50)] == pytest.approx([0.1, 0.5 * 0.96, 0.5])
+    assert train.rate_factor(train.Recipe(steps=100, warmup=10), 99) == 1
 
 
 # ---------------------------------------------------------------- what people's computers are really like
