@@ -37,7 +37,6 @@ from tqdm import tqdm
 SIDE = 64  # pixels; an image has four quarters of 32 x 32, with at most one thing in each
 SIZES = {"small": (6.0, 7.0), "large": (10.5, 11.8)}  # least and largest radius in pixels
 COLORS = {"red": 0, "yellow": 52, "green": 125, "cyan": 180, "blue": 222, "purple": 285}  # hue, degrees
-
 # A shape is a function of x, y and its radius r, in pixels: x to the right, y downwards from the shape's centre. Its
 # value is roughly the distance to the outline, negative inside. No point inside may have |x| or |y| above 1.14 r.
 SHAPES = {
@@ -524,6 +523,9 @@ class Records:
         start, end = self.index[i:i + 2, 0]
         image, captions, questions, span = json.loads(mapped(self.lines)[start:end].tobytes())
         return Record(image, tuple(captions), tuple(map(tuple, questions)), tuple(span))
+
+    def count_images(self):
+        return len(np.unique(self.index[:-1, 1]))  # several records may be about one
 
     def changed(self, i):
         """Returns when the file that holds image i was changed last, in ns; 0 if it is gone."""

@@ -29,9 +29,8 @@ def alpha(t):
 
 
 def reveal_rate(t):
-    """Returns the weight of the text loss (Eq. 7), -alpha'(t) / (1 - alpha(t)). For the straight line it
-    is 1/t; another schedule needs another formula. When time runs backwards, masked tokens are revealed at
-    this rate."""
+    """Returns the weight of the text loss (Eq. 7), -alpha'(t) / (1 - alpha(t)); for the straight line, 1/t.
+    When time runs backwards, masked tokens are revealed at this rate."""
     return 1 / t
 
 
@@ -44,10 +43,12 @@ def stratified_times(n, eps=MIN_TIME, generator=None):
     return eps + (1 - eps) * t
 
 
-def mask_tokens(tokens, u, t, maskable, mask_id):
-    """The forward process of text: each maskable token becomes the mask independently, with probability
-    1 - alpha(t). tokens (B,L) long; u (B,L), uniform in [0,1); t (B,); maskable (B,L) bool -> noisy tokens
-    (B,L); masked (B,L) bool, which of them are now the mask."""
+def mask_tokens(tokens, t, maskable, mask_id, generator=None, u=None):
+    """The forward process of text: each maskable token becomes the mask with probability 1 - alpha(t).
+    tokens (B,L) long, t (B,), maskable (B,L) bool; u (B,L), uniform in [0,1), is drawn if not given
+    -> noisy tokens (B,L); masked (B,L) bool, which of them are now the mask."""
+    if u is None:
+        u = torch.rand(tokens.shape, generator=generator)
     share = 1 - alpha(t.double())  # in float64: for small t the difference would lose digits
     masked = (u < share[:, None]) & maskable  # Eq. 6
     return torch.where(masked, mask_id, tokens), masked

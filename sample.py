@@ -317,19 +317,18 @@ def unmask_in_blocks(dd, latents, tokens, maskable, steps, order="random", tempe
 
 
 @torch.no_grad()
-def score(dd, images, texts, length=None, draws=64, seed=0):
+def score(dd, images, texts, draws=64):
     """Estimates how unlikely each text is, given its image -> (N,) nats: Eq. 7, an upper bound on -log p(text|image).
-    images (N,3,H,W); texts: N captions, or pairs (question, answer), whose answer counts. Each is masked `draws`
+    images: N of (3,H,W); texts: N captions, or pairs (question, answer), whose answer counts. Each is masked `draws`
     times."""
     nats = []
     for image, text in zip(images, texts):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         t = losses.stratified_times(draws, generator=generator)
-        ids, may = text_ids(dd, text, length)
+        ids, may = text_ids(dd, text)
         tokens = torch.tensor(ids).expand(draws, -1)
         maskable = torch.tensor(may).expand(draws, -1)
-        u = torch.rand(tokens.shape, generator=generator)
-        noisy, masked = losses.mask_tokens(tokens, u, t, maskable, dd.tokenizer.mask_id)
+        noisy, masked = losses.mask_tokens(tokens, t, maskable, dd.tokenizer.mask_id, generator)
         latents = dd.encode_image(image[None]).expand(draws, -1, -1, -1)
         logits = text_logits(dd, latents, noisy, masked).cpu()
         loss = losses.masked_diffusion_loss(logits, tokens, masked, t)
@@ -342,7 +341,7 @@ def rank(dd, images, questions, options):
     lines = []
     for image, question in zip(images, questions):
         pairs = [(question, option) for option in options]
-        nats = score(dd, image.expand(len(options), -1, -1, -1), pairs)
+        nats = score(dd, [image] * len(options), pairs)
         percent = 100 * torch.softmax(-nats, dim=0)
         order = percent.argsort(descending=True)
         lines.append(", ".join(f"{options[k]} ({percent[k]:.1f}%)" for k in order))
@@ -532,7 +531,8 @@ def parse_args():
     add("--out", type=picture_name(EXTENSIONS), default="out.png",
         help="Where to write the drawing, or the page of all drawings (default: out.png).")
     args = parser.parse_args()
-    if not (args.vqa or args.caption or args.infill or args.t2i):
+    args.reads = args.vqa or args.caption or args.infill
+    if not (args.reads or args.t2i):
         fail("nothing to do: give --vqa, --caption, --t2i or --infill (--help shows how)")
     for path in args.caption + [path for path, _ in args.vqa + args.infill]:
         if not os.path.exists(path):
@@ -630,14 +630,13 @@ def draw_page(dd, args, generator):
 
 def main():
     args = parse_args()
-    reads = args.vqa or args.caption or args.infill
     if args.trace and not args.t2i:
         fail("--trace shows what --t2i draws; for a text give --show-passes")
     dtype = args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")
     dd = DualDiffusion.load(args.ckpt, args.t5, args.vae, args.spiece, args.device, DTYPES[dtype],
                             args.offload)
     check_complete(dd, args.ckpt)
-    if reads and not dd.ddit.text_head.linear.weight.any():
+    if args.reads and not dd.ddit.text_head.linear.weight.any():
         warn("this model's text head was never trained: it can draw, but what it reads means nothing")
     settings = dd.config.settings
     if isinstance(args.length, int):
@@ -646,7 +645,7 @@ def main():
         settings.answer_suffix = args.suffix
     args.height, args.width = args.size or (settings.size, settings.size)
     latent_size(dd, args.height, args.width)  # raises before any work is done in vain
-    if reads:
+    if args.reads:
         read_images(dd, args, torch.Generator().manual_seed(args.seed))
     if args.t2i:
         draw_page(dd, args, torch.Generator().manual_seed(args.seed))

@@ -115,7 +115,7 @@ def training_losses(learner, batch):
     both = batch_noise((2, recipe.batch, *moments.shape[2:]), generator, dd.device)
     vae_noise, noise = both[:, rows]
     u = torch.rand(recipe.batch, recipe.length, generator=generator)[rows]
-    noisy_tokens, masked = losses.mask_tokens(batch.tokens, u, text_t, batch.maskable, dd.tokenizer.mask_id)
+    noisy_tokens, masked = losses.mask_tokens(batch.tokens, text_t, batch.maskable, dd.tokenizer.mask_id, u=u)
 
     latents = sample_latents(dd.vae, moments, vae_noise)
     text_latents = latents

@@ -331,8 +331,7 @@ def random_halves(config, recipe, batch, device):
     latents, noise = torch.randn(2, batch, config.vae.latent_channels, side, side, device=device)
     captions, tokens = torch.randint(vocab - 1, (2, batch, recipe.length))
     image_t, t = logit_normal_times(batch).to(device), stratified_times(batch)
-    u = torch.rand(tokens.shape)
-    noisy, masked = mask_tokens(tokens, u, t, torch.ones_like(tokens, dtype=torch.bool), vocab - 1)
+    noisy, masked = mask_tokens(tokens, t, torch.ones_like(tokens, dtype=torch.bool), vocab - 1)
     images = ImageHalf(latents, noise, noise_latents(latents, noise, image_t), image_t, captions.to(device))
     return images, TextHalf(latents, tokens, noisy.to(device), masked, t)
 

@@ -34,8 +34,8 @@ def test_eq7_agrees_with_exhaustive_enumeration(straight_line):
     n, generator = 100_000, torch.Generator().manual_seed(0)
     batch = tokens.expand(n, L)
     t = losses.stratified_times(n, generator=generator)
-    u = torch.rand(n, L, generator=generator)
-    noisy, masked = losses.mask_tokens(batch, u, t, torch.ones(n, L, dtype=torch.bool), MASK)
+    noisy, masked = losses.mask_tokens(batch, t, torch.ones(n, L, dtype=torch.bool), MASK,
+                                       generator)
     logits = toy_logits(noisy)
     estimate = losses.masked_diffusion_loss(logits[masked], batch, masked, t).item()
     assert estimate == losses.masked_diffusion_loss(logits, batch, masked, t).item()
@@ -63,8 +63,7 @@ def test_mask_tokens_masks_at_the_stated_rate_and_only_what_may_be(straight_line
     tokens = torch.arange(5).expand(n, 5)
     maskable = torch.tensor([True, True, True, True, False]).expand(n, 5)
     for t in (losses.MIN_TIME, 0.3, 1.0):
-        u = torch.rand(n, 5, generator=generator)
-        noisy, masked = losses.mask_tokens(tokens, u, torch.full((n,), t), maskable, 99)
+        noisy, masked = losses.mask_tokens(tokens, torch.full((n,), t), maskable, 99, generator)
         p, rate = (1 - losses.MIN_TIME) * t, masked[:, :4].float().mean().item()
         assert abs(rate - p) < 5 * math.sqrt(p * (1 - p) / (4 * n)) + 1e-9
         assert not masked[:, 4].any()
@@ -103,8 +102,8 @@ def test_the_stacked_pass_has_the_gradients_of_two_passes():
     latents, captions, tokens = torch.randn(8, 2, 4, 4), torch.randint(4, (8, 6)), torch.randint(4, (8, 6))
     generator = torch.Generator().manual_seed(1)
     t = losses.stratified_times(8, generator=generator)
-    u = torch.rand(8, 6, generator=generator)
-    noisy, masked = losses.mask_tokens(tokens, u, t, torch.ones(8, 6, dtype=torch.bool), 4)
+    noisy, masked = losses.mask_tokens(tokens, t, torch.ones(8, 6, dtype=torch.bool), 4,
+                                       generator)
     noise, image_t = torch.randn(latents.shape), losses.logit_normal_times(8)
     images = losses.ImageHalf(latents, noise, losses.noise_latents(latents, noise, image_t), image_t, captions)
     texts = losses.TextHalf(latents, tokens, noisy, masked, t)

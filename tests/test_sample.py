@@ -88,8 +88,7 @@ def test_masking_and_unmasking_follow_one_schedule(monkeypatch, schedule):
     def watch(drawn, reveal):
         passes.append(reveal)
         t = torch.tensor([1 - len(passes) / steps])
-        u = torch.rand(tokens.shape, generator=generator)
-        _, masked = losses.mask_tokens(tokens, u, t, tokens == 0, MASK)
+        _, masked = losses.mask_tokens(tokens, t, tokens == 0, MASK, generator)
         assert abs(masked.sum() - (drawn == MASK).sum()) < 4 * n ** 0.5
     drawn, _ = sample.unmask(dd, torch.zeros(1, 1), tokens, tokens == 0, steps, generator=generator, watch=watch)
     assert len(passes) == steps and (drawn != MASK).all()
@@ -404,7 +403,7 @@ def test_the_score_is_the_bound_by_enumeration(monkeypatch):
             logits = table[torch.tensor(state) @ torch.tensor([V * V, V, 1])][i, :-1]
             exact -= torch.log_softmax(logits, 0)[text[i]].item() / 6
             state[i] = text[i]
-    monkeypatch.setattr(sample, "text_ids", lambda dd, text, length: (text, [True] * L))
+    monkeypatch.setattr(sample, "text_ids", lambda dd, text: (text, [True] * L))
     dd = toy_system()
     dd.config, dd.encode_image = SimpleNamespace(settings=SimpleNamespace(length=L)), lambda image: image
     nats = sample.score(dd, torch.zeros(2, 1, 1, 1), [text, text], draws=200_000)
