@@ -131,7 +131,7 @@ class World:
         return pick(rng, ["", "", "", "there is "]) + pick(rng, phrasings(order, relation))
 
     def question(self, i, rng, kind=None):
-        """Draws a question, of some kind or of this, and its answer; None where none is found."""
+        """Draws a question, with its answer, of any kind or of the given one; None if many tries find none."""
         things, _, _ = self.scene(i)
         for _ in range(1 if kind else 100):
             name = kind or pick(rng, self.kinds)

@@ -137,7 +137,7 @@ def by_entropy(masked, predict, step_of):
     largest, bounds this error. So a mask is revealed if the entropies of all surer masks add up to at most GAMMA. With
     entropies 0.02, 0.05, 0.4 and 0.9 nats, the first three are revealed."""
     tokens, nats = predict(masked)
-    nats = nats.masked_fill(~masked, torch.inf)
+    nats = nats.masked_fill(~masked, 10 ** 9)
     surest_first = nats.argsort(1)
     sorted_nats = nats.gather(1, surest_first)
     nats_of_surer = sorted_nats.cumsum(1) - sorted_nats  # for each token the sum of all surer ones
@@ -423,7 +423,7 @@ def picture_name(endings):
     def name(path):
         folder_exists = os.path.isdir(os.path.dirname(path) or ".")
         if not path.lower().endswith(endings) or not folder_exists:
-            raise argparse.ArgumentTypeError(f"{path}: give a picture's name, like out.png, in a folder that is there")
+            raise argparse.ArgumentTypeError(f"{path}: give a name like out.png or out.gif, in a folder that is there")
         return path
     return name
 

@@ -79,7 +79,7 @@ MISTAKES = {
         (["--caption", "ok.png", "--length", "0"], "argument --length: 0 is too small: give at least 6"),
         (["--t2i", "x", "--best-of", "0"], "argument --best-of: 0 is too small: give at least 1"),
         (["--caption", "ok.png", "--temperature", "nan"], "argument --temperature: nan is too small: give at least 0"),
-        (["--t2i", "x", "--trace", "x.ico"], "argument --trace: x.ico: give a picture's name"),
+        (["--t2i", "x", "--trace", "x.ico"], "argument --trace: x.ico: give a name like"),
         (["--caption", "ok.png", "--trace", "x.png"], "--trace shows what --t2i draws"),
     ],
     "train.py": [
