@@ -496,8 +496,8 @@ def mapped(path):
 
 class Records:
     """The user's data, from a .json list, a .jsonl or .csv, a folder of images, a WebDataset shard (.tar), or
-    several. All is read once into an index on disk, which `folder` keeps; none lies in memory. captioned, questioned,
-    incomplete: how many have a caption, a question, were left out; hash: of names and texts. Raises ValueError."""
+    several. All is read once into an index on disk, which `folder` keeps; none lies in memory. captioned and questioned
+    count the records with captions and with questions, incomplete those left out; hash: of names and texts."""
     def __init__(self, paths, size, folder=None):
         self.size = size
         if isinstance(paths, str):
@@ -555,7 +555,8 @@ class Records:
 
 
 def write_index(path, sources):
-    """Writes a line per record, then totals; into a .npy where each line starts, and a hash of its image's path."""
+    """Writes a line per record, then one of totals. Beside it a .npy says where each line starts, and holds a hash of
+    the path of its image."""
     index = array("q")
     digest = hashlib.sha256()
     totals = {"captioned": 0, "questioned": 0, "incomplete": 0, "first_incomplete": []}
@@ -623,7 +624,7 @@ class Subset(NamedTuple):
     latents: str = ""  # a .npy whose [i] are the moments of image i
 
     def record(self, k):
-        """Returns which record the k-th is, or the next that can be read, and its
+        """Returns the number of the k-th record, or of the next that can be read, and its
         image: moments (2,C,h,w) if there are latents, else pixels (3,H,W) in [-1,1]."""
         for n in range(k, k + 100):
             i = int(self.ids[n % len(self.ids)])

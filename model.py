@@ -311,7 +311,7 @@ def make_part(config):
 # ---------------------------------------------------------------- files
 # `find_parts` finds the tensors of each part, under our modules' names, and the configuration: in the header (our
 # files), in config.json (diffusers' folders), or SD3-medium's and T5-XXL's (other files). `read_part` makes a module,
-# the only specification of its tensors: other names or shapes are refused. No mapped tensor is read before that.
+# the only specification of its tensors: other names or shapes are refused. Only then are values read from disk.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # T5-XXL's activations overflow fp16
 # Stability's single files have a prefix for each part, and so have ours.
 PREFIXES = {"ddit": "model.diffusion_model.", "vae": "first_stage_model.", "t5": "text_encoders.t5xxl.transformer."}

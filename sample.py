@@ -93,18 +93,18 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
 
 
 def revealed_share(steps):
-    """Returns (steps+1,) float64: the share of tokens that are revealed by each time of an even grid from t = 1 to 0.
-    By Eq. 5 a token stays masked through a step from t to s with probability (1 - alpha(s)) / (1 - alpha(t)). So it
-    stays masked from 1 to s with probability (1 - alpha(s)) / (1 - alpha(1)); the share is 1 minus this."""
+    """Returns (steps+1,) float64: the share of tokens that are revealed by each time s of an even grid from t = 1 to 0.
+    By Eq. 5 a step from t to s leaves a token masked with probability (1 - alpha(s)) / (1 - alpha(t)); all steps to s,
+    with the product, (1 - alpha(s)) / (1 - alpha(1)). The share is 1 minus this. (1 is alpha(0), readable[-1].)"""
     readable = losses.alpha(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     return (readable - readable[0]) / (readable[-1] - readable[0])  # Eq. 5
 
 
-def text_logits(dd, latents, tokens, predict):
-    """One forward pass: latents (B,C,H,W), tokens (B,L) -> logits (N,V) at the N true places of predict (B,L)."""
+def text_logits(dd, latents, tokens, places):
+    """One forward pass: latents (B,C,H,W), tokens (B,L), places (B,L) bool on the CPU -> logits (N,V) at N places."""
     states = dd.t5(tokens.to(dd.device))
     times = torch.zeros(len(tokens), device=dd.device)
-    _, logits = dd.ddit(latents, times, states, predict=predict, image_rows=0)
+    _, logits = dd.ddit(latents, times, states, predict=places, image_rows=0)
     return finite(logits)
 
 
@@ -183,7 +183,7 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
 
 def predict_tokens(dd, latents, tokens, places, may_end, temperature, generator):
     """One forward pass, which predicts the tokens of some masked places (B,L) bool -> tokens (B,L), the entropies (B,L)
-    of their distributions in nats; other places mean nothing. may_end (B,L) bool: may EOS stand here?"""
+    of their distributions in nats; elsewhere both are meaningless. may_end (B,L) bool: may EOS stand here?"""
     rows = places.any(1)
     logits = text_logits(dd, latents[rows], tokens[rows], places[rows])
     logits[~may_end[places], dd.tokenizer.eos_id] = -torch.inf
@@ -544,8 +544,8 @@ def parse_args():
 
 
 def prepare_text(dd, text, room):
-    """Puts words in lower case where a small vocabulary takes fewer tokens so. Warns of unknown words, of a long
-    text."""
+    """Puts a word in lower case if a small vocabulary then needs fewer tokens for it. Warns of unknown words, and of
+    a text that is too long."""
     def count(text):
         return len(dd.tokenizer.pieces.encode(text))
 

@@ -233,8 +233,8 @@ BEFORE = {"0": [], "1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}
 
 
 def starting_file(args):
-    """Returns the checkpoint that a stage begins with; "" for stage 0, and for stage 1 the VAE's and the
-    tokenizer's."""
+    """Returns the checkpoint that a stage begins with. Stage 1 may begin with a file of VAE and tokenizer alone,
+    stage 0 begins with none: ""."""
     for stage in BEFORE[args.stage]:
         before = f"{args.out}/stage{stage}/model.safetensors"
         if os.path.exists(before):
@@ -252,8 +252,8 @@ def starting_file(args):
 
 
 def starting_point(args, recipe, texts, device, dtype):
-    """Makes the system, and {name: module} of what learns in this stage, in float32; the rest in `dtype`, or as
-    stored."""
+    """Makes the system, and {name: module} of what learns in this stage. What learns is in float32, the rest in
+    `dtype`; with None, as stored."""
     torch.manual_seed(args.seed)
     preset = copy.deepcopy(PRESETS[args.preset])
     if args.stage == "0":
@@ -350,12 +350,12 @@ def parallelize(module, mesh, dtype):
 
 
 def predict_as_array(ddit, args, kwargs):
-    """Runs before FSDP, which would copy the tensor `predict` to the GPU, where `nonzero` waits, but no NumPy array."""
+    """Runs before FSDP, which would copy a tensor to the GPU, where `nonzero` waits. It leaves a NumPy array alone."""
     return args, kwargs | {"predict": kwargs["predict"].numpy()}
 
 
 def sync_gradients(learner, last):
-    """Lets only the last pass of a step all-reduce gradients over the nodes, and free gathered weights."""
+    """In the last pass of a step gradients are summed over the replicas, and gathered weights freed; else neither."""
     for module in learner.modules.values():
         module.set_requires_all_reduce(last)
         module.set_reshard_after_backward(last)
@@ -602,7 +602,7 @@ def noted_signals():
 
 
 def own_session(worker):
-    os.setsid()  # shields a process that makes batches from signals to the whole program: the last step needs it
+    os.setsid()  # Ctrl-C does not reach a process that makes batches: the step under way still needs it
 
 
 @torch.no_grad()
@@ -655,13 +655,13 @@ def sample_cells(dd, subset):
 @torch.no_grad()
 def show_batch(dd, batch, path):
     """Writes a sheet of what a stage learns from: images through the VAE, texts as cut; [what may be masked]."""
-    images, moments = batch.text_images
-    if images is None:
+    pixels, moments = batch.text_images
+    if pixels is None:
         mean = moments[:16, 0].to(dd.device).float()
-        images = dd.decode_image(dd.vae.normalize(mean))
+        pixels = dd.decode_image(dd.vae.normalize(mean))
     decode = dd.tokenizer.decode
     texts = [f"{decode(ids[~may])} [{decode(ids[may])}]" for ids, may in zip(batch.tokens, batch.maskable)]
-    sample.sheet(path, list(zip(data.to_images(images[:16]), texts)))
+    sample.sheet(path, list(zip(data.to_images(pixels[:16]), texts)))
 
 
 # ---------------------------------------------------------------- a stage from end to end, and its settings
