@@ -8,9 +8,11 @@ A source of data has a `size`, the side of its images in pixels, and numbered re
 
 `World` draws scenes without end, with nothing to download. `Records`, further below, reads the user's files.
 """
+import codecs
 import colorsys
 import csv
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -21,9 +23,11 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import unicodedata
 import warnings
 import zlib
 from array import array
+from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -269,20 +273,27 @@ ENDINGS = Image.registered_extensions()  # {".jpg": "JPEG", ...}; fills Image.OP
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
                 if name in Image.OPEN)  # some need a library
 EXTENSIONS = tuple(ending for ending in ENDINGS if ENDINGS[ending] in FORMATS)
+TEXTS = [".txt", ".caption", ".json"]
+LISTS = ".jsonl .csv .tsv .parquet .arrow .zip .tar .gz".split()
+NOT_READ = ".heic .heif .avif .jp2 .jxl .svg .psd .tga .ico .eps .dng .raw .cr2 .cr3 .nef .arw .raf .orf .rw2".split()
+PICTURES = [*EXTENSIONS, *NOT_READ]
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28  # some PNGs have megabytes of text
 WHOLE_FILE = ("", 0, -1)
+
+
+def read_bytes(path, span):
+    shard, start, count = span
+    with open(shard or path, "rb") as f:
+        f.seek(start)
+        return f.read(count)
 
 
 def load_image(path, height, width=None, span=WHOLE_FILE):
     """Reads an image of one of FORMATS -> RGB image of PIL, height x width pixels: upright by its EXIF tag, on white,
     resized to cover, cropped in the centre. span: see `Record`. Raises OSError for no file, ValueError for no image."""
-    shard, start, count = span
     width = width or height
-    file = open(shard or path, "rb")
+    content = io.BytesIO(read_bytes(path, span))
     try:
-        with file:
-            file.seek(start)
-            content = io.BytesIO(file.read(count))
         with warnings.catch_warnings(action="ignore"), Image.open(content, formats=FORMATS) as image:
             twice = 2 * max(width, height)
             image.draft(None, (twice, twice))  # a large JPEG is decoded at a fraction of its size
@@ -317,11 +328,12 @@ def to_images(pixels):
 class Row(NamedTuple):
     """What a reader of files finds about one image."""
     where: str         # for messages
-    base: str          # where its paths start
-    fields: dict = {}  # a JSON object, or a row of a .csv
-    files: list = []   # more texts, (name, bytes): a JSON object in a .json, a caption in others
+    fields: dict = {}  # a JSON object or its text, or a row of a .csv
+    base: str = ""     # where its paths start
     image: str = ""    # the image, where it is not among the fields
     span: tuple = WHOLE_FILE
+    files: list = []   # more texts, (name, bytes): a JSON object in a .json, a caption in others
+    problem: str = ""  # why it is left out, if it is
 
 
 class Record(NamedTuple):
@@ -333,23 +345,26 @@ class Record(NamedTuple):
 
 
 def read_record(row):
-    """Makes a Record of a Row in one of the usual forms; a "re_caption" replaces other captions. Raises ValueError."""
+    """Makes a Record of a Row in one of the usual forms. A caption in a .txt replaces those in a .json, and there a
+    "re_caption" replaces others. Raises ValueError for what cannot be used."""
+    if row.problem:
+        raise ValueError(row.problem)
     try:
-        fields = row.fields.copy()
+        fields = row.fields
+        if isinstance(fields, str):
+            fields = parse(fields, "a record", dict)
+        captions = []
         for name, content in row.files:
+            text = content.decode(encoding_of(content), "surrogateescape").strip()
             if name.lower().endswith(".json"):
-                new = parse(content, "a record", dict)
-            else:
-                new = {"caption": content.decode("utf-8-sig", "replace")}
-            fields |= {key: value for key, value in new.items() if value not in (None, "", [])}
-        if row.image:
-            fields["image"] = row.image
+                new = parse(text, "a record", dict)
+                fields = fields | {key: value for key, value in new.items() if value not in (None, "", [])}
+            elif text:
+                captions.append(text)
         texts = functools.partial(texts_of, fields)
-        images = texts("image") or texts("image_path") or texts("file_name")
-        captions = texts("re_caption") or texts("caption") + texts("text")
-        answers = texts("answers") or texts("answer")
-        answers = sorted(answers, key=answers.count, reverse=True)
-        questions = [(question, *answers) for question in texts("question") if answers]
+        images = [row.image] if row.image else texts("image") or texts("image_path") or texts("file_name")
+        captions = captions or texts("re_caption") or texts("caption") + texts("text")
+        questions = pairs_of(texts("question"), texts("answers") or texts("answer"))
         turns = fields.get("conversations") or []  # LLaVA's, in which a human and the model take turns
         for turn, reply in zip(turns, turns[1:]):
             if (turn["from"], reply["from"]) == ("human", "gpt"):
@@ -357,9 +372,35 @@ def read_record(row):
                 questions.append((question, reply["value"].strip()))
     except (KeyError, TypeError, AttributeError):
         raise ValueError("not in a form that this program knows") from None
-    if len(images) != 1 or not captions + questions:
-        raise ValueError('holds not one "image" with a "caption", or with "question" and "answer"')
-    return Record(os.path.join(row.base, images[0]), tuple(captions), tuple(questions), row.span)
+    if None in fields:
+        raise ValueError("has too many cells: put texts in quotes")
+    if not captions + questions:
+        raise ValueError("has no caption, and no question with an answer")
+    if len(images) != 1:
+        raise ValueError('has not one "image"')
+    if NOT_UNICODE.search("".join(itertools.chain(captions, *questions))):
+        raise ValueError("its text is neither UTF-8, nor UTF-16 with a byte order mark")
+    # A Mac writes an accent as a code point of its own (NFD), a list may not (NFC).
+    names = images + [unicodedata.normalize(form, images[0]) for form in ("NFC", "NFD")]
+    paths = [os.path.join(row.base, name) for name in names]
+    image = next(filter(os.path.exists, paths), paths[0])
+    kind = ending_of(image)
+    if kind in NOT_READ and kind not in EXTENSIONS:  # Pillow may have a library for some
+        raise ValueError(f"{kind} is not read: convert such pictures to .jpg or .png")
+    return Record(image, tuple(captions), tuple(questions), row.span)
+
+
+def ending_of(path):
+    return os.path.splitext(path)[1].lower()
+
+
+def encoding_of(content):
+    return "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+# Bytes that are not UTF-8 are decoded to surrogates, from which a path is encoded again to the same bytes. In a text
+# there must be none, and no zero, which shows UTF-16 without a byte order mark.
+NOT_UNICODE = re.compile(r"[\0\ud800-\udfff]")
 
 
 def texts_of(fields, key):
@@ -376,108 +417,125 @@ def texts_of(fields, key):
     return list(filter(None, texts))
 
 
+def pairs_of(questions, answers):
+    """Lists (question, answer, ...): one question has all the answers, of several each has its own."""
+    if len(questions) == 1 and answers:
+        return [(questions[0], *sorted(answers, key=answers.count, reverse=True))]
+    if len(questions) != len(answers):
+        raise ValueError(f"has {len(questions)} questions and {len(answers)} answers")
+    return list(zip(questions, answers))
+
+
+csv.field_size_limit(2 ** 31 - 1)  # a caption may be long
+
+
 def read_list(path):
     """Reads a .csv with a header, one JSON list, or an object per line -> Rows."""
-    base = os.path.dirname(path)
+    k = 0
     with open(path, "rb") as f:
-        beginning = f.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-        f.seek(0)
-        if path.lower().endswith(".csv"):
-            text = io.TextIOWrapper(f, "utf-8-sig", errors="replace", newline="")
-            for k, fields in enumerate(csv.DictReader(text), 1):
-                yield Row(f"{path}, row {k}", base, fields)
-        elif beginning.startswith(b"["):
-            for k, fields in enumerate(parse(f.read(), path, list), 1):
-                yield Row(f"{path}, item {k}", base, fields)
-        else:
-            for k, line in enumerate(f, 1):
-                if line.strip():
-                    yield Row(f"{path}, line {k}", base, files=[(".json", line)])
+        text = io.TextIOWrapper(f, encoding_of(f.peek()), errors="surrogateescape", newline="")
+        try:
+            items = text
+            beginning = text.read(4096).lstrip()
+            text.seek(0)
+            if ending_of(path) == ".csv":
+                items = csv.DictReader(text, strict=True, skipinitialspace=True)
+            elif beginning.startswith("["):
+                items = parse(text.read(), path, list)
+            for k, item in enumerate(items, 1):
+                if not isinstance(item, str) or item.strip():  # no empty line
+                    yield Row(f"{path}, record {k}", item, os.path.dirname(path))
+        except (csv.Error, UnicodeError) as error:
+            raise ValueError(f"{path}, record {k + 1}: {error} (put texts in quotes, double a quote in them)") from None
 
 
-LISTS = re.compile(r"(caption|label|annotation)[^/]*\.(txt|json)$|\.(jsonl|csv|tsv|parquet|arrow|zip)$")
+NO_TEXT = "has no text: a .txt, .caption or .json of its name, or a line of metadata.jsonl or metadata.csv"
 
 
-def read_folder(path):
-    """Reads a folder of images -> Rows. Texts are in every metadata.jsonl and metadata.csv; or beside each image, in a
-    .txt, .caption or .json of its name; or, if there is no text at all, folders' names are taken, with a warning."""
-    files = files_of(path)
-    lists = [file for file in files if re.search(r"(^|/)metadata\.(jsonl|csv)$", file.lower())]
+def read_folder(path, files, looked_at):
+    """Reads the files of a folder -> Rows. The texts of an image are in a metadata.jsonl or metadata.csv, or beside it,
+    in a .txt, .caption or .json of its name; or, if there is no text at all, folders' names are taken, with a warning.
+    looked_at: the images of all Rows so far."""
+    lists = [file for file in files if os.path.basename(file).lower() in ("metadata.jsonl", "metadata.csv")]
     for file in lists:
         yield from read_list(file)
-    if lists:
-        return
-    texts, images = {}, {}
+    named = set(map(os.path.normpath, lists + looked_at))
+    entries = {}
     for file in files:
-        stem, ending = os.path.splitext(file)
-        if ending.lower() in (".txt", ".caption", ".json"):
-            texts[stem] = file
-        elif ending.lower() in EXTENSIONS:
-            images[file] = stem
-    images = {image: texts.get(image) or texts.get(stem) for image, stem in images.items()}  # 1.png.txt, 1.txt
-    no_texts = not any(images.values())
-    if images and no_texts:
-        for file in files:
-            if LISTS.search(file.lower()):
-                raise ValueError(f"{file}: not read. The texts of a folder are a .txt, .caption or .json beside each "
-                                 "image, or metadata.jsonl or metadata.csv with file_name and text")
-        warn(f"{path}: {len(images)} images without texts, so the names of their folders are their captions")
-    for image, file in images.items():
-        fields, files = {}, []
-        if file:
-            with open(file, "rb") as f:
-                files = [(file, f.read())]
-        elif no_texts:
+        if not os.path.exists(file):
+            yield Row(file, problem="a link to nothing")
+        elif ending_of(file) in PICTURES + TEXTS + LISTS and os.path.normpath(file) not in named:
+            entries[file] = WHOLE_FILE
+    has_texts = lists or any(ending_of(file) not in PICTURES for file in entries)
+    if has_texts:
+        yield from join_samples(entries, lambda path: os.path.splitext(path)[0])
+    elif entries:
+        warn(f"{path}: {len(entries)} images without texts, so the names of their folders are their captions")
+        for image in entries:
             folder = os.path.basename(os.path.dirname(os.path.abspath(image)))
-            fields = {"caption": folder.replace("_", " ")}
-        yield Row(image, "", fields, files, image)
+            yield Row(image, {"caption": folder.replace("_", " ")}, image=image)
+
+
+def join_samples(entries, name_of):
+    """Joins each image with the texts of its name -> Rows. entries: {path: span}."""
+    def key(path):
+        return unicodedata.normalize("NFC", name_of(path))  # see read_record
+    texts, used = {}, set()
+    for path in entries:
+        if ending_of(path) not in PICTURES:
+            texts.setdefault(path if ending_of(path) in LISTS else key(path), []).append(path)
+    for image, span in entries.items():
+        if ending_of(image) in PICTURES:
+            beside = texts.get(unicodedata.normalize("NFC", image), []) + texts.get(key(image), [])  # 1.png.txt, 1.txt
+            used.update(beside)
+            contents = [(path, read_bytes(path, entries[path])) for path in beside]
+            yield Row(image, {}, "", image, span, contents, "" if beside else NO_TEXT)
+    for path in itertools.chain(*texts.values()):
+        if path not in used:
+            yield Row(path, problem="belongs to no image")
 
 
 def read_shard(path):
     """Reads a WebDataset shard, in one pass over the headers of a .tar -> Rows. An image and its .txt or .json form
-    a sample: they stand side by side, and share their name up to the first dot (a leading dot does not count)."""
-    def sample_of(member):
-        return re.match(r"(.*/)?\.*[^.]*", os.path.normpath(member.name))[0]
-    seen = set()
+    a sample: they share their name up to the first dot (a leading dot does not count)."""
+    def name_of(path):
+        return re.match(r"(.*/)?\.*[^.]*", os.path.normpath(path))[0]
+    entries, samples = {}, {}
     try:
         with tarfile.open(path, "r:") as tar:
-            for name, members in itertools.groupby(tar, sample_of):
-                files, image, span = [], "", WHOLE_FILE
-                for member in members:
-                    if HIDDEN.search(member.name) or not member.isfile():
-                        continue
-                    if member.name.lower().endswith((".txt", ".json")):
-                        files.append((member.name, tar.extractfile(member).read()))
-                    elif member.name.lower().endswith(EXTENSIONS):
-                        if image:
-                            raise ValueError(f"{member.name}: a second image, in the sample of {image}")
-                        image = member.name
-                        span = (path, member.offset_data, member.size)
-                if files or image:
-                    if name in seen:
-                        raise ValueError(f"the files of {name} are not side by side: sort them (tar --sort=name)")
-                    yield Row(image or path, path, {}, files, image, span)
-                seen.add(name)
+            for member in tar:
+                if not member.isfile() or HIDDEN.search(member.name) or ending_of(member.name) not in PICTURES + TEXTS:
+                    continue
+                name = f"{path}/{member.name}"
+                entries[name] = path, member.offset_data, member.size
+                if ending_of(name) in PICTURES:
+                    other = samples.setdefault(name_of(name), name)
+                    if other != name:
+                        raise ValueError(f"{name}: a second image, in the sample of {other}")
             tar.fileobj.seek(tar.offset)  # a damaged header looks like the end, but after the end are only zeros
             rest = tar.fileobj.read(2 ** 20)
             if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
                 raise ValueError(f"cut off or damaged at byte {tar.offset}")
     except Exception as error:  # of damaged headers tarfile raises whatever it likes
         raise ValueError(f"{path}: not a readable .tar shard ({error})") from None
+    yield from join_samples(entries, name_of)
 
 
 # What systems leave behind (._1.jpg, .ipynb_checkpoints, __MACOSX) is no data. ("." and ".." are parts of paths.)
-HIDDEN = re.compile(r"(^|/)(\.(?!\.?(/|$))|__MACOSX(/|$))")
+HIDDEN = re.compile(r"(^|/)(\.(?!\.?(/|$))|__MACOSX(/|$)|(?i:readme|license)\.txt$)")
 
 
 def files_of(path):
-    """Lists all files in a folder and below, in order, or the one that `path` is. Linked folders count, once."""
+    """Lists all files in a folder and below, in order, or the one that `path` is. Linked folders count, once; what
+    train.py has written there does not. Raises OSError for a folder that cannot be opened."""
     if not os.path.isdir(path):
         return [path]
     found, seen = [], set()
-    for folder, folders, names in os.walk(path, followlinks=True):
+    for folder, folders, names in os.walk(path, onerror=raise_error, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:
+        is_stage = os.path.basename(folder).startswith("stage") and "run.json" in names
+        holds_stages = folder != path and glob.glob(f"{glob.escape(folder)}/stage*/run.json")
+        if real in seen or is_stage or holds_stages:
             folders.clear()
             continue
         seen.add(real)
@@ -486,61 +544,105 @@ def files_of(path):
     return sorted(found)
 
 
+def raise_error(error):
+    raise error
+
+
+def content_hash(path, span=WHOLE_FILE, pieces=2):
+    """Hashes the size and the bytes of a file, or of a part of a shard -> a number below HASHES. Where there are more
+    than 1 MB only some pieces of 4 KB are read: the first, the last, and others between."""
+    shard, start, count = span
+    if count < 0:
+        count = os.path.getsize(path)
+    spans = [span]
+    if count > 2 ** 20:
+        spans = [(shard, start + k * (count - 4096) // (pieces - 1), 4096) for k in range(pieces)]
+    digest = hashlib.sha256(str(count).encode())
+    for span in spans:
+        digest.update(read_bytes(path, span))
+    return int.from_bytes(digest.digest()[:7])
+
+
+def stamp_of(files):
+    """Hashes what the system says of files. While it is the same, so is what they hold: no program can set back the
+    time of the last change of an inode (ctime)."""
+    digest = hashlib.sha256()
+    for file in files:
+        with suppress(OSError):  # it is gone
+            stat = os.stat(file)
+            digest.update(repr((file, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)).encode())
+    return digest.hexdigest()[:12]
+
+
 @functools.cache
-def mapped(path):
+def mapped(path, stamp=""):
     """Maps a .npy's array, or another file's bytes, once per process. (Plain arrays are faster than memmaps.)"""
     if path.endswith(".npy"):
         return np.asarray(np.load(path, mmap_mode="r"))
     return np.asarray(np.memmap(path, mode="r"))
 
 
+HELD_OUT = 0.05  # share of images
+HASHES = 2 ** 56
+
+
 class Records:
     """The user's data, from a .json list, a .jsonl or .csv, a folder of images, a WebDataset shard (.tar), or
-    several. All is read once into an index on disk, which `folder` keeps; none lies in memory. captioned and questioned
-    count the records with captions and with questions, incomplete those left out; hash: of names and texts."""
-    def __init__(self, paths, size, folder=None):
+    several. Each is read once into an index on disk, which `folder` keeps; none lies in memory. captioned and
+    questioned count records with captions and with questions, incomplete those left out; hash: of images and texts;
+    stamp: of the files' times. Each of `count` processes reads some sources, and `exchange` gives the values of all."""
+    def __init__(self, paths, size, folder=None, held_out=HELD_OUT, rank=0, count=1, exchange=lambda value: [value]):
         self.size = size
+        self.held_out = held_out
         if isinstance(paths, str):
             paths = [paths]
-        stamp = [(file, os.stat(file).st_mtime_ns) for path in paths for file in files_of(path)]
         self.temporary = tempfile.TemporaryDirectory()
-        folder = folder or self.temporary.name
-        self.lines = f"{folder}/records-{short_hash(stamp)}.jsonl"
-        if not os.path.exists(self.lines):
-            os.makedirs(folder, exist_ok=True)
-            write_index(self.lines, paths)
-        totals = mapped(self.lines)[self.index[-1, 0]:]
-        vars(self).update(json.loads(totals.tobytes()))
-
-    @property
-    def index(self):
-        return mapped(f"{self.lines}.npy")  # where each line starts, and the hash of its image's name
+        folder = f"{folder or self.temporary.name}/.index"
+        os.makedirs(folder, exist_ok=True)
+        self.parts = [f"{folder}/{short_hash(path)}.jsonl" for path in paths]
+        with tqdm(desc="reading", unit=" records", leave=False, delay=1, disable=rank > 0 or None) as bar:
+            found = {part: read_source(path, part, bar) for path, part in list(zip(paths, self.parts))[rank::count]}
+        for others in exchange(found):
+            found |= others
+        totals = [found[part] for part in self.parts]
+        for name in ("captioned", "questioned", "incomplete"):
+            setattr(self, name, sum(part[name] for part in totals))
+        self.starts = np.cumsum([0] + [part["records"] for part in totals])
+        self.hash = short_hash([part["hash"] for part in totals])
+        self.stamp = short_hash([part["stamp"] for part in totals])
+        if self.incomplete:
+            problems = "; ".join(part["problem"] for part in totals if part["problem"])
+            warn(f"{self.incomplete} records cannot be used and are left out; {problems[:500]}")
 
     def __len__(self):
-        return len(self.index) - 1
+        return int(self.starts[-1])
+
+    def index(self, part):
+        return mapped(f"{part}.npy", self.stamp)  # where each line starts, and the hash of its image
+
+    def hashes(self):
+        return np.concatenate([self.index(part)[:-1, 1] for part in self.parts])
 
     def record(self, i):
-        start, end = self.index[i:i + 2, 0]
-        image, captions, questions, span = json.loads(mapped(self.lines)[start:end].tobytes())
+        k = np.searchsorted(self.starts, i, "right") - 1
+        part = self.parts[k]
+        i -= self.starts[k]
+        start, end = self.index(part)[i:i + 2, 0]
+        image, captions, questions, span = json.loads(mapped(part, self.stamp)[start:end].tobytes())
         return Record(image, tuple(captions), tuple(map(tuple, questions)), tuple(span))
 
     def count_images(self):
-        return len(np.unique(self.index[:-1, 1]))  # several records may be about one
+        return len(np.unique(self.hashes()))  # several records may be about one
 
-    def changed(self, i):
-        """Returns when the file that holds image i was changed last, in ns; 0 if it is gone."""
-        record = self.record(i)
-        file = record.span[0] or record.image
-        return os.stat(file).st_mtime_ns if os.path.exists(file) else 0
-
-    def split(self, count):
-        """Holds out `count` images, at most one in twenty, at least one, by the hash of their names -> ids; the
-        others' ids."""
-        hashes = self.index[:-1, 1]
-        images = np.unique(hashes)
-        count = max(1, min(count, len(images) // 20))
-        last = images[count - 1]
-        return np.flatnonzero(hashes <= last), np.flatnonzero(hashes > last)
+    def split(self, *_):
+        """Holds out the images whose hash falls into a share of all hashes -> their ids, the others' ids. So an image
+        is held out or not whatever else the data hold, and under any name. (Arguments do nothing.)"""
+        hashes = self.hashes()
+        limit = int(self.held_out * HASHES)
+        if hashes.min() >= limit:
+            limit = hashes.min() + 1
+            warn(f"no image falls into the {self.held_out:.1%} that are held out: one is taken, but not in other data")
+        return np.flatnonzero(hashes < limit), np.flatnonzero(hashes >= limit)
 
     def image(self, i):
         record = self.record(i)
@@ -554,59 +656,61 @@ class Records:
         return question and question[:2]
 
 
-def write_index(path, sources):
-    """Writes a line per record, then one of totals. Beside it a .npy says where each line starts, and holds a hash of
-    the path of its image."""
+def read_source(source, path, bar):
+    """Reads a source into an index, unless all its files are as they were then -> its totals. The index has a line per
+    record, and one with the totals. Beside it a .npy says where each line starts, and holds the hash of its image."""
+    os.stat(source)  # raises, if there is nothing
+    files = files_of(source)
+    stamp = stamp_of(files)
+    if os.path.exists(path):
+        with open(path, "rb") as f:
+            totals, named = json.loads(deque(f, maxlen=1).pop())  # the last line
+        if totals["stamp"] == [stamp, stamp_of(named)]:
+            return totals
+    totals = {"records": 0, "captioned": 0, "questioned": 0, "incomplete": 0, "problem": ""}
     index = array("q")
     digest = hashlib.sha256()
-    totals = {"captioned": 0, "questioned": 0, "incomplete": 0, "first_incomplete": []}
-    folders = [source if os.path.isdir(source) else os.path.dirname(source) for source in sources]
-    base = os.path.commonpath(map(os.path.realpath, folders))
+    looked_at = []
     with replacing(path) as beside, open(beside, "wb") as f:
-        for source in tqdm(sources, desc="reading", unit="file", disable=len(sources) == 1):
-            for record in usable_records(source, totals):
-                image, captions, questions, (shard, *extent) = record
-                file = os.path.relpath(os.path.realpath(shard or image), base)
-                member = bool(shard) and image.removeprefix(f"{shard}/")
-                identity = hashlib.sha256(repr((file, member)).encode()).digest()
-                texts = captions, questions, tuple(extent)
-                digest.update(identity + repr(texts).encode())
-                index.extend((f.tell(), int.from_bytes(identity[:7])))
-                line = json.dumps(record, ensure_ascii=False)
-                f.write(line.encode(errors="replace") + b"\n")
-                totals["captioned"] += bool(captions)
-                totals["questioned"] += bool(questions)
+        for row in rows_of(source, files, looked_at):
+            try:
+                record = read_record(row)
+                file = record.span[0] or record.image
+                looked_at.append(file)
+                if not os.path.isfile(file):
+                    raise ValueError(f"no such image: {file}")
+                image_hash = content_hash(file, record.span)
+            except ValueError as error:
+                totals["incomplete"] += 1
+                totals["problem"] = totals["problem"] or f"{row.where}: {error}"
+                continue
+            digest.update(repr((image_hash, record.captions, record.questions)).encode())
+            index.extend((f.tell(), image_hash))
+            f.write(f"{json.dumps(record)}\n".encode())
+            totals["records"] += 1
+            totals["captioned"] += bool(record.captions)
+            totals["questioned"] += bool(record.questions)
+            bar.update()
+        if not totals["records"]:
+            raise ValueError(f"{source}: holds no image with a text that can be used. {totals['problem']}")
         index.extend((f.tell(), 0))
-        totals["hash"] = digest.hexdigest()[:12]
-        f.write(json.dumps(totals).encode())
+        named = sorted(set(looked_at) - set(files))  # images elsewhere, which a list names
+        totals["hash"] = digest.hexdigest()
+        totals["stamp"] = [stamp, stamp_of(named)]
+        f.write(json.dumps([totals, named]).encode())
         np.save(f"{path}.npy", np.reshape(index, (-1, 2)))
+    return totals
 
 
-def usable_records(source, totals):
-    """Reads one source -> Records, and counts the others. Raises ValueError if few (of a folder, none) can be used."""
-    is_folder = os.path.isdir(source)
-    if is_folder:
-        rows = read_folder(source)
-    elif source.endswith(".tar"):
-        rows = read_shard(source)
-    else:
-        rows = read_list(source)
-    good, bad = 0, []
-    for row in rows:
-        try:
-            record = read_record(row)
-            if not record.span[0] and not os.path.isfile(record.image):
-                raise ValueError(f"no such image: {record.image}")
-            yield record
-            good += 1
-        except ValueError as error:
-            bad.append(f"{row.where}: {error}")
-    if not good and not bad:
-        raise ValueError(f"{source}: holds no images with texts")
-    if not good or len(bad) > good and not is_folder:
-        raise ValueError(f"{source}: {len(bad)} records cannot be used, {good} can; {bad[0]}")
-    totals["incomplete"] += len(bad)
-    totals["first_incomplete"] = totals["first_incomplete"] or bad[:1]
+def rows_of(source, files, looked_at):
+    """Reads a source -> Rows. Raises ValueError for a kind of file that is none."""
+    if os.path.isdir(source):
+        return read_folder(source, files, looked_at)
+    if ending_of(source) == ".tar":
+        return read_shard(source)
+    if ending_of(source) in (".json", ".jsonl", ".csv"):
+        return read_list(source)
+    raise ValueError(f"{source}: give a folder, a list (.jsonl, .json or .csv), or a .tar that is not compressed")
 
 
 def readable(source, i):
@@ -637,7 +741,7 @@ class Subset(NamedTuple):
 
 
 def fingerprint(source):
-    """Tells a source from all others, by what it holds: a World by some images, Records by names and texts."""
+    """Tells a source from all others, by what it holds: a World by some images, Records by images and texts."""
     if isinstance(source, Records):
         return source.hash
     checksums = [zlib.crc32(source.image(i)) for i in range(20)]
@@ -651,9 +755,9 @@ def with_latents(subset, vae, folder, limit):
         return subset
     side = source.size // vae.config.factor
     shape = vae.config.latent_channels, side, side
-    times = [source.changed(i) for i in ids.tolist()] if isinstance(source, Records) else []
+    identity = source.stamp if isinstance(source, Records) else fingerprint(source)
     weights = [zlib.crc32(tensor.float().cpu().numpy().tobytes()) for tensor in vae.state_dict().values()]
-    key = short_hash((fingerprint(source), source.size, len(ids), shape, times, weights))
+    key = short_hash((identity, source.size, len(ids), shape, weights))
     path = f"{folder}/latents-{key}.npy"
     if not os.path.exists(path):
         encode_images(source, ids, vae, (int(max(ids)) + 1, 2, *shape), path)
@@ -687,21 +791,16 @@ def encode_images(source, ids, vae, shape, path):
         latents.flush()
 
 
-class Images(NamedTuple):
-    """Images of a batch. One of the two fields is None."""
-    pixels: Tensor = None   # (B,3,H,W) in [-1,1]
-    moments: Tensor = None  # (B,2,C,h,w), mean and log-variance of their stored latents
-
-
 class Batch(NamedTuple):
-    """What one process computes in one pass of a step."""
-    images: Images          # for the image loss
-    text_images: Images     # for the text loss; the same object, except with --text-data
-    captions: Tensor  # (B,L) tokens, for the image loss
-    tokens: Tensor    # (B,L), for the text loss
-    maskable: Tensor  # (B,L) bool, which of them may be masked
-    rows: slice             # which rows of the step's whole batch these are
-    seed: int               # of the step
+    """What one process computes in one pass of a step. Images are pixels (B,3,H,W) in [-1,1]; or, if their latents are
+    stored, moments (B,2,C,h,w): mean and log-variance."""
+    images: Tensor       # for the image loss
+    text_images: Tensor  # for the text loss; None: the same
+    captions: Tensor     # (B,L) tokens, for the image loss
+    tokens: Tensor       # (B,L), for the text loss
+    maskable: Tensor     # (B,L) bool, which of them may be masked
+    rows: slice          # which rows of the step's whole batch these are
+    seed: int            # of the step
 
 
 @dataclass(eq=False)
@@ -726,8 +825,8 @@ class Batches(torch.utils.data.Dataset):
     def batch(self, step, rows):
         first = step * self.recipe.batch
         images, text_images, *texts = zip(*[self.row(first + k) for k in range(rows.start, rows.stop)])
-        images = stack(self.images, images)
-        text_images = images if self.texts is self.images else stack(self.texts, text_images)
+        images = torch.stack(images)
+        text_images = None if self.texts is self.images else torch.stack(text_images)
         return Batch(images, text_images, *map(torch.tensor, texts), rows, self.seed * 1_000_003 + step)
 
     def row(self, n):
@@ -750,11 +849,6 @@ class Batches(torch.utils.data.Dataset):
     @functools.lru_cache(maxsize=4)  # the last two epochs of two subsets, 8 bytes per record
     def order(self, total, epoch):
         return np.random.default_rng((self.seed, epoch)).permutation(total)
-
-
-def stack(subset, images):
-    images = torch.stack(images)
-    return Images(moments=images) if subset.latents else Images(pixels=images)
 
 
 # ---------------------------------------------------------------- what all files share
@@ -792,7 +886,7 @@ def one_line(error):
 def parse(raw, where, kind):
     """Reads JSON from bytes -> a list or dict (`kind`). Raises ValueError with one line, which begins with `where`."""
     try:
-        value = json.loads(raw)
+        value = json.loads(raw, parse_constant=lambda name: None)  # NaN is no text
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON ({one_line(error)})") from None
     if not isinstance(value, kind):
@@ -821,18 +915,18 @@ def replacing(path):
 
 
 def write_text(path, text):
-    with replacing(path) as beside, open(beside, "w") as f:
+    with replacing(path) as beside, open(beside, "w", encoding="utf-8", errors="surrogateescape") as f:
         f.write(text)
 
 
 def claim(path):
     """Locks a folder by a file in it -> the lock, held until it is closed. Raises OSError where another run has it."""
+    import fcntl  # Windows has none
     lock = open(path, "a")
     try:
-        import fcntl  # Windows has none
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OSError(f"{os.path.dirname(path)}: another run is at work here; let it end, or stop its processes")
-    except (ImportError, OSError) as error:
+    except OSError as error:
         warn(f"{path}: no locks here ({one_line(error)}), so see to it that no other run writes into this folder")
     return lock

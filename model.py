@@ -54,6 +54,7 @@ class Settings:
     answer_steps: int = 16
     caption_prompt: str = ""  # the question that asks for a caption; "": captions need no question
     answer_suffix: str = ""   # is added to every question
+    held_out: float = 0.0     # share of a user's images that were not learned; 0: it has learned from none
 
 
 def modulate(x, shift, scale):
@@ -292,8 +293,6 @@ class Config:
 
 PRESETS = {
     "sd3-medium": Config(),
-    # Table 9 says 1.1 billion parameters, all trained from scratch. Depth and width are our guess.
-    "end-to-end": Config(DDiTConfig(depth=19, width=1216, heads=19)),
     "tiny": Config(  # its vocabularies follow the tokenizer that stage 0 makes
         DDiTConfig(depth=6, width=128, heads=2, text_dim=128, pos_size=8, qk_norm=True),
         T5Config(d_model=128, num_layers=2, num_heads=4, d_kv=32, d_ff=256, max_distance=32),
@@ -460,9 +459,10 @@ def find_sources(path):
     return [f"{path}/{name}" for name in names if os.path.isdir(f"{path}/{name}")] or [path]
 
 
-def find_parts(path, t5=None, vae=None, tokenizer=None):
-    """Finds what a checkpoint holds -> Config, {part: {our name: tensor}}, Tokenizer or None."""
-    config = Config()
+def find_parts(path, t5=None, vae=None, tokenizer=None, like=None):
+    """Finds what a checkpoint holds -> Config, {part: {our name: tensor}}, Tokenizer or None. like: the configuration
+    of a file that carries none."""
+    config = replace(like) if like else Config()
     parts, spiece = {}, None
     for source in find_sources(path):
         tensors, header = open_checkpoint(source)
@@ -473,8 +473,9 @@ def find_parts(path, t5=None, vae=None, tokenizer=None):
             found = by_our_names(part, tensors)
             if KEY_TENSORS[part] in found:
                 parts[part] = found
-                if not ours:
-                    setattr(config, part, their_config(part, read_json(f"{source}/config.json")))
+                theirs = read_json(f"{source}/config.json")
+                if theirs or not like:
+                    setattr(config, part, their_config(part, theirs))
         config = ours or config
     if not parts:
         raise ValueError(f"{path}: holds no part of SD3, T5 or D-DiT")
@@ -484,7 +485,7 @@ def find_parts(path, t5=None, vae=None, tokenizer=None):
     config.settings.shift = scheduler.get("shift", config.settings.shift)
     for part, other in (("t5", t5), ("vae", vae)):
         if other is not None:
-            other_config, other_parts, _ = find_parts(other)
+            other_config, other_parts, _ = find_parts(other, like=config)
             if part not in other_parts:
                 raise ValueError(f"{other}: holds no {PARTS[part]}")
             parts[part] = other_parts[part]
@@ -553,8 +554,8 @@ def read_part(part, tensors, config, device, dtype):
         module = make_part(config)
     if dtype is None:
         dtype = tensors[KEY_TENSORS[part]].dtype
-        if dtype.itemsize == 1:  # nothing computes in fp8
-            dtype = torch.bfloat16
+        if dtype.itemsize == 1:  # nothing computes in fp8, and what is learned would be lost in it
+            dtype = torch.float16
     if part == "ddit":
         tensors = join_qkv(tensors)
         tensors = tensors | new_in_ddit(tensors, config)
@@ -631,7 +632,7 @@ def write_file(dd, path, dtype=None):
     if dd.tokenizer:
         tensors[SPIECE] = torch.frombuffer(bytearray(dd.tokenizer.model), dtype=torch.uint8)
     with replacing(path) as beside:
-        save_file(tensors, beside, {"format": "pt", "config": json.dumps(asdict(dd.config))})
+        save_file(tensors, beside, {"config": json.dumps(asdict(dd.config))})  # two keys would change places by chance
 
 
 def check_complete(dd, path):

@@ -408,6 +408,14 @@ def at_least(least, kind=int):
     return number
 
 
+def typed_text(text):
+    """Returns a text from the command line, whatever the locale. Raises ValueError if it is not UTF-8."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{text!r} is not UTF-8") from None
+
+
 def token_count(text):
     return text if text == "auto" else at_least(6)(text)
 
@@ -436,6 +444,8 @@ def add_parts(parser):
 
 def run_program(main, stopped="stopped", lower="--size, or give --offload"):
     """Runs main(). A mistake of the user or too little memory gives one line and status 2, Ctrl-C `stopped` and 130."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # in an ASCII locale, too
     try:
         main()
         sys.stdout.flush()
@@ -518,7 +528,7 @@ def parse_args():
     add("--length", type=token_count,
         help="Length of a text; auto takes as many as it needs (default: the checkpoint's).")
     add("--options", nargs="+", default=[], help="Rank these answers to --vqa by their probability.")
-    add("--suffix", help="Is added to every question (default: the checkpoint's).")
+    add("--suffix", type=typed_text, help="Is added to every question (default: the checkpoint's).")
     add("--show-passes", action="store_true", help="Print a text after every forward pass, too; _ is a mask.")
     add("--num", type=at_least(1), default=1, help="Images per prompt (default: 1).")
     add("--best-of", type=at_least(1), default=1,
@@ -549,6 +559,7 @@ def prepare_text(dd, text, room):
     def count(text):
         return len(dd.tokenizer.pieces.encode(text))
 
+    text = typed_text(text)
     if len(dd.tokenizer.pieces) < 10_000:
         text = " ".join(min(word, word.lower(), key=count) for word in text.split(" "))
     unseen = unseen_words(dd.tokenizer, text)

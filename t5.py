@@ -306,7 +306,8 @@ def train_tokenizer(lines, vocab_size):
             sentence_iterator=iter(lines), model_writer=model, model_type="bpe",
             vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=1.0,
             pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-            required_chars=string.ascii_letters + string.digits + ".,?!:;'-", minloglevel=2, num_threads=1)
+            required_chars=string.ascii_letters + string.digits + ".,?!:;'-", minloglevel=2, num_threads=1,
+            max_sentence_length=2 ** 30)  # without it a text of more than 4,192 bytes is dropped, in silence
     except RuntimeError as error:
         raise ValueError(f"these texts have more letters than --vocab {vocab_size}: give more ({error})") from error
     return Tokenizer(model.getvalue())

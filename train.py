@@ -96,7 +96,6 @@ RECIPES = {
                    "2hr": replace(_late, steps=80_000, batch=768, size=512),
                    "3": replace(_late, steps=50_000, length=128, text_weight=1.0, questions=0.5)},
 }
-RECIPES["end-to-end"] = RECIPES["sd3-medium"]
 
 
 def training_losses(learner, batch):
@@ -119,7 +118,7 @@ def training_losses(learner, batch):
 
     latents = sample_latents(dd.vae, moments, vae_noise)
     text_latents = latents
-    if batch.text_images is not batch.images:  # the text half is about other images (--text-data)
+    if batch.text_images is not None:  # the text half is about other images (--text-data)
         text_latents = sample_latents(dd.vae, learner.moments(batch.text_images), vae_noise)
     image_t = image_t.to(dd.device, non_blocking=True)
     captions = batch.captions.to(dd.device, non_blocking=True)
@@ -198,7 +197,7 @@ def batch_noise(shape, generator, device):
 def autoencoder_losses(learner, batch):
     """The losses of a pass of stage 0 -> total, reconstruction, KL."""
     dd = learner.dd
-    pixels = batch.images.pixels.to(dd.device, non_blocking=True)
+    pixels = batch.images.to(dd.device, non_blocking=True)
     side = pixels.shape[2] // dd.config.vae.factor
     shape = learner.recipe.batch, dd.config.vae.latent_channels, side, side
     generator = torch.Generator().manual_seed(batch.seed)
@@ -214,19 +213,17 @@ def find_data(paths, args, recipe):
         learn = data.Subset(data.World(args.seed), np.arange(recipe.pool))
         count = min(250, recipe.pool // 20 + 1)
         return learn, data.Subset(data.World(UNSEEN + args.seed), np.arange(count))
-    source = data.Records(paths, recipe.size, args.out)
+    source = data.Records(paths, recipe.size, args.out, args.held_out, dist.get_rank(), dist.get_world_size(), exchange)
     names = " ".join(paths)
-    if source.incomplete:
-        warn(f"{names}: {source.incomplete} records cannot be used and are left out; {source.first_incomplete[0]}")
-    unseen, ids = source.split(250)
-    unseen = [i for i in unseen if data.readable(source, i) is not None]
-    if not unseen or not len(ids):
+    unseen, ids = source.split()
+    some_can_be_read = any(data.readable(source, i) is not None for i in unseen)
+    if not some_can_be_read or not len(ids):
         fail(f"{names}: holds too few images that can be read: one in twenty, at least one, is held out")
     if args.stage in ("1", "2", "2hr") and not source.captioned:
         fail(f"{names}: no image has a caption, which stage {args.stage} learns from")
     if recipe.questions and not source.questioned:
         warn(f"{names}: no image has a question; stage {args.stage} will learn captions alone")
-    return data.Subset(source, ids), data.Subset(source, np.array(unseen))
+    return data.Subset(source, ids), data.Subset(source, unseen)
 
 
 BEFORE = {"0": [], "1": ["0"], "2": ["1"], "2hr": ["2"], "3": ["2hr", "2"]}
@@ -249,6 +246,16 @@ def starting_file(args):
     if args.preset != "tiny" and not (args.text_encoder == "none" and args.vae):
         fail(f"--preset {args.preset} needs pretrained parts: give --init (or --vae, with --text-encoder none)")
     return args.vae or SHIPPED
+
+
+def held_out_share(args):
+    """Returns the share of images that is held out. An image that one stage holds out no other may learn, so it is the
+    share of the files that the stage begins with, if these have learned from a user's images."""
+    before = [find_parts(file)[0].settings.held_out for file in args.files[:3] if file]
+    shares = set(filter(None, before + [args.held_out])) or {data.HELD_OUT}
+    if len(shares) > 1:
+        fail(f"--held-out has to be the same in all stages, not {' and '.join(map(str, sorted(shares)))}")
+    return shares.pop()
 
 
 def starting_point(args, recipe, texts, device, dtype):
@@ -444,14 +451,14 @@ class Learner:
         self.averages = [p.detach().clone() for p in self.parameters] if recipe.ema else []
 
     def moments(self, images):
-        """Returns the moments (B,2,C,h,w) of data.Images on the device: as stored, or encoded now, in bf16 if that is
-        fast."""
+        """Returns the moments (B,2,C,h,w) of a batch's images on the device: as stored, or encoded now, in bf16 if that
+        is fast."""
         device = self.dd.device
-        if images.moments is not None:
-            return images.moments.to(device, non_blocking=True).float()
-        pixels = images.pixels.to(device, non_blocking=True)
+        images = images.to(device, non_blocking=True)
+        if images.ndim == 5:  # stored
+            return images.float()
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, self.autocast):
-            return torch.stack(self.dd.vae.encode(pixels), 1).float()
+            return torch.stack(self.dd.vae.encode(images), 1).float()
 
     def final_weights(self):
         """Moves the running averages into the modules -> {name of a module: its whole state, on the CPU}."""
@@ -573,6 +580,13 @@ def mean_over_processes(numbers):
     return (x / dist.get_world_size()).tolist()
 
 
+def exchange(value):
+    """Returns the values of all processes."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def any_process(*flags):  # for each flag: is it set in any of them?
     return [share > 0 for share in mean_over_processes(torch.tensor(flags).float())]
 
@@ -634,9 +648,10 @@ def sample_cells(dd, subset):
     source = subset.source
     rng = np.random.default_rng([0, 3])
     generator = torch.Generator().manual_seed(0)
-    ids = rng.permutation(subset.ids)[:8]  # or sorted data would show one class alone
-    images = [source.image(i) for i in ids]
-    pixels = torch.from_numpy(data.to_pixels(images))
+    chosen = rng.permutation(len(subset.ids))[:8]  # or sorted data would show one class alone
+    ids, pixels = zip(*[subset.record(k) for k in chosen])
+    pixels = torch.stack(pixels)
+    images = list(data.to_images(pixels))
     if dd.ddit is None:
         decoded, _, _ = dd.vae(pixels.to(dd.device), torch.zeros(()))  # of the mean, without noise
         images += list(data.to_images(decoded))
@@ -655,13 +670,13 @@ def sample_cells(dd, subset):
 @torch.no_grad()
 def show_batch(dd, batch, path):
     """Writes a sheet of what a stage learns from: images through the VAE, texts as cut; [what may be masked]."""
-    pixels, moments = batch.text_images
-    if pixels is None:
-        mean = moments[:16, 0].to(dd.device).float()
-        pixels = dd.decode_image(dd.vae.normalize(mean))
+    images = batch.images if batch.text_images is None else batch.text_images
+    pixels = images[:16]
+    if images.ndim == 5:  # their moments
+        pixels = dd.decode_image(dd.vae.normalize(pixels[:, 0].to(dd.device).float()))
     decode = dd.tokenizer.decode
     texts = [f"{decode(ids[~may])} [{decode(ids[may])}]" for ids, may in zip(batch.tokens, batch.maskable)]
-    sample.sheet(path, list(zip(data.to_images(pixels[:16]), texts)))
+    sample.sheet(path, list(zip(data.to_images(pixels), texts)))
 
 
 # ---------------------------------------------------------------- a stage from end to end, and its settings
@@ -670,18 +685,19 @@ def prepare(args, recipe, folder):
     """Finds what a stage begins with -> dd, {name: module}, Subsets to learn from, held-out Subsets, settings."""
     args.start = starting_file(args)
     args.files = args.start, args.t5, args.vae, args.spiece
+    args.held_out = held_out_share(args)
     if args.stage not in ("0", "1"):
         warn_of_other_numbers(args, recipe)
-    images, unseen_images = find_data(args.image_data or args.data, args, recipe)
-    texts, unseen_texts = images, unseen_images
+    images = find_data(args.image_data or args.data, args, recipe)
+    texts = images
     if args.image_data or args.text_data:
-        texts, unseen_texts = find_data(args.text_data or args.data, args, recipe)
-    os.makedirs(folder, exist_ok=True)
-    if is_first():
-        args.lock = data.claim(f"{args.out}/.lock")  # until the end
+        texts = find_data(args.text_data or args.data, args, recipe)
+    (images, texts), held_out = zip(images, texts)
+    if not is_first():
+        barrier()  # what the first process prepares, the others find
     settings = check_settings(folder, args, recipe, images, texts)
     if is_first() and (args.data or args.text_data):
-        names = [f"{unseen_texts.source.record(i).image}\n" for i in unseen_texts.ids]
+        names = [f"{texts.source.record(i).image}\n" for i in held_out[1].ids]
         data.write_text(f"{folder}/held-out.txt", "".join(dict.fromkeys(names)))
     if args.data and args.start == SHIPPED and not args.init:
         warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
@@ -693,7 +709,9 @@ def prepare(args, recipe, folder):
         same = texts is images
         images = data.with_latents(images, dd.vae, args.out, limit)
         texts = images if same else data.with_latents(texts, dd.vae, args.out, limit)
-    return dd, modules, (images, texts), (unseen_images, unseen_texts), settings
+    if is_first():
+        barrier()
+    return dd, modules, (images, texts), held_out, settings
 
 
 def warn_of_other_numbers(args, recipe):
@@ -710,21 +728,15 @@ def run_stage(args, recipe):
     """Runs one stage, from its start or its newest checkpoint to the file that it leaves."""
     folder = f"{args.out}/stage{args.stage}"
     path = f"{folder}/model.safetensors"
-    if not is_first():
-        barrier()  # what the first process prepares, the others find
-    dd, modules, subsets, held_out, settings = prepare(args, recipe, folder)
     if is_first():
-        barrier()
+        os.makedirs(folder, exist_ok=True)
+        args.lock = data.claim(f"{args.out}/.lock")  # until the end
+    barrier()
+    dd, modules, subsets, held_out, settings = prepare(args, recipe, folder)
     learner = Learner(dd, modules, recipe, args, DTYPES[settings["dtype"]], folder, held_out)
     start = learner.load()
     if start > recipe.steps:
         fail(f"{folder} is already at step {start}, beyond --steps {recipe.steps}")
-    if start == recipe.steps and os.path.exists(path):
-        newest = checkpoints(learner.checkpoints)[-1]
-        if os.path.getmtime(path) >= os.path.getmtime(newest):  # a later stage may have begun with this file
-            if is_first():
-                print(f"finished: {path}")
-            return
     images, texts = subsets
     batches = make_batches(learner, subsets, args.seed)
     if is_first():
@@ -762,33 +774,38 @@ def write_model(args, recipe, weights, texts, path):
         latents = torch.cat([dd.vae.encode(pixels[part])[0] for part in parts])  # the means
         dd.config.vae.shift_factor = latents.mean().item()
         dd.config.vae.scaling_factor = 1 / latents.std().item()
+    if args.data or args.image_data:
+        dd.config.settings.held_out = args.held_out
     dd.save(path, dtype=torch.float16)
 
 
 def check_settings(folder, args, recipe, images, texts):
-    """Returns the settings of a run, kept in run.json. A folder holds one run, which may be made longer or moved."""
+    """Returns the settings of a run, kept in run.json. A folder holds one run, which may be made longer or moved.
+    The first process decides whether the run is the same; the others take its answer."""
+    path = f"{folder}/run.json"
+    before = {}
+    if os.path.exists(path):
+        with open(path) as f:
+            before = json.load(f)
+    if not is_first():
+        return before
     settings = asdict(recipe)
-    for name in ("preset", "text_encoder", "seed", "caption_prompt", "answer_suffix"):
+    for name in ("preset", "text_encoder", "seed", "caption_prompt", "answer_suffix", "held_out"):
         settings[name] = getattr(args, name)
     settings["data"] = [data.fingerprint(subset.source) for subset in (images, texts)]
     settings["files"] = []
-    for path in args.files:
-        for file in data.files_of(path) if path else []:
-            stat = os.stat(file)
-            settings["files"].append(f"{os.path.basename(file)}, {stat.st_size} bytes, {time.ctime(stat.st_mtime)}")
+    for source in filter(None, args.files):
+        for file in data.files_of(source):
+            settings["files"].append(f"{os.path.basename(file)}, {data.content_hash(file, pieces=256)}")
     settings["dtype"] = args.dtype or default_dtype(args)
-    path = f"{folder}/run.json"
-    if os.path.exists(path) and checkpoints(f"{folder}/checkpoints"):
-        with open(path) as f:
-            before = json.load(f)
+    if before and checkpoints(f"{folder}/checkpoints"):
         changed = [name for name in settings if settings[name] != before.get(name)]
         if recipe.schedule == "constant" and "steps" in changed:
             changed.remove("steps")
         changed = [f"{name} {before.get(name)} is now {settings[name]}" for name in changed]
         if changed:
             fail(f"{folder} holds a run with other settings ({', '.join(changed)}); give its own, or another --out")
-    if is_first():
-        data.write_text(path, json.dumps(settings, indent=1))
+    data.write_text(path, json.dumps(settings, indent=1))
     return settings
 
 
@@ -809,8 +826,11 @@ def add_arguments(parser, recipe):
     add("--init", help="The checkpoint to start from (default: what the stage before left).")
     sample.add_parts(parser)
     add("--text-encoder", choices=["t5", "none"], default="t5", help="none: learned embeddings, Table 9 (default: t5).")
-    add("--caption-prompt", help="The question that asks for a caption (default: the starting file's).")
-    add("--answer-suffix", help="Is added to every question (default: the starting file's).")
+    add("--held-out", type=at_least(1e-6, float),
+        help=f"Share of the images that no stage learns (default: the starting file's, or {data.HELD_OUT}).")
+    text = sample.typed_text
+    add("--caption-prompt", type=text, help="The question that asks for a caption (default: the starting file's).")
+    add("--answer-suffix", type=text, help="Is added to every question (default: the starting file's).")
     add("--out", default="runs", help="Where stageN/ folders are made (default: runs).")
     add("--seed", type=int, default=0, help="Seeds all random numbers (default: 0).")
     add = parser.add_argument_group("how it runs; what is learned is the same, up to rounding").add_argument

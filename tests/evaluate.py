@@ -205,9 +205,10 @@ def own_data(dd, args):
     Capitals and blanks at the ends do not count. Where a record has several captions or questions, one is drawn. Where
     it has the answers of four people or more, they count as in VQA; of two or three, each is right. With --unseen only
     those images that train.py kept apart. A model of stage 0 is judged by its reconstructions."""
-    source = data.Records(args.data, dd.config.settings.size)
+    settings = dd.config.settings
+    source = data.Records(args.data, settings.size, held_out=settings.held_out or data.HELD_OUT)
     rng, generator = np.random.default_rng([args.seed, 2]), torch.Generator().manual_seed(args.seed)
-    ids = source.split(250)[0] if args.unseen else np.arange(len(source))
+    ids = source.split()[0] if args.unseen else np.arange(len(source))
     chosen = np.random.default_rng(args.seed).permutation(ids)[:args.num]
     ids = [int(i) for i in chosen if data.readable(source, int(i)) is not None]
     if not ids:

@@ -185,10 +185,10 @@ def step(preset, stage, gpus, parallel="fsdp", checkpointing=True, passes=1):
     tokens, texts = torch.ones(rows, recipe.length).long(), data.Subset(data.World(), range(100))
     with GPU() as gpu, tempfile.TemporaryDirectory() as out:
         dd, modules = train.starting_point(args, recipe, texts, CUDA, BF16)
-        images = data.Images(torch.rand(rows, 3, recipe.size, recipe.size), None)
+        images = torch.rand(rows, 3, recipe.size, recipe.size)
         if preset == "tiny" and stage != "0":  # whose latents are stored
-            images = data.Images(None, torch.rand(rows, 2, dd.config.vae.latent_channels, side, side).half())
-        text_images = data.Images(*images) if stage == "2hr" else images
+            images = torch.rand(rows, 2, dd.config.vae.latent_channels, side, side).half()
+        text_images = images if stage == "2hr" else None
         batch = data.Batch(images, text_images, tokens, tokens, tokens > 0, slice(0, rows), 0)
         learner = train.Learner(dd, modules, recipe, args, BF16, out)
         for p in learner.parameters:  # a first step, after which the optimizer has its state

@@ -273,7 +273,7 @@ def test_names_in_shards(pictures):
     shutil.copy(pictures / "2.png", pictures / "x.tar" / "2.png")
     os.remove(path)
     assert said(data.Records(str(pictures / "x.tar"), 16)) == [(20, ("x.tar",), ())]
-    with pytest.raises(ValueError, match="s.tar: .*a.seg.png: a second image, in the sample of a.png"):
+    with pytest.raises(ValueError, match="s.tar: .*a.seg.png: a second image, in the sample of .*a.png"):
         data.Records(make_shard(path, [("a.png", image), ("a.seg.png", image)]), 16)
 
 
@@ -350,11 +350,11 @@ def test_records_are_pickled_small_and_opened_again(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("d.jsonl", b'{"image": "0.png", "caption"', "d.jsonl, line 1: .*not valid JSON"),
-    ("d.jsonl", b"\n7", "d.jsonl, line 2: .*want"),
-    ("d.jsonl", b'\n{"image": "0.png", "caption": "\xff"}', "d.jsonl, line 2: .*0xff"),
-    ("d.jsonl", b"", "d.jsonl: holds no image"), ("d.json", b'{"images": []}', "d.json, line 1: holds not one"),
-    ("d.json", b"[7]", "d.json, item 1: not in a form"), ("d.json", b"[\n7,,]", "d.json: not valid JSON .*line 2")])
+    ("d.jsonl", b'{"image": "0.png", "caption"', "d.jsonl, record 1: .*not valid JSON"),
+    ("d.jsonl", b"\n7", "d.jsonl, record 2: .*want"),
+    ("d.jsonl", b'\n{"image": "0.png", "caption": "\xff"}', "d.jsonl, record 2: its text is neither UTF-8"),
+    ("d.jsonl", b"", "d.jsonl: holds no image"), ("d.json", b'{"images": []}', "d.json, record 1: has no caption"),
+    ("d.json", b"[7]", "d.json, record 1: not in a form"), ("d.json", b"[\n7,,]", "d.json: not valid JSON .*line 2")])
 def test_a_bad_line_or_file_is_named(pictures, name, content, message):
     (pictures / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as raised:
@@ -424,7 +424,8 @@ def test_every_epoch_has_every_record_once_whatever_the_batch():
 
 
 def tensors(batch):
-    return batch.images.pixels, batch.text_images.pixels, batch.captions, batch.tokens, batch.maskable
+    text_images = batch.images if batch.text_images is None else batch.text_images
+    return batch.images, text_images, batch.captions, batch.tokens, batch.maskable
 
 
 def test_batches_are_the_same_on_any_number_of_processes():
@@ -438,9 +439,9 @@ def test_batches_are_the_same_on_any_number_of_processes():
         for parts in ((one, two), four):
             for wanted, *pieces in zip(tensors(whole), *map(tensors, parts)):
                 assert torch.equal(wanted, torch.cat(pieces))
-        about = whole.text_images.pixels
+        about = tensors(whole)[1]
         assert (((about[:, 0, 0, 0] + 1) * 127.5).round() == whole.tokens[:, 0]).all()
-        assert (whole.text_images is whole.images) == (texts is None)
+        assert (whole.text_images is None) == (texts is None)
         assert 10 < (~whole.maskable[:, 0]).sum() < 54 and 0 < (whole.captions[:, 0] < 0).sum() < 20
 
 
@@ -476,8 +477,9 @@ def test_latents_are_encoded_once(pictures, tmp_path):
     batches[0]
     copy = pickle.dumps(batches)
     assert len(copy) < 2000  # paths, not arrays
-    assert torch.equal(pickle.loads(copy)[3][0].images.moments, batches[3][0].images.moments)
+    assert torch.equal(pickle.loads(copy)[3][0].images, batches[3][0].images)
     save(pictures / "5.png", "L", 250)  # another picture in the same place
+    subset = data.Subset(data.Records(path, 16, tmp_path), numbers)
     anew = data.with_latents(subset, vae, str(tmp_path), 6)
     assert anew.latents != latents and (anew.record(4)[1] != moments).any()
     assert torch.equal(anew.record(3)[1], encoded[0].record(3)[1])
@@ -508,10 +510,9 @@ def test_records_kept_apart_go_by_the_picture(tmp_path):
     rows = [{"image": f"{k}.png", "caption": f"{k}, {told}"} for told in ("once", "twice") for k in range(60)]
     records = data.Records(write_jsonl(tmp_path / "d.jsonl", rows), 16)
     apart, others = records.split(250)
-    assert len(apart) == 2 * 3 and sorted([*apart, *others]) == list(range(120))  # one in twenty
+    assert 2 * 1 <= len(apart) <= 2 * 6 and sorted([*apart, *others]) == list(range(120))  # about one in twenty
     names = [{records.record(i).image for i in part} for part in (apart, others)]
     assert not names[0] & names[1]
-    assert len(records.split(2)[0]) == 2 * 2
 
 
 def test_the_index_is_kept_and_made_anew_when_the_data_change(tmp_path, monkeypatch):
@@ -556,7 +557,7 @@ def test_captions_in_an_unknown_form_are_not_replaced_by_the_folder_s_name(pictu
         capsys.readouterr().err
     for name in ("captions.txt", "x.parquet", "Labels.csv"):
         (folder / name).write_text("?")
-        with pytest.raises(ValueError, match=f"{name}: not read. The texts of a folder are"):
+        with pytest.raises(ValueError, match="1.png: has no text: a .txt, .caption or .json"):
             data.Records(str(folder), 16)
         (folder / name).unlink()
 
@@ -581,10 +582,10 @@ def test_what_systems_leave_behind_is_no_data_and_links_are_followed_once(tmp_pa
 
 
 def test_an_image_is_one_image_whoever_names_it(tmp_path):
-    for kind in ("cats", "dogs"):
+    for n, kind in enumerate(("cats", "dogs")):
         (tmp_path / kind).mkdir()
         for k in range(12):
-            save(tmp_path / kind / f"{k}.png", "L", k)
+            save(tmp_path / kind / f"{k}.png", "L", k + 100 * n)
     folders = [str(tmp_path / kind) for kind in ("cats", "dogs")]
     write_jsonl(tmp_path / "list.jsonl", [{"image": f"cats/{k}.png", "caption": "again"} for k in range(12)])
     records = data.Records([*folders, str(tmp_path / "list.jsonl")], 16)
@@ -607,8 +608,7 @@ def test_in_a_shard_nothing_replaces_a_text_and_order_matters(pictures):
         path = make_shard(pictures / "s.tar", [(f"0.{end}", content) for end, content in [("png", image), *members]])
         assert said(data.Records(path, 16)) == [(10, ("a cat",), ())]
     path = make_shard(pictures / "s.tar", [*((f"{k}.png", image) for k in "ab"), *((f"{k}.txt", b"a") for k in "ab")])
-    with pytest.raises(ValueError, match="s.tar: .*not side by side: sort them"):
-        data.Records(path, 16)
+    assert said(data.Records(path, 16)) == 2 * [(10, ("a",), ())]
 
 
 def test_falsy_is_not_missing_and_one_odd_record_is_not_a_broken_file(pictures):
