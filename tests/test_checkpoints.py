@@ -131,7 +131,7 @@ def test_the_authors_folder(tmp_path):
     assert_close(logits, GOLDEN["authors.logits"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_narrow_types_on_disk(tmp_path, dtype):
     """What is read in float32 is what the file says, exactly: against the same numbers written in float32."""
     rounded = {name: w.to(dtype).float() for name, w in states("t5")["t5"].items()}
@@ -139,6 +139,18 @@ def test_narrow_types_on_disk(tmp_path, dtype):
     save_file({name: w.to(dtype) for name, w in rounded.items()}, tmp_path / "narrow.safetensors", SMALL)
     wide, narrow = (load(str(tmp_path / f"{name}.safetensors")).t5.state_dict() for name in ("wide", "narrow"))
     assert wide.keys() == narrow.keys() and all(torch.equal(wide[name], narrow[name]) for name in wide)
+    config, parts, _ = find_parts(str(tmp_path / "narrow.safetensors"))
+    as_stored = read_part("t5", parts["t5"], config.t5, "cpu", None).state_dict()
+    assert all(torch.equal(wide[name], as_stored[name].float()) for name in wide)
+    assert {w.dtype for w in as_stored.values()} == {torch.float16 if dtype.itemsize == 1 else dtype}
+
+
+def test_a_file_without_configuration_is_as_the_one_that_it_completes(tmp_path):
+    prefix = "text_encoders.t5xxl.transformer."
+    tensors = {name.removeprefix(prefix): w for name, w in load_file(SHIPPED).items() if name.startswith(prefix)}
+    save_file(tensors, tmp_path / "t5.safetensors")
+    dd = DualDiffusion.load(SHIPPED, t5=str(tmp_path / "t5.safetensors"))
+    assert torch.equal(dd.t5.shared.weight, tensors["shared.weight"].float())
 
 
 def test_a_type_for_every_part():

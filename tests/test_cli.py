@@ -99,6 +99,16 @@ MISTAKES = {
 }
 
 
+@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_texts_are_utf_8_whatever_the_locale(monkeypatch, locale):
+    for name, value in locale.items():
+        monkeypatch.setenv(name, value)
+    done = run("sample.py", "--t2i", os.fsdecode(b"caf\xe9"))
+    assert done.returncode == 2 and done.stderr == "sample.py: 'caf\\udce9' is not UTF-8\n"
+    done = run("sample.py", "--infill", SCENE, "naïve caf\u00e9 _")
+    assert "expect little: naïve, café" in done.stderr and done.returncode == 0 and done.stdout
+
+
 @pytest.mark.parametrize("script, args, message", [(s, *case) for s, cases in MISTAKES.items() for case in cases])
 def test_mistakes_give_one_line_and_status_2(files, tmp_path, monkeypatch, capsys, script, args, message):
     monkeypatch.chdir(files)

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import tarfile
+import threading
 import warnings
 from collections import Counter
 from types import SimpleNamespace
@@ -637,3 +638,230 @@ def test_a_png_with_a_long_text_and_a_large_jpeg_are_pictures(tmp_path):
     with Image.open(tmp_path / "1.jpg") as whole:
         want = ImageOps.fit(whole.convert("RGB"), (64, 64), Image.Resampling.BICUBIC)
     assert abs(np.asarray(data.load_image(tmp_path / "1.jpg", 64), float) - np.asarray(want)).mean() < 0.5
+
+
+# ---------------------------------------------------------------- what is held out stays held out, and nothing is lost
+
+def make_picture(code):
+    """A picture of four pixels that no other code has."""
+    return b"P6 2 2 255\n" + np.random.default_rng(code).bytes(12)
+
+
+def make_source(folder, kind, codes, copies):
+    """Writes pictures, whose captions are their codes, as a folder, a list, one of pictures elsewhere, or a shard."""
+    names = [f"{k}-{code}.ppm" for k, code in enumerate(codes)]
+    os.makedirs(folder)
+    if kind == "shard":
+        members = [pair for name, code in zip(names, codes)
+                   for pair in ((name, make_picture(code)), (f"{name[:-4]}.txt", str(code).encode()))]
+        return make_shard(folder / "s.tar", members)
+    if kind == "elsewhere":
+        names = [f"../{copies}/{code}.ppm" for code in codes]
+    else:
+        for name, code in zip(names, codes):
+            (folder / name).write_bytes(make_picture(code))
+            if kind == "beside":
+                (folder / f"{name[:-4]}.txt").write_text(str(code))
+    if kind == "csv":
+        rows = [f"{name},{code}\n" for name, code in zip(names, codes)]
+        (folder / "metadata.csv").write_text("file_name,text\n" + "".join(rows))
+    if kind in ("list", "elsewhere"):
+        return write_jsonl(folder / "l.jsonl", [{"image": n, "caption": str(c)} for n, c in zip(names, codes)])
+    return str(folder)
+
+
+def test_no_stage_learns_what_another_holds_out(tmp_path):
+    """200 random mixtures of two stages: lists, folders and shards, with copies under other names, overlaps, and a
+    folder that moves between the stages. Each holds out 2 to 9%."""
+    rng, pool, sources = np.random.default_rng(0), 3000, []
+    os.makedirs(tmp_path / "all")
+    for code in range(pool):
+        (tmp_path / "all" / f"{code}.ppm").write_bytes(make_picture(code))
+    for k, kind in enumerate(["beside", "list", "csv", "shard", "elsewhere"] * 4):
+        codes = rng.integers(pool, size=rng.integers(100, 180)).tolist()  # some of them twice
+        sources.append(make_source(tmp_path / f"{k}", kind, codes, "all"))
+    moving = [tmp_path / "here", tmp_path / "there"]
+    make_source(moving[0], "beside", rng.integers(pool, size=60).tolist(), "all")
+    recipe = SimpleNamespace(batch=50, drop=0.0, questions=0.0)
+    np.save(tmp_path / "latents.npy", np.zeros((3000, 1)))  # so that no picture need be decoded
+    for mixture in range(200):
+        given, held = [], []
+        for folder in moving:
+            if not folder.exists():
+                os.rename(moving[0] if moving[0].exists() else moving[1], folder)
+            paths = rng.choice(sources, size=rng.integers(3, 6), replace=False).tolist() + [str(folder)]
+            records = data.Records(paths, 2, str(tmp_path / "kept"))
+            told = [int(records.caption(i, RNG)) for i in range(len(records))]
+            unseen, ids = records.split(250)
+            held.append({told[i] for i in unseen})
+            assert 200 < len(set(told)) == records.count_images()
+            assert 0.02 <= len(held[-1]) / len(set(told)) <= 0.09
+            if mixture % 20:
+                given.append({told[i] for i in ids})
+                continue
+            subset = data.Subset(records, ids, str(tmp_path / "latents.npy"))
+            batches = data.Batches(subset, subset, Numbers(), SETTINGS, recipe, 0, slice(0, 50))
+            rows = [batches[step][0].tokens[:, 0] for step in range(len(ids) // 50 + 1)]  # an epoch
+            given.append(set(torch.cat(rows).tolist()))
+        assert not (given[0] | given[1]) & (held[0] | held[1])
+
+
+def read(path, folder=None):
+    """-> {image: (captions, questions)}, how many are left out, the warning or error."""
+    messages = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "warn", messages.append)
+        try:
+            records = data.Records(str(path), 16, folder)
+        except ValueError as error:
+            return {}, 0, str(error)
+    rows = [records.record(i) for i in range(len(records))]
+    return {os.path.basename(row.image): row[1:3] for row in rows}, records.incomplete, " ".join(messages)
+
+
+def test_time_says_only_what_must_be_looked_at_again(pictures, tmp_path):
+    """A list, an image and a text that change under their old time, and an image that was not there at first."""
+    rows = [{"image": "0.png", "caption": "one"}, {"image": "9.png", "caption": "nine"}]
+    path, kept = write_jsonl(pictures / "d.jsonl", rows), tmp_path
+    assert read(path, kept)[:2] == ({"0.png": (("one",), ())}, 1)
+    for file, content in (("d.jsonl", (pictures / "d.jsonl").read_bytes().replace(b"one", b"two")),
+                          ("0.png", (pictures / "5.png").read_bytes())):
+        before, old = os.stat(pictures / file), data.Records(path, 16, kept)
+        (pictures / file).write_bytes(content)
+        os.utime(pictures / file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        new = data.Records(path, 16, kept)
+        assert new.hash != old.hash and new.stamp != old.stamp
+    assert said(new) == [(50, ("two",), ())]
+    save(pictures / "9.png", "L", 90)
+    assert len(read(path, kept)[0]) == 2
+    shutil.copytree(pictures, tmp_path / "copied")
+    assert data.Records(str(tmp_path / "copied" / "d.jsonl"), 16).hash == data.Records(path, 16, kept).hash
+
+
+@pytest.mark.parametrize("name, content, caption", [
+    ("l.jsonl", '{"image": "0.png", "caption": "naïve"}\n'.encode("utf-16"), "naïve"),
+    ("l.json", b'\xef\xbb\xbf[{"image": "0.png", "caption": "na\xc3\xafve"}]', "naïve"),
+    ("0.txt", "a cat".encode("utf-16-le"), None),  # without a byte order mark
+    ("0.txt", "naïve".encode("latin-1"), None), ("0.txt", "a cat".encode("utf-32"), None),
+    ("l.csv", b'file_name,text\n0.png, "a red, round ball"\n', "a red, round ball"),
+    ("l.csv", b'file_name,text\n0.png,"' + b"long " * 50_000 + b'"\n', ("long " * 50_000).strip()),
+    ("l.csv", 'image,caption\n0.png,naïve\n'.encode("utf-16"), "naïve"),
+    ("l.csv", 'image,caption\n0.png,naïve\n'.encode("cp1252"), None),
+    ("l.csv", b'image,caption\n0.png,a,b\n', None),
+    ("l.csv", b'image,caption\n0.png,"a sign says "stop""\n', "record 1: ',' expected"),
+    ("l.csv", b'image,caption\n0.png,a cat\n1.png,"a dog\n', "record 2: unexpected end of data"),
+    ("l.jsonl", b'{"image": "0.png", "caption": NaN}', None),
+    ("l.jsonl", b'{"image": "0.png", "caption": "\\ud83d"}', None),
+    ("l.jsonl", b'{"image": "0.png", "question": ["a?", "b?"], "answer": ["c"], "caption": "d"}', None)])
+def test_a_text_is_read_as_it_was_written_or_left_out(pictures, name, content, caption):
+    """Beside a good one."""
+    folder = pictures / "new"
+    folder.mkdir()
+    for k in (0, 1):
+        shutil.copy(pictures / f"{k}.png", folder)
+    (folder / name).write_bytes(content)
+    (folder / "1.txt").write_text("one")
+    found, left_out, message = read(folder if name == "0.txt" else folder / name)
+    if caption is None:
+        assert "0.png" not in found and (left_out == 1 or name != "0.txt") and message
+    elif caption.startswith("record"):
+        assert not found and f"{name}, {caption}" in message
+    else:
+        assert found["0.png"] == ((caption,), ()) and not left_out
+
+
+def test_every_text_and_every_picture_of_a_folder_is_read_or_counted(pictures):
+    row = json.dumps({"file_name": "0.png", "text": "listed"})
+    image = (pictures / "0.png").read_bytes()
+    files = {"a/both.png": image, "a/both.txt": b"a caption", "a/README.txt": b"?", "a/LICENSE.txt": b"?",
+             "a/both.json": b'{"caption": "no", "question": ["which?", "how many?"], "answer": ["this", "2"]}',
+             "a/notes.md": b"?",
+             "a/caf\u00e9.png": image, "a/cafe\u0301.txt": b"in another normal form",
+             "a/1.svg": b"<svg/>", "a/none.txt": b"of no picture", "a/more.csv": b"?", "a/bare.png": image,
+             "hub/metadata.jsonl": row.encode(), "hub/0.png": image, "hub/1.png": image}
+    for name, content in files.items():
+        os.makedirs(os.path.dirname(pictures / "in" / name), exist_ok=True)
+        (pictures / "in" / name).write_bytes(content)
+    os.symlink("nowhere", pictures / "in" / "unmounted")
+    found, left_out, message = read(pictures / "in")
+    assert found == {"both.png": (("a caption",), (("which?", "this"), ("how many?", "2"))),
+                     "caf\u00e9.png": (("in another normal form",), ()), "0.png": (("listed",), ())}
+    assert left_out == 6 and "unmounted: a link to nothing" in message  # and svg, none.txt, more.csv, bare.png, 1.png
+
+
+def test_a_folder_that_cannot_be_opened_is_an_error(pictures, monkeypatch):
+    (pictures / "closed").mkdir()
+    for k in range(6):
+        (pictures / f"{k}.txt").write_text("text")
+
+    def scandir(path, scandir=os.scandir):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="closed"):
+        data.Records(str(pictures), 16)
+
+
+def test_names_are_bytes(pictures):
+    name = os.fsdecode(b"caf\xe9.png")
+    os.rename(pictures / "1.png", pictures / name)
+    path = write_jsonl(pictures / "l.jsonl", [{"image": name, "caption": "one"}, {"image": "2.png", "caption": "two"}])
+    assert said(data.Records(path, 16)) == [(10, ("one",), ()), (20, ("two",), ())]
+    (pictures / "l.csv").write_bytes(b"image,caption\ncaf\xe9.png,one\n")
+    assert said(data.Records(str(pictures / "l.csv"), 16)) == [(10, ("one",), ())]
+    data.write_text(str(pictures / "held-out.txt"), f"{name}\n")
+    assert (pictures / "held-out.txt").read_bytes() == b"caf\xe9.png\n"
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.npz", "x.jpg", "x.tar.bz2", "x.jsonl.gz"])
+def test_a_wrong_kind_of_file_is_told_what_is_wanted(tmp_path, name):
+    (tmp_path / name).write_bytes(b"?")
+    with pytest.raises(ValueError, match=f"{name}: give a folder, a list .* or a .tar that is not compressed"):
+        data.Records(str(tmp_path / name), 16)
+
+
+def test_what_train_py_wrote_is_no_data(pictures):
+    """Whether it stands in a folder of its own or among the pictures."""
+    for folder in ("runs/mine", "."):
+        os.makedirs(pictures / folder / "stage1")
+        (pictures / folder / "stage1" / "run.json").write_text("{}")
+        for name in ("samples.png", "../drawn.png")[:1 if folder == "." else 2]:
+            shutil.copy(pictures / "0.png", pictures / folder / "stage1" / name)
+    assert len(data.Records(str(pictures), 16)) == 6
+
+
+def test_processes_share_the_reading_of_shards_and_what_is_read_stays(pictures, tmp_path, monkeypatch):
+    image = (pictures / "1.png").read_bytes()
+    paths = [make_shard(pictures / f"{k}.tar", [("a.png", image + bytes([k])), ("a.txt", str(k).encode())])
+             for k in range(7)]
+    alone, read = data.Records(paths, 16), []
+
+    def read_shard(path, read_shard=data.read_shard):
+        if path == paths[4] and len(read) < 5:
+            raise KeyboardInterrupt
+        read.append(path)
+        return read_shard(path)
+    monkeypatch.setattr(data, "read_shard", read_shard)
+    with pytest.raises(KeyboardInterrupt):
+        data.Records(paths, 16, tmp_path)
+    assert read == paths[:4]
+    read += ["once more"]
+    values, barrier, found = {}, threading.Barrier(2), {}
+
+    def work(rank):
+        def exchange(value):
+            values[rank] = value
+            barrier.wait(30)
+            return [values[0], values[1]]
+        found[rank] = data.Records(paths, 16, tmp_path, rank=rank, count=2, exchange=exchange)
+    threads = [threading.Thread(target=work, args=[rank]) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(read[5:]) == paths[4:]
+    for records in found.values():
+        assert (records.hash, records.stamp) == (found[0].hash, found[0].stamp) and records.hash == alone.hash
+        assert [records.record(i).captions for i in range(7)] == [(f"{k}",) for k in range(7)]
+        assert (records.split()[0] == alone.split()[0]).all()

@@ -432,6 +432,12 @@ def test_words_are_put_in_lower_case_where_a_small_vocabulary_knows_them_so(dd, 
     assert sample.prepare_text(only_small, "say STOP NOW", 20) == "say stop now"
 
 
+def test_a_small_vocabulary_learns_from_long_texts():
+    tokenizer = train_tokenizer(["a zebra beside a café, " * 1000] * 3, 200)
+    assert "▁zebra" in tokenizer.pieces.encode("a zebra", out_type=str)
+    assert tokenizer.pieces.unk_id() not in tokenizer.pieces.encode("café")
+
+
 def test_a_sheet(tmp_path):
     """Four cells per row, even if there are fewer; as high as the longest text; a full disk leaves what was there."""
     image, path = np.zeros((64, 64, 3), np.uint8), tmp_path / "x.png"

@@ -352,11 +352,18 @@ def test_a_full_disk_costs_no_checkpoint(uninterrupted, tmp_path):
 def test_every_stage_runs_on_the_users_own_images(pictures, tmp_path):
     source, out = ["--data", pictures / "a.jsonl"], tmp_path / "runs"
     for stage in ("0", "1", "2", "3"):
-        _, err = run("--stage", stage, *source, "--steps", 2, "--batch", 16, "--out", out)
+        share = ["--held-out", 0.2] if stage == "0" else []  # the next stages take it from the file
+        _, err = run("--stage", stage, *source, "--steps", 2, "--batch", 16, "--out", out, *share)
+        assert json.load(open(out / f"stage{stage}" / "run.json"))["held_out"] == 0.2
         assert stage != "0" or "a7.jpg: cannot be read as an image" in err  # a bad one is left out, and named once
         for name in ("data.png", "samples.png"):
             assert Image.open(out / f"stage{stage}" / name).size[0] > 200
     model = out / "stage3" / "model.safetensors"
+    args = ["--stage", 3, *source, "--steps", 3, "--batch", 16, "--out", out, "--held-out", 0.1]
+    assert "--held-out has to be the same in all stages, not 0.1 and 0.2" in run(*args, status=2)[1]
+    held_out = (out / "stage3" / "held-out.txt").read_text().split()
+    unseen = run("data", "--ckpt", model, *source, "--unseen", program="tests/evaluate.py")[0]
+    assert f"/{len(held_out)}\n" in unseen
     run("--ckpt", model, "--vqa", pictures / "a0.jpg", "what color?", program="sample.py")
     assert "/6" in run("data", "--ckpt", model, *source, "--num", 6, program="tests/evaluate.py")[0]
 
