@@ -600,8 +600,9 @@ class Records:
         folder = f"{folder or self.temporary.name}/.index"
         os.makedirs(folder, exist_ok=True)
         self.parts = [f"{folder}/{short_hash(path)}.jsonl" for path in paths]
+        sources = dict(zip(self.parts, paths))
         with tqdm(desc="reading", unit=" records", leave=False, delay=1, disable=rank > 0 or None) as bar:
-            found = {part: read_source(path, part, bar) for path, part in list(zip(paths, self.parts))[rank::count]}
+            found = {part: read_source(sources[part], part, bar) for part in list(sources)[rank::count]}
         for others in exchange(found):
             found |= others
         totals = [found[part] for part in self.parts]
