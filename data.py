@@ -357,14 +357,19 @@ def read_record(row):
         for name, content in row.files:
             text = content.decode(encoding_of(content), "surrogateescape").strip()
             if name.lower().endswith(".json"):
-                new = parse(text, "a record", dict)
-                fields = fields | {key: value for key, value in new.items() if value not in (None, "", [])}
+                fields = fields | parse(text, "a record", dict)
             elif text:
                 captions.append(text)
         texts = functools.partial(texts_of, fields)
         images = [row.image] if row.image else texts("image") or texts("image_path") or texts("file_name")
         captions = captions or texts("re_caption") or texts("caption") + texts("text")
-        questions = pairs_of(texts("question"), texts("answers") or texts("answer"))
+        asked = texts("question")
+        answers = texts("answers") or texts("answer")
+        questions = list(zip(asked, answers))
+        if len(asked) == 1 and answers:  # all are its
+            questions = [(asked[0], *sorted(answers, key=answers.count, reverse=True))]
+        elif len(asked) != len(answers):
+            raise ValueError(f"has {len(asked)} questions and {len(answers)} answers")
         turns = fields.get("conversations") or []  # LLaVA's, in which a human and the model take turns
         for turn, reply in zip(turns, turns[1:]):
             if (turn["from"], reply["from"]) == ("human", "gpt"):
@@ -415,15 +420,6 @@ def texts_of(fields, key):
         if isinstance(value, str | int | float):
             texts.append(str(value).strip())
     return list(filter(None, texts))
-
-
-def pairs_of(questions, answers):
-    """Lists (question, answer, ...): one question has all the answers, of several each has its own."""
-    if len(questions) == 1 and answers:
-        return [(questions[0], *sorted(answers, key=answers.count, reverse=True))]
-    if len(questions) != len(answers):
-        raise ValueError(f"has {len(questions)} questions and {len(answers)} answers")
-    return list(zip(questions, answers))
 
 
 csv.field_size_limit(2 ** 31 - 1)  # a caption may be long
@@ -612,8 +608,8 @@ class Records:
         self.hash = short_hash([part["hash"] for part in totals])
         self.stamp = short_hash([part["stamp"] for part in totals])
         if self.incomplete:
-            problems = "; ".join(part["problem"] for part in totals if part["problem"])
-            warn(f"{self.incomplete} records cannot be used and are left out; {problems[:500]}")
+            first = next(part["problem"] for part in totals if part["problem"])
+            warn(f"{self.incomplete} records cannot be used and are left out; {first}")
 
     def __len__(self):
         return int(self.starts[-1])

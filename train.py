@@ -248,11 +248,15 @@ def starting_file(args):
     return args.vae or SHIPPED
 
 
-def held_out_share(args):
+def held_out_share(args, recipe):
     """Returns the share of images that is held out. An image that one stage holds out no other may learn, so it is the
-    share of the files that the stage begins with, if these have learned from a user's images."""
-    before = [find_parts(file)[0].settings.held_out for file in args.files[:3] if file]
-    shares = set(filter(None, before + [args.held_out])) or {data.HELD_OUT}
+    share of the files that the stage begins with, if these have learned from a user's images. Warns of larger images
+    there."""
+    before = [find_parts(file)[0].settings for file in args.files[:3] if file]
+    if before and before[0].size > recipe.size:
+        warn(f"{args.start} was trained at --size {before[0].size}; this stage takes {recipe.size}")
+    shares = [settings.held_out for settings in before] + [args.held_out]
+    shares = set(filter(None, shares)) or {data.HELD_OUT}
     if len(shares) > 1:
         fail(f"--held-out has to be the same in all stages, not {' and '.join(map(str, sorted(shares)))}")
     return shares.pop()
@@ -410,16 +414,15 @@ def make_optimizers(modules, recipe):
     return optimizers, views
 
 
-def empty_state(optimizers):
-    """Makes the state that optimizers have before their first step, for a checkpoint to be read into."""
+def make_state(optimizers):
+    """Lets optimizers make their state, for a checkpoint to be read into: by a step with gradients and rates of 0."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
+            group["lr"] = 0.0
             for p in group["params"]:
-                if isinstance(optimizer, torch.optim.Muon):
-                    optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
-                else:
-                    moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                    optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 class Learner:
@@ -506,7 +509,7 @@ class Learner:
                 shutil.rmtree(leftover)
         if not checkpoints(self.checkpoints):
             return 0
-        empty_state(self.optimizers)
+        make_state(self.optimizers)
         state = self.state(0)
         for path in reversed(checkpoints(self.checkpoints)):
             try:
@@ -685,9 +688,7 @@ def prepare(args, recipe, folder):
     """Finds what a stage begins with -> dd, {name: module}, Subsets to learn from, held-out Subsets, settings."""
     args.start = starting_file(args)
     args.files = args.start, args.t5, args.vae, args.spiece
-    args.held_out = held_out_share(args)
-    if args.stage not in ("0", "1"):
-        warn_of_other_numbers(args, recipe)
+    args.held_out = held_out_share(args, recipe)
     images = find_data(args.image_data or args.data, args, recipe)
     texts = images
     if args.image_data or args.text_data:
@@ -712,16 +713,6 @@ def prepare(args, recipe, folder):
     if is_first():
         barrier()
     return dd, modules, (images, texts), held_out, settings
-
-
-def warn_of_other_numbers(args, recipe):
-    """Warns where the starting file was trained with texts of another length, or with larger images."""
-    before = find_parts(*args.files)[0].settings
-    lengths = [other.length for other in RECIPES[args.preset].values()] + [recipe.length]
-    if before.length not in lengths:
-        warn(f"{args.start} was trained at --length {before.length}; this stage takes {recipe.length}")
-    if before.size > recipe.size:
-        warn(f"{args.start} was trained at --size {before.size}; this stage takes {recipe.size}")
 
 
 def run_stage(args, recipe):
@@ -799,12 +790,12 @@ def check_settings(folder, args, recipe, images, texts):
             settings["files"].append(f"{os.path.basename(file)}, {data.content_hash(file, pieces=256)}")
     settings["dtype"] = args.dtype or default_dtype(args)
     if before and checkpoints(f"{folder}/checkpoints"):
-        changed = [name for name in settings if settings[name] != before.get(name)]
-        if recipe.schedule == "constant" and "steps" in changed:
-            changed.remove("steps")
-        changed = [f"{name} {before.get(name)} is now {settings[name]}" for name in changed]
-        if changed:
-            fail(f"{folder} holds a run with other settings ({', '.join(changed)}); give its own, or another --out")
+        for name, value in settings.items():
+            old = before.get(name)
+            may_change = name == "steps" and recipe.schedule == "constant"
+            if value != old and not may_change:
+                fail(f"{folder} holds a run with other settings ({name} {old} is now {value}); give its own, or "
+                     "another --out")
     data.write_text(path, json.dumps(settings, indent=1))
     return settings
 
