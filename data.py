@@ -35,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
-from torch import Tensor
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 SIDE = 64  # pixels; an image has four quarters of 32 x 32, with at most one thing in each
@@ -307,7 +307,7 @@ def load_image(path, height, width=None, span=WHOLE_FILE):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
     except UnidentifiedImageError:
-        why = f"none of {', '.join(FORMATS)}"
+        why = f"none of {', '.join(FORMATS)}; convert it"
     except Exception as error:  # Pillow's many decoders raise whatever they like
         why = one_line(error)
     raise ValueError(f"{path}: cannot be read as an image ({why})")
@@ -344,9 +344,9 @@ class Record(NamedTuple):
     span: tuple       # where the bytes are: shard ("": the image's own file), first, count
 
 
-def read_record(row):
+def read_record(row, looked_at):
     """Makes a Record of a Row in one of the usual forms. A caption in a .txt replaces those in a .json, and there a
-    "re_caption" replaces others. Raises ValueError for what cannot be used."""
+    "re_caption" replaces others. looked_at: gets the file of its image. Raises ValueError for what cannot be used."""
     if row.problem:
         raise ValueError(row.problem)
     try:
@@ -362,6 +362,8 @@ def read_record(row):
                 captions.append(text)
         texts = functools.partial(texts_of, fields)
         images = [row.image] if row.image else texts("image") or texts("image_path") or texts("file_name")
+        image = find_image(row, images)
+        looked_at.append(row.span[0] or image)
         captions = captions or texts("re_caption") or texts("caption") + texts("text")
         asked = texts("question")
         answers = texts("answers") or texts("answer")
@@ -380,19 +382,23 @@ def read_record(row):
     if None in fields:
         raise ValueError("has too many cells: put texts in quotes")
     if not captions + questions:
-        raise ValueError("has no caption, and no question with an answer")
-    if len(images) != 1:
-        raise ValueError('has not one "image"')
+        raise ValueError("has an empty text, or no caption and no question with an answer")
     if NOT_UNICODE.search("".join(itertools.chain(captions, *questions))):
         raise ValueError("its text is neither UTF-8, nor UTF-16 with a byte order mark")
+    return Record(image, tuple(captions), tuple(questions), row.span)
+
+
+def find_image(row, images):
+    """Returns the path of a Row's image. Raises ValueError if there is not one, of a kind that can be read."""
+    if len(images) != 1:
+        raise ValueError('has not one "image"')
+    kind = ending_of(images[0])
+    if kind in NOT_READ and kind not in EXTENSIONS:  # Pillow may have a library for some
+        raise ValueError(f"{kind} is not read: convert such pictures to .jpg or .png")
     # A Mac writes an accent as a code point of its own (NFD), a list may not (NFC).
     names = images + [unicodedata.normalize(form, images[0]) for form in ("NFC", "NFD")]
     paths = [os.path.join(row.base, name) for name in names]
-    image = next(filter(os.path.exists, paths), paths[0])
-    kind = ending_of(image)
-    if kind in NOT_READ and kind not in EXTENSIONS:  # Pillow may have a library for some
-        raise ValueError(f"{kind} is not read: convert such pictures to .jpg or .png")
-    return Record(image, tuple(captions), tuple(questions), row.span)
+    return next(filter(os.path.exists, paths), paths[0])
 
 
 def ending_of(path):
@@ -432,17 +438,21 @@ def read_list(path):
         text = io.TextIOWrapper(f, encoding_of(f.peek()), errors="surrogateescape", newline="")
         try:
             items = text
+            word = "line"
             beginning = text.read(4096).lstrip()
             text.seek(0)
             if ending_of(path) == ".csv":
                 items = csv.DictReader(text, strict=True, skipinitialspace=True)
+                k = 1  # the header
             elif beginning.startswith("["):
                 items = parse(text.read(), path, list)
+                word = "item"
             for k, item in enumerate(items, 1):
+                k = getattr(items, "line_num", k)  # of a .csv
                 if not isinstance(item, str) or item.strip():  # no empty line
-                    yield Row(f"{path}, record {k}", item, os.path.dirname(path))
+                    yield Row(f"{path}, {word} {k}", item, os.path.dirname(path))
         except (csv.Error, UnicodeError) as error:
-            raise ValueError(f"{path}, record {k + 1}: {error} (put texts in quotes, double a quote in them)") from None
+            raise ValueError(f"{path}, line {k + 1}: {error} (put texts in quotes, double a quote in them)") from None
 
 
 NO_TEXT = "has no text: a .txt, .caption or .json of its name, or a line of metadata.jsonl or metadata.csv"
@@ -608,8 +618,8 @@ class Records:
         self.hash = short_hash([part["hash"] for part in totals])
         self.stamp = short_hash([part["stamp"] for part in totals])
         if self.incomplete:
-            first = next(part["problem"] for part in totals if part["problem"])
-            warn(f"{self.incomplete} records cannot be used and are left out; {first}")
+            problems = [f"{count} like {first}" for part in totals for count, first in part["problems"].values()]
+            warn(f"{self.incomplete} records cannot be used, {len(self)} can; {'; '.join(problems[:5])}")
 
     def __len__(self):
         return int(self.starts[-1])
@@ -664,22 +674,23 @@ def read_source(source, path, bar):
             totals, named = json.loads(deque(f, maxlen=1).pop())  # the last line
         if totals["stamp"] == [stamp, stamp_of(named)]:
             return totals
-    totals = {"records": 0, "captioned": 0, "questioned": 0, "incomplete": 0, "problem": ""}
+    totals = {"records": 0, "captioned": 0, "questioned": 0, "incomplete": 0, "problems": {}}
     index = array("q")
     digest = hashlib.sha256()
     looked_at = []
     with replacing(path) as beside, open(beside, "wb") as f:
         for row in rows_of(source, files, looked_at):
             try:
-                record = read_record(row)
-                file = record.span[0] or record.image
-                looked_at.append(file)
+                record = read_record(row, looked_at)
+                file = looked_at[-1]
                 if not os.path.isfile(file):
                     raise ValueError(f"no such image: {file}")
                 image_hash = content_hash(file, record.span)
             except ValueError as error:
                 totals["incomplete"] += 1
-                totals["problem"] = totals["problem"] or f"{row.where}: {error}"
+                kind = str(error).partition(":")[0]
+                count, first = totals["problems"].get(kind, (0, f"{row.where}: {error}"))
+                totals["problems"][kind] = count + 1, first
                 continue
             digest.update(repr((image_hash, record.captions, record.questions)).encode())
             index.extend((f.tell(), image_hash))
@@ -689,7 +700,8 @@ def read_source(source, path, bar):
             totals["questioned"] += bool(record.questions)
             bar.update()
         if not totals["records"]:
-            raise ValueError(f"{source}: holds no image with a text that can be used. {totals['problem']}")
+            problems = [first for _, first in totals["problems"].values()]
+            raise ValueError(f"{source}: holds no image with a text that can be used. {'; '.join(problems[:3])}")
         index.extend((f.tell(), 0))
         named = sorted(set(looked_at) - set(files))  # images elsewhere, which a list names
         totals["hash"] = digest.hexdigest()
@@ -730,10 +742,10 @@ class Subset(NamedTuple):
         for n in range(k, k + 100):
             i = int(self.ids[n % len(self.ids)])
             if self.latents:
-                return i, torch.tensor(mapped(self.latents)[i])
+                return i, mapped(self.latents)[i]
             image = readable(self.source, i)
             if image is not None:
-                return i, torch.from_numpy(to_pixels([image])[0])
+                return i, to_pixels([image])[0]
         raise ValueError("a hundred images in a row cannot be read: mend the data")
 
 
@@ -791,13 +803,24 @@ def encode_images(source, ids, vae, shape, path):
 class Batch(NamedTuple):
     """What one process computes in one pass of a step. Images are pixels (B,3,H,W) in [-1,1]; or, if their latents are
     stored, moments (B,2,C,h,w): mean and log-variance."""
-    images: Tensor       # for the image loss
-    text_images: Tensor  # for the text loss; None: the same
-    captions: Tensor     # (B,L) tokens, for the image loss
-    tokens: Tensor       # (B,L), for the text loss
-    maskable: Tensor     # (B,L) bool, which of them may be masked
-    rows: slice          # which rows of the step's whole batch these are
-    seed: int            # of the step
+    images: np.ndarray       # for the image loss
+    text_images: np.ndarray  # for the text loss; None: the same
+    captions: np.ndarray     # (B,L) tokens, for the image loss
+    tokens: np.ndarray       # (B,L), for the text loss
+    maskable: np.ndarray     # (B,L) bool, which of them may be masked
+    rows: slice              # which rows of the step's whole batch these are
+    seed: int                # of the step
+
+    def tensors(self, pinned=False):
+        """Returns the same with tensors in place of arrays. Workers hand over arrays, through a pipe: tensors would
+        need space in /dev/shm, of which a container has little."""
+        fields = []
+        for x in self:
+            if isinstance(x, np.ndarray):
+                x = torch.from_numpy(x)
+                x = x.pin_memory() if pinned else x
+            fields.append(x)
+        return Batch(*fields)
 
 
 @dataclass(eq=False)
@@ -822,9 +845,9 @@ class Batches(torch.utils.data.Dataset):
     def batch(self, step, rows):
         first = step * self.recipe.batch
         images, text_images, *texts = zip(*[self.row(first + k) for k in range(rows.start, rows.stop)])
-        images = torch.stack(images)
-        text_images = None if self.texts is self.images else torch.stack(text_images)
-        return Batch(images, text_images, *map(torch.tensor, texts), rows, self.seed * 1_000_003 + step)
+        images = np.stack(images)
+        text_images = None if self.texts is self.images else np.stack(text_images)
+        return Batch(images, text_images, *map(np.array, texts), rows, self.seed * 1_000_003 + step)
 
     def row(self, n):
         """Makes row n of the stream -> image, image of the text loss, caption's ids, text's ids, which are maskable."""
@@ -894,7 +917,7 @@ def parse(raw, where, kind):
 @contextmanager
 def replacing(path):
     """Gives a path beside `path` to write to, and moves that file to `path` once it is whole: a full disk
-    or a Ctrl-C leaves what was there. Raises OSError with one line; a ValueError passes as it is."""
+    or a Ctrl-C leaves what was there. Raises OSError with one line if it cannot be written; other errors pass."""
     beside = f"{path}.partial"
     try:
         yield beside
@@ -906,9 +929,10 @@ def replacing(path):
     except Exception as error:
         if os.path.isfile(beside):
             os.remove(beside)
-        if isinstance(error, ValueError):
+        about_another = getattr(error, "filename", None) not in (None, beside, path)
+        if about_another or not isinstance(error, OSError | SafetensorError):
             raise
-        raise OSError(f"{path}: could not be written ({one_line(error)})") from None
+        raise OSError(f"{path}: could not be written ({one_line(error)})") from error
 
 
 def write_text(path, text):

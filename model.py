@@ -266,7 +266,8 @@ class DualDiffusion(nn.Module):
 
     def decode_image(self, latents):
         """Latents as the transformer sees them -> pixels (B,3,8h,8w), clamped to [-1,1]."""
-        return self.vae.decode(self.vae.denormalize(latents)).float().clamp(-1, 1)
+        pixels = self.vae.decode(self.vae.denormalize(latents)).float()
+        return finite(pixels).clamp(-1, 1)
 
     @property
     def device(self):
@@ -305,6 +306,13 @@ MODULES = {DDiTConfig: DDiT, T5Config: T5Encoder, EmbeddingsConfig: Embeddings, 
 
 def make_part(config):
     return MODULES[type(config)](config)
+
+
+def finite(tensor):
+    """Returns the tensor. Raises ValueError if it holds NaN or infinity."""
+    if not tensor.isfinite().all():
+        raise ValueError("the model computes NaN or infinity: its weights are damaged, or too large for --dtype")
+    return tensor
 
 
 # ---------------------------------------------------------------- files

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 
 # Waiting threads of OpenMP spin, which slows everything beside other programs. (Set before torch is imported.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -24,8 +25,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import losses
-from data import ENDINGS, EXTENSIONS, load_image, replacing, slices, to_images, to_pixels, warn
-from model import DTYPES, DualDiffusion, check_complete
+from data import ENDINGS, EXTENSIONS, load_image, one_line, replacing, slices, to_images, to_pixels, warn
+from model import DTYPES, DualDiffusion, check_complete, finite
 from t5 import unseen_words, window_ids
 
 
@@ -66,7 +67,7 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
         if watch:
             watch(x, t, velocity)
         x = x + (t_next - t) * velocity  # Eq. 2
-    return finite(dd.decode_image(x))
+    return dd.decode_image(x)
 
 
 @torch.no_grad()
@@ -292,7 +293,8 @@ def latent_size(dd, height, width):
     unit = factor * dd.config.ddit.patch
     if height % unit or width % unit or min(height, width) < unit:
         raise ValueError(f"this model wants images with sides that are multiples of {unit}, not {width}x{height}")
-    dd.ddit.positions(height // unit, width // unit)  # raises where there are fewer
+    if dd.ddit:
+        dd.ddit.positions(height // unit, width // unit)  # raises where there are fewer
     return height // factor, width // factor
 
 
@@ -357,16 +359,9 @@ def keep_likeliest(dd, pixels, prompts, count):
     return torch.stack(best)
 
 
-def finite(tensor):
-    """Returns the tensor. Raises ValueError if it holds NaN or infinity."""
-    if not tensor.isfinite().all():
-        raise ValueError("the model computes NaN or infinity: its weights are damaged, or too large for --dtype")
-    return tensor
-
-
 # ---------------------------------------------------------------- what both programs share
 
-SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny.safetensors")
+SHIPPED = os.path.join(os.path.dirname(os.path.realpath(__file__)), "assets", "tiny.safetensors")
 # With TF32, convolutions in fp32 would have 10 bits of precision on a GPU, not 23.
 torch.backends.cudnn.allow_tf32 = False
 
@@ -374,6 +369,8 @@ torch.backends.cudnn.allow_tf32 = False
 def fail(message, status=2):
     """Ends the program after a user's mistake, with one line."""
     program = os.path.basename(sys.argv[0])
+    if os.environ.get("DDIT_TRACEBACK"):
+        traceback.print_exc() if sys.exc_info()[0] else traceback.print_stack()
     tqdm.write(f"{program}: {message}", file=sys.stderr)  # tqdm's, or it would run into a bar
     sys.exit(status)
 
@@ -406,6 +403,11 @@ def at_least(least, kind=int):
             raise argparse.ArgumentTypeError(f"{text} is too small: give at least {least}")
         return value
     return number
+
+
+def seed(text):
+    """An argparse type: any integer, modulo 2**32. Other programs give larger ones, and negative ones."""
+    return int(text) % 2 ** 32
 
 
 def typed_text(text):
@@ -442,21 +444,25 @@ def add_parts(parser):
     parser.add_argument("--spiece", help="Take T5's tokenizer, a spiece.model.")
 
 
-def run_program(main, stopped="stopped", lower="--size, or give --offload"):
-    """Runs main(). A mistake of the user or too little memory gives one line and status 2, Ctrl-C `stopped` and 130."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # in an ASCII locale, too
+def run_program(main, lower="--size, or give --offload"):
+    """Runs main(). A mistake of the user or too little memory gives one line and status 2, Ctrl-C one and 130."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(encoding="utf-8", errors="backslashreplace")  # in an ASCII locale, too
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has left (| head)
         os._exit(141)
     except KeyboardInterrupt:
-        fail(stopped, 130)
+        fail("stopped", 130)
     except (ValueError, OSError) as error:
         file = getattr(error, "filename", None)
-        fail(f"{file}: {error.strerror}" if file else error)
+        fail(f"{file}: {error.strerror}" if file else str(error).rpartition("\n")[2])  # a worker's has more lines
     except (MemoryError, RuntimeError) as error:
+        if "DataLoader worker" in str(error):  # it was killed
+            fail(one_line(error))
         no_memory = re.search("out of memory|allocate|ALLOC_FAILED", str(error))
         if isinstance(error, RuntimeError) and not no_memory:
             raise
@@ -519,7 +525,7 @@ def parse_args():
     add("--dtype", choices=DTYPES, help="What to compute in (default: bf16 on a CUDA GPU, else fp32).")
     add("--offload", action="store_true", help="Keep T5 on the CPU, if GPU memory is short.")
     add = parser.add_argument_group("how to do it").add_argument
-    add("--seed", type=int, default=0, help="Seeds all random numbers (default: 0).")
+    add("--seed", type=seed, default=0, help="Seeds all random numbers (default: 0).")
     add("--steps", type=at_least(1), help="Steps of drawing (default: 28), or of reading (default: see --order).")
     add("--order", choices=ORDERS,
         help="In which order tokens are unmasked (default: entropy; with --steps, random).")
@@ -577,7 +583,7 @@ def read_images(dd, args, generator):
     settings = dd.config.settings
     pieces = dd.tokenizer.pieces
     length = settings.length
-    suffix = dd.tokenizer.prompt_ids(settings.answer_suffix, 10 * length)  # with "Q:" and "A:"
+    suffix = dd.tokenizer.prompt_ids("", 10 * length, settings.answer_suffix)  # with "Q:" and "A:"
     question_room = length - min(8, length // 3) - len(suffix)
 
     def print_pass(tokens, reveal):
@@ -647,7 +653,7 @@ def main():
     dd = DualDiffusion.load(args.ckpt, args.t5, args.vae, args.spiece, args.device, DTYPES[dtype],
                             args.offload)
     check_complete(dd, args.ckpt)
-    if args.reads and not dd.ddit.text_head.linear.weight.any():
+    if (args.reads or args.best_of > 1) and not dd.ddit.text_head.linear.weight.any():
         warn("this model's text head was never trained: it can draw, but what it reads means nothing")
     settings = dd.config.settings
     if isinstance(args.length, int):

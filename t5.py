@@ -64,9 +64,8 @@ class Tokenizer:
             prompt = self.prompt_ids(caption_prompt, length) if caption_prompt else []
         else:
             question, text = text
-            if answer_suffix and not question.endswith(answer_suffix):  # it may have been typed
-                question = f"{question} {answer_suffix}"
-            prompt = self.prompt_ids(question, length)
+            question = question.removesuffix(answer_suffix)  # it may have been typed
+            prompt = self.prompt_ids(question, length, answer_suffix)
         words = self.pieces.encode(text)
         room = length - 1 - len(prompt)
         is_too_long = len(words) >= room  # it would leave no place for an EOS but the last
@@ -75,13 +74,13 @@ class Tokenizer:
         ids = self.pad(prompt + words, length)
         return ids, [False] * len(prompt) + [True] * room + [False]
 
-    def prompt_ids(self, question, length):
-        """Returns "Q: {question} A:", the authors' words, as ids without EOS. A question that is too
+    def prompt_ids(self, question, length, suffix=""):
+        """Returns "Q: {question} {suffix} A:", the authors' words, as ids without EOS. A question that is too
         long is cut: room is left for the answer, a third of the length, but at most eight tokens."""
+        room = length - min(8, length // 3)
         question = self.pieces.encode(f"Q: {question}")
-        ending = self.pieces.encode("A:")
-        room = length - min(8, length // 3) - len(ending)
-        return question[:room] + ending
+        ending = self.pieces.encode(f"{suffix} A:")[-room:]
+        return question[:room - len(ending)] + ending
 
     def blank_ids(self, text, length):
         """Turns a text with underscores into ids, maskable: each is one token to fill in."""
@@ -240,6 +239,9 @@ def init_position_bias(table, config):
     (Press et al., arXiv 2108.12409): even heads look back and odd heads look ahead, some near, some far."""
     distance = torch.arange(-config.max_distance, config.max_distance + 1)
     bucket = relative_position_bucket(distance, config.buckets, config.max_distance)
+    farthest = dict(zip(bucket.tolist(), distance.tolist()))  # the last distance of each
+    bucket = list(farthest)
+    distance = torch.tensor(list(farthest.values()))
     for head in range(config.num_heads):
         slope = 2.0 ** -(head // 2 * 8 / config.num_heads)
         wrong_way = distance > 0 if head % 2 == 0 else distance < 0

@@ -15,14 +15,16 @@ import copy
 import inspect
 import json
 import logging
+import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -34,6 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -66,7 +69,7 @@ class Recipe:
     schedule: str = "constant"  # Schedule of the learning rates; linear falls to nearly 0
     beta2: float = 0.999        # AdamW's decay of the squared gradients, per step
     weight_decay: float = 1e-2  # Weight decay of matrices
-    clip: float = 2.0           # Norm to which larger gradients are clipped
+    clip: float = 2.0           # Norm to which larger gradients are clipped; 0: none are
     ema: float = 0.9995         # Decay per step of the weights' running average, which is saved; 0: none
     size: int = 256             # Pixels of an image's side
     length: int = 64            # Tokens of a text
@@ -155,7 +158,7 @@ def train(learner, loader, log, signals):
             (loss / len(batches)).backward()
             log.recent.append(torch.stack(parts).detach())
 
-        norm = nn.utils.clip_grad_norm_(learner.parameters, recipe.clip)
+        norm = nn.utils.clip_grad_norm_(learner.parameters, recipe.clip or math.inf)
         hand_over_to_muon(learner)  # if the recipe has Muon, an optimizer for matrices
         for optimizer in learner.optimizers:
             for group in optimizer.param_groups:
@@ -168,14 +171,14 @@ def train(learner, loader, log, signals):
         finished = done == recipe.steps
         stop, save_now = any_process(bool(signals), learner.save_is_due())
         save_now = save_now or stop or finished
-        show_now = done % learner.args.show_every == 0 and not finished
+        show_now = not finished and learner.args.show_every > 0 and done % learner.args.show_every == 0
         if done % 20 == 0 or save_now or show_now:  # only here does the loop wait for the device
-            validation = validate(learner) if show_now or finished else ()
-            log.write(done, norm.full_tensor(), learner, validation)
-        if save_now:
-            learner.save(done)
-        if show_now:
-            show_samples(learner, f"samples-{done:06d}")
+            log.write(done, norm.full_tensor(), learner, validates=show_now or finished)
+            if save_now:
+                learner.save(done)
+            if show_now:
+                show_samples(learner, f"samples-{done:06d}")
+            log.since = time.perf_counter()  # to save and to draw was no training
         if stop:
             number = signals[0] if signals else signal.SIGTERM
             fail(f"stopped after step {done}; the same command goes on from there", 128 + number)
@@ -483,18 +486,23 @@ class Learner:
         """Writes a checkpoint atomically: every process writes its part beside, then rank 0 renames the folder."""
         path = f"{self.checkpoints}/step-{step:08d}"
         beside = f"{path}.partial"
+        problem = ""
+        logging.disable(logging.WARNING)  # torch would print tracebacks of what one line says
         try:
-            barrier()
             # A lone process saves without collectives: gloo's threads start OpenMP teams of their own. So there are
             # more threads than cores, and training took 1.6 times as long.
             writer = HuggingFaceStorageWriter(beside, save_distributed=True)
             dcp.save(self.state(step), storage_writer=writer, no_dist=dist.get_world_size() == 1)
         except (Exception, CheckpointException) as error:
+            problem = one_line(error)
+        logging.disable(logging.NOTSET)
+        problem = max(exchange(problem))
+        if problem:
             shutil.rmtree(beside, ignore_errors=True)
-            fail(f"{path}: could not be written ({one_line(error)}); the checkpoints before it stand")
+            fail(f"{path}: could not be written ({problem}); the checkpoints before it stand")
         if is_first():
             os.replace(beside, path)
-            for old in checkpoints(self.checkpoints)[:-self.args.keep]:
+            for old in checkpoints(self.checkpoints)[:-self.args.keep] + aside(self.checkpoints):
                 shutil.rmtree(old)
         self.saved = time.monotonic()
 
@@ -502,34 +510,53 @@ class Learner:
         return time.monotonic() - self.saved >= 60 * self.args.save_minutes
 
     def load(self):
-        """Loads the newest checkpoint that can be read -> its step; 0 if there is none. Others are moved aside."""
-        logging.disable(logging.WARNING)  # torch would print tracebacks of what one line says
+        """Loads the newest checkpoint that is whole -> its step; 0 if there is none. Others are moved aside."""
+        path = ""
         if is_first():
-            for leftover in glob(f"{escape(self.checkpoints)}/*.partial"):  # of a kill
-                shutil.rmtree(leftover)
-        if not checkpoints(self.checkpoints):
+            path = newest_checkpoint(self.checkpoints)
+        path = exchange(path)[0]  # the first process chooses
+        if not path:
             return 0
         make_state(self.optimizers)
         state = self.state(0)
-        for path in reversed(checkpoints(self.checkpoints)):
-            try:
-                reader = HuggingFaceStorageReader(path)
-                dcp.load(state, storage_reader=reader, no_dist=dist.get_world_size() == 1)
-                files = len(os.listdir(path))
-                if files != state["files"]:  # the reader notices no missing one
-                    raise ValueError(f"{files} files, not {state['files']}")
-                return int(state["step"])
-            except (Exception, CheckpointException) as error:
-                warn(f"{path}: cannot be read ({one_line(error)}); an older one is tried")
-                barrier()
-                if is_first():
-                    os.replace(path, f"{path}.unreadable")
-        fail(f"{self.checkpoints}: none of its checkpoints can be read")
+        reader = HuggingFaceStorageReader(path)
+        dcp.load(state, storage_reader=reader, no_dist=dist.get_world_size() == 1)
+        return int(state["step"])
 
 
 def checkpoints(folder):
     """Lists the checkpoints that a run has left, oldest first. What a killed process was writing ends in .partial."""
     return sorted(glob(f"{escape(folder)}/step-" + "[0-9]" * 8))
+
+
+def aside(folder):
+    return glob(f"{escape(folder)}/step-*.unreadable")
+
+
+def newest_checkpoint(folder):
+    """Returns the newest checkpoint that is whole, "" if there is none at all. Damaged ones are moved aside."""
+    for leftover in glob(f"{escape(folder)}/*.partial"):  # of a kill
+        shutil.rmtree(leftover)
+    paths = checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            found, wanted = 0, -1
+            for file in glob(f"{escape(path)}/*"):
+                with safe_open(file, "pt") as f:  # a file that is cut off cannot be opened
+                    found += 1
+                    if "files" in f.keys():
+                        wanted = int(f.get_tensor("files"))
+            if found == wanted:
+                return path
+            problem = f"{found} files, not {wanted}"
+        except (SafetensorError, OSError) as error:
+            problem = one_line(error)
+        warn(f"{path}: cannot be read ({problem}); an older one is tried")
+        shutil.rmtree(f"{path}.unreadable", ignore_errors=True)
+        os.replace(path, f"{path}.unreadable")
+    if paths:
+        fail(f"{folder}: none of its checkpoints can be read")
+    return ""
 
 
 class Log:
@@ -555,8 +582,10 @@ class Log:
                     kept.append(line)
         data.write_text(self.metrics, "".join(kept))
 
-    def write(self, done, norm, learner, validation):
+    def write(self, done, norm, learner, validates):
         """Writes a line of metrics, means over the steps since the last. Raises ValueError if a loss is not finite."""
+        seconds = time.perf_counter() - self.since
+        validation = validate(learner) if validates else ()
         means = torch.stack(self.recent).mean(0)
         *parts, norm = mean_over_processes(list(means) + [norm])
         if not np.isfinite(parts + [norm]).all():
@@ -565,7 +594,7 @@ class Log:
         line = {"step": done, **dict(zip(self.names, parts)), "grad_norm": norm}
         line["rate"] = learner.optimizers[0].param_groups[0]["lr"]
         images = (done - self.step) * learner.recipe.batch
-        line["images_per_s"] = images / (time.perf_counter() - self.since)
+        line["images_per_s"] = images / seconds
         line |= {f"val_{name}": loss for name, loss in zip(self.names, validation)}
         shown = {name: f"{loss:.4f}" for name, loss in zip(self.names, parts)}
         self.bar.set_postfix(shown, rate=f"{line['rate']:.1e}", images_per_s=round(line["images_per_s"]))
@@ -574,7 +603,6 @@ class Log:
                 f.write(json.dumps(line) + "\n")
         self.recent = []
         self.step = done
-        self.since = time.perf_counter()
 
 
 def mean_over_processes(numbers):
@@ -584,7 +612,7 @@ def mean_over_processes(numbers):
 
 
 def exchange(value):
-    """Returns the values of all processes."""
+    """Returns the values of all processes, the first one's first."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -602,24 +630,67 @@ def barrier():
     dist.all_reduce(torch.zeros(1))  # on the CPU, all processes wait for each other
 
 
-@contextmanager
-def noted_signals():
-    """Gives a list. Ctrl-C and SIGTERM do nothing but add their number to it."""
-    signals = []
+SIGNALS = signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", 0)  # Windows lacks one
 
-    def note(number, frame):
-        signals.append(number)
 
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+class Watch(threading.Thread):
+    """Notes signals, and ends the process: at once before the loop, in it when a SIGINT or SIGTERM comes three seconds
+    or more after the first signal. It does so even while the main thread waits, when no handler of Python's runs."""
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.seen = []
+        self.in_loop = False
+        self.pipe, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end)
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores one
+                signal.signal(number, note)
+        self.start()
+
+    def run(self):
+        while True:
+            number = os.read(self.pipe, 1)[0]
+            if number not in SIGNALS:
+                continue
+            if not self.seen:
+                first = time.monotonic()
+            again = number != signal.SIGHUP and time.monotonic() - first >= 3
+            if again or not self.in_loop:
+                warn("ended; the same command goes on from the last checkpoint")
+                for worker in multiprocessing.active_children():
+                    worker.kill()
+                os._exit(128 + number)
+            if not self.seen:
+                warn("saving after this step; again ends at once, without saving")
+            self.seen.append(number)
+
+
+def note(number, frame):
+    """Handles a signal. It does nothing: the thread has noted it."""
 
 
 def own_session(worker):
     os.setsid()  # Ctrl-C does not reach a process that makes batches: the step under way still needs it
+    signal.set_wakeup_fd(-1)  # its signals are not the first process's
+
+
+def unchanged(batches):
+    return batches
+
+
+def batches_of(loader, pinned):
+    """Gives what a loader gives, with tensors. Says so if it takes more than a minute."""
+    batches = iter(loader)
+    while True:
+        slow = threading.Timer(60, warn, ["no batch for a minute: the disk that images are on may be slow, or gone"])
+        slow.daemon = True
+        slow.start()
+        step = next(batches, None)
+        slow.cancel()
+        if step is None:
+            return
+        yield [batch.tensors(pinned) for batch in step]
 
 
 @torch.no_grad()
@@ -627,7 +698,7 @@ def validate(learner):
     """Computes both losses on images that are held out, with the same noise and masks every time."""
     steps = -(-min(256, len(learner.held_out[1].ids)) // learner.recipe.batch)
     batches = make_batches(learner, learner.held_out, UNSEEN)
-    parts = [torch.stack(training_losses(learner, batch)) for step in range(steps) for batch in batches[step]]
+    parts = [torch.stack(training_losses(learner, batch.tensors())) for step in range(steps) for batch in batches[step]]
     return mean_over_processes(torch.stack(parts).mean(0))[1:]
 
 
@@ -653,7 +724,7 @@ def sample_cells(dd, subset):
     generator = torch.Generator().manual_seed(0)
     chosen = rng.permutation(len(subset.ids))[:8]  # or sorted data would show one class alone
     ids, pixels = zip(*[subset.record(k) for k in chosen])
-    pixels = torch.stack(pixels)
+    pixels = torch.from_numpy(np.stack(pixels))
     images = list(data.to_images(pixels))
     if dd.ddit is None:
         decoded, _, _ = dd.vae(pixels.to(dd.device), torch.zeros(()))  # of the mean, without noise
@@ -704,8 +775,8 @@ def prepare(args, recipe, folder):
         warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
              f"python train.py --stage 0 --data {' '.join(args.data)} --out {args.out}")
     dd, modules = starting_point(args, recipe, texts, args.device, DTYPES[settings["dtype"]])
+    sample.latent_size(dd, recipe.size, recipe.size)  # refuses now what does not fit
     if dd.ddit:
-        sample.latent_size(dd, recipe.size, recipe.size)  # refuses now what is too large
         limit = args.latents if args.data or args.image_data else recipe.pool
         same = texts is images
         images = data.with_latents(images, dd.vae, args.out, limit)
@@ -735,15 +806,15 @@ def run_stage(args, recipe):
         going_on = f"; going on from step {start}" if start else ""
         print(f"{count:,} parameters learn from {len(texts.ids):,} records, in {settings['dtype']}, "
               f"on {dist.get_world_size()} x {args.device.type}{going_on}", file=sys.stderr)
-        show_batch(dd, batches[0][0], f"{folder}/data.png")
+        show_batch(dd, batches[0][0].tensors(), f"{folder}/data.png")
     quick = images.latents or isinstance(images.source, data.World)  # but a GPU must not wait for one core
     workers = 0 if args.device.type == "cpu" and quick else min(4, os.cpu_count() or 1)
     workers = workers if args.workers is None else args.workers
     loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), num_workers=workers,
-                        pin_memory=args.device.type == "cuda", worker_init_fn=own_session)
+                        collate_fn=unchanged, worker_init_fn=own_session)
     log = Log(learner, start)
-    with noted_signals() as signals:
-        train(learner, loader, log, signals)
+    args.watch.in_loop = True
+    train(learner, batches_of(loader, pinned=args.device.type == "cuda"), log, args.watch.seen)
     weights = learner.final_weights()
     show_samples(learner, "samples")
     if is_first():
@@ -760,7 +831,8 @@ def write_model(args, recipe, weights, texts, path):
     if isinstance(modules.get("t5"), MaskRow):
         dd.t5.shared.weight.data[dd.tokenizer.mask_id] = modules["t5"].row.detach()
     if args.stage == "0":  # bring latents to mean 0 and standard deviation 1, which the transformer expects
-        pixels = torch.stack([texts.record(k)[1] for k in range(min(512, len(texts.ids)))])
+        pixels = [texts.record(k)[1] for k in range(min(512, len(texts.ids)))]
+        pixels = torch.from_numpy(np.stack(pixels))
         parts = data.slices(len(pixels), recipe.size, recipe.size)
         latents = torch.cat([dd.vae.encode(pixels[part])[0] for part in parts])  # the means
         dd.config.vae.shift_factor = latents.mean().item()
@@ -794,8 +866,8 @@ def check_settings(folder, args, recipe, images, texts):
             old = before.get(name)
             may_change = name == "steps" and recipe.schedule == "constant"
             if value != old and not may_change:
-                fail(f"{folder} holds a run with other settings ({name} {old} is now {value}); give its own, or "
-                     "another --out")
+                fail(f"{folder} holds a run with other settings ({name} {old} is now {value}); repeat its "
+                     "command, or give another --out")
     data.write_text(path, json.dumps(settings, indent=1))
     return settings
 
@@ -806,6 +878,10 @@ def default_dtype(args):
     fast_cpu = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     fast = args.device.type == "cuda" or fast_cpu and args.stage != "0"
     return "bf16" if fast else "fp32"
+
+
+# The least values of a recipe's numbers; of others it is 0.
+LEAST = {"steps": 1, "batch": 1, "size": 1, "length": 6, "pool": 1, "vocab": 1, "time_mean": -math.inf}
 
 
 def add_arguments(parser, recipe):
@@ -823,7 +899,7 @@ def add_arguments(parser, recipe):
     add("--caption-prompt", type=text, help="The question that asks for a caption (default: the starting file's).")
     add("--answer-suffix", type=text, help="Is added to every question (default: the starting file's).")
     add("--out", default="runs", help="Where stageN/ folders are made (default: runs).")
-    add("--seed", type=int, default=0, help="Seeds all random numbers (default: 0).")
+    add("--seed", type=sample.seed, default=0, help="Seeds all random numbers (default: 0).")
     add = parser.add_argument_group("how it runs; what is learned is the same, up to rounding").add_argument
     add("--device", type=sample.existing_device, default=sample.default_device(), help="Device (default: a GPU).")
     add("--dtype", choices=DTYPES, help="What to compute in (default: bf16 where it is fast).")
@@ -832,16 +908,19 @@ def add_arguments(parser, recipe):
     add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
     add("--workers", type=at_least(0), help="Processes that make batches (default: 4; 0 where a CPU needs none).")
-    add("--latents", type=int, default=25_000, help="Latents are stored for at most so many records (default: 25000).")
-    add("--save-minutes", type=float, default=10, help="Minutes between checkpoints (default: 10).")
-    add("--show-every", type=at_least(1), default=500, help="Steps between samples (default: 500).")
+    add("--latents", type=at_least(0), default=25_000, help="Records up to which latents are stored (default: 25000).")
+    add("--save-minutes", type=at_least(0, float), default=10, help="Minutes between checkpoints (default: 10).")
+    add("--show-every", type=at_least(0), default=500, help="Steps between samples; 0: none (default: 500).")
     add("--keep", type=at_least(1), default=3, help="How many checkpoints to keep (default: 3).")
     group = parser.add_argument_group("numbers of a stage, with this stage's and preset's defaults")
     choices = {"schedule": ["constant", "linear"], "learn_t5": ["no", "mask", "all"]}
     meanings = dict(re.findall(r"(\w+): .*# (.*)", inspect.getsource(Recipe)))  # its comments
     for f in fields(Recipe):
         flag = "--" + f.name.replace("_", "-")
-        group.add_argument(flag, type=f.type, choices=choices.get(f.name), default=getattr(recipe, f.name),
+        kind = f.type
+        if kind is not str:
+            kind = at_least(LEAST.get(f.name, 0), kind)
+        group.add_argument(flag, type=kind, choices=choices.get(f.name), default=getattr(recipe, f.name),
                            help=f"{meanings[f.name]} (default: %(default)s).")
 
 
@@ -862,8 +941,13 @@ def parse_args():
     if not (args.data or args.image_data) and recipe.size != data.SIDE:
         fail(f"the built-in world has {data.SIDE} pixels a side, not {recipe.size}: bring --data")
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if recipe.batch < 1 or recipe.batch % (processes * args.accumulate):
+    if recipe.batch % (processes * args.accumulate):
         fail(f"--batch {recipe.batch} cannot be shared equally by {processes} processes x {args.accumulate} passes")
+    wanted = ["LOCAL_RANK"] if args.device.type != "cpu" else []
+    wanted += ["LOCAL_WORLD_SIZE"] if args.parallel == "fsdp" else []
+    for name in wanted:
+        if processes > 1 and name not in os.environ:
+            fail(f"WORLD_SIZE is {processes}, but {name} is not set: start with torchrun, or set it")
     if args.parallel == "fsdp" and recipe.muon:
         fail("--parallel fsdp cuts up the matrices that Muon needs whole: give --muon 0, or --parallel ddp")
     return args, recipe
@@ -881,15 +965,22 @@ def main():
     if kind == "cuda":
         torch.cuda.set_device(args.device)
     alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # The others wait for rank 0, which may read and encode images for hours.
-    dist.init_process_group(backend, timeout=timedelta(hours=3), **alone)
+    try:  # the others wait for rank 0, which may read and encode images for hours
+        dist.init_process_group(backend, timeout=timedelta(hours=3), **alone)
+    except (RuntimeError, ValueError) as error:
+        fail(f"cannot join the other processes: {str(error).splitlines()[0]}")
+    if args.compile:
+        try:
+            torch.compile(torch.neg)(torch.zeros(2, device=args.device))
+        except Exception as error:  # of many kinds
+            fail(f"--compile finds no compiler that works ({one_line(error)})")
     # On the CPU the backward pass of bf16 flash attention is slow: fall back on plain matrix products there.
     torch.backends.cuda.enable_flash_sdp(kind == "cuda")
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    args.watch = Watch()
     run_stage(args, recipe)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sample.run_program(main, "stopped; the same command goes on from the last checkpoint",
-                       "--batch, or give --accumulate")
+    sample.run_program(main, "--batch, or give --accumulate")

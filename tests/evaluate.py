@@ -19,6 +19,7 @@ metrics.py. So to add a benchmark is to write its function and to list it.
 import argparse
 import colorsys
 import itertools
+import json
 import os
 import sys
 
@@ -49,6 +50,7 @@ from sample import (
     keep_likeliest,
     latent_size,
     run_program,
+    seed,
     text_to_image,
 )
 
@@ -235,16 +237,38 @@ BENCHMARKS = JUDGED | ASKED | DRAWN
 # ---------------------------------------------------------------- asking and drawing, with result files
 
 
+def begin(path, args, inputs):
+    """-> what an interrupted command with the same model, seed, type and inputs has written into `path`; else None, and
+    that file is begun. Another's is refused."""
+    files = [file for part in (args.ckpt, args.t5, args.vae, args.spiece) if part for file in data.files_of(part)]
+    made = {"model": [data.content_hash(file, pieces=256) for file in files], "seed": args.seed,
+            "dtype": str(args.dtype), "inputs": data.short_hash(inputs)}
+    if not os.path.exists(path):
+        data.write_text(path, json.dumps({"made": made, "texts": []}))
+    with open(path) as f:
+        before = json.load(f)
+    if before["made"] != made:
+        fail(f"{path}: was begun with another model, seed, type or inputs; remove it, or give another --out")
+    return before
+
+
 def answers_of(dd, args, asked, paths):
-    """-> list of str, what the model says about the images. Every batch has random numbers of its own."""
-    size, texts = dd.config.settings.size, []
+    """-> list of str, what the model says about the images. Every batch has random numbers of its own. They are written
+    after each batch, and an interrupted command goes on."""
+    size = dd.config.settings.size
+    kept = f"{asked.path}.begun"
+    done = begin(kept, args, (asked, paths))
+    texts = done["texts"]
     for part in data.slices(len(paths), size, size, f"answering {os.path.basename(asked.path)}"):
+        if part.start < len(texts):
+            continue
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + part.start)
         pixels = torch.from_numpy(data.to_pixels([data.load_image(path, size) for path in paths[part]]))
         new = (answer(dd, pixels, asked.texts[part], generator=generator) if asked.texts else
                caption(dd, pixels, generator=generator))
         new = [" ".join(text.split()) for text in new]
         texts += [text.lower().rstrip(".") for text in new] if args.benchmark == "gqa" else new
+        data.write_text(kept, json.dumps(done))
     return texts
 
 
@@ -265,11 +289,15 @@ def ask(args):
 
 
 def draw(args):
-    """A benchmark of drawings, into a new folder. Every image has random numbers of its own. -> the lines to print"""
+    """A benchmark of drawings, into a new folder, or that of an interrupted command. Every image has random numbers of
+    its own. -> the lines to print"""
     jobs, notes = read_published(DRAWN, args)
-    if os.path.exists(args.out) and os.listdir(args.out):
+    begun = f"{args.out}/.begun"
+    if os.path.exists(args.out) and os.listdir(args.out) and not os.path.exists(begun):
         fail(f"{args.out}: holds files; give an empty folder, or a new one")
     dd = load_model(args)
+    os.makedirs(args.out, exist_ok=True)
+    begin(begun, args, jobs)
     settings = dd.config.settings
     shape = (dd.config.vae.latent_channels, *latent_size(dd, settings.size, settings.size))
     for folder in {os.path.dirname(path) for _, path in jobs}:
@@ -277,12 +305,14 @@ def draw(args):
     for path, text in notes.items():
         with open(path, "w") as f:
             f.write(text)
-    for part in data.slices(len(jobs), settings.size, settings.size, "drawing"):
-        prompts, paths = zip(*jobs[part])
-        seeds = [args.seed * 1_000_003 + k for k in range(part.start, part.stop)]
+    missing = [k for k, (_, path) in enumerate(jobs) if not os.path.exists(path)]
+    for part in data.slices(len(missing), settings.size, settings.size, "drawing"):
+        prompts, paths = zip(*[jobs[k] for k in missing[part]])
+        seeds = [args.seed * 1_000_003 + k for k in missing[part]]
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         for path, image in zip(paths, data.to_images(text_to_image(dd, prompts, noise=noise))):
-            Image.fromarray(image).save(path, "PNG")
+            with data.replacing(path) as beside:
+                Image.fromarray(image).save(beside, "PNG")
     return [f"{args.out}: {len(jobs)} images"]
 
 
@@ -498,7 +528,7 @@ def parse_args():
     parser.add_argument("--data", nargs="+", help="images and texts, as train.py takes them: .json, .jsonl, .tar or "
                         "folders")
     parser.add_argument("--unseen", action="store_true", help="of --data only the images that train.py keeps apart and "
-                        "never learns from: one in twenty, at most 250")
+                        "never learns from: one in twenty")
     parser.add_argument("--annotations", metavar="FILE", help="of vqa, coco: what people said, as published")
     parser.add_argument("--questions", metavar="FILE", help="of vqa, gqa, pope, and of mme a folder: as published")
     parser.add_argument("--images", metavar="DIR", help="the folder of their images")
@@ -516,7 +546,7 @@ def parse_args():
                         "steps to compare")
     parser.add_argument("--temperature", type=at_least(0, float), default=0.0,
                         help="of world, with --order or --steps; default: 0")
-    parser.add_argument("--seed", type=int, default=0, help="of scenes, of what is drawn from --data, and of sampling")
+    parser.add_argument("--seed", type=seed, default=0, help="of scenes, of what is drawn from --data, and of sampling")
     parser.add_argument("--device", type=existing_device, default=default_device())
     parser.add_argument("--dtype", choices=list(DTYPES), help="to compute in; default: bf16 on a GPU, fp32 on a CPU")
     args = parser.parse_args()

@@ -87,8 +87,8 @@ MISTAKES = {
         ([], "--stage"),
         (["--stage", "2"], "stage1"),
         (["--stage", "1", "--data", "none.jsonl"], "none.jsonl: No such file"),
-        (["--stage", "1", "--data", "broken.jsonl"], "broken.jsonl, record 1: a record: not valid JSON"),
-        (["--stage", "1", "--data", "missing.jsonl"], "missing.jsonl, record 1: no such image: gone.png"),
+        (["--stage", "1", "--data", "broken.jsonl"], "broken.jsonl, line 1: a record: not valid JSON"),
+        (["--stage", "1", "--data", "missing.jsonl"], "missing.jsonl, line 1: no such image: gone.png"),
         (["--stage", "1", "--data", "void"], "void: holds no image"),
         (["--stage", "1", "--batch", "6", "--accumulate", "4"], "--batch 6 cannot be shared equally"),
         (["--stage", "2hr", "--image-data", "many"], "give --image-data and --text-data, or one of them"),
@@ -238,7 +238,7 @@ def test_pictures_are_of_the_kind_that_their_name_says(monkeypatch, tmp_path, na
 
 
 ENDS = [
-    (lambda: signal.raise_signal(signal.SIGINT), 130, "so far"),
+    (lambda: signal.raise_signal(signal.SIGINT), 130, "stopped"),
     (lambda: torch.empty(2 ** 60), 2, "out of memory: lower --batch"),
     (lambda: np.empty(2 ** 58), 2, "out of memory: lower --batch"),
     (lambda: exec("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\\nMore')",
@@ -252,7 +252,7 @@ ENDS = [
 def test_ends_of_a_program(monkeypatch, capsys, main, status, message):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as end:
-        sample.run_program(main, stopped="so far", lower="--batch")
+        sample.run_program(main, lower="--batch")
     assert end.value.code == status and capsys.readouterr().err == f"train.py: {message}\n"
 
 
