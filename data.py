@@ -8,11 +8,9 @@ A source of data has a `size`, the side of its images in pixels, and numbered re
 
 `World` draws scenes without end, with nothing to download. `Records`, further below, reads the user's files.
 """
-import codecs
 import colorsys
 import csv
 import functools
-import glob
 import hashlib
 import io
 import itertools
@@ -27,7 +25,6 @@ import unicodedata
 import warnings
 import zlib
 from array import array
-from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -406,7 +403,7 @@ def ending_of(path):
 
 
 def encoding_of(content):
-    return "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    return "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"  # by its byte order mark
 
 
 # Bytes that are not UTF-8 are decoded to surrogates, from which a path is encoded again to the same bytes. In a text
@@ -539,15 +536,18 @@ def files_of(path):
     found, seen = [], set()
     for folder, folders, names in os.walk(path, onerror=raise_error, followlinks=True):
         real = os.path.realpath(folder)
-        is_stage = os.path.basename(folder).startswith("stage") and "run.json" in names
-        holds_stages = folder != path and glob.glob(f"{glob.escape(folder)}/stage*/run.json")
-        if real in seen or is_stage or holds_stages:
+        holds_stages = folder != path and any(map(is_stage, [f"{folder}/{name}" for name in folders]))
+        if real in seen or holds_stages or is_stage(folder):
             folders.clear()
             continue
         seen.add(real)
         folders[:] = itertools.filterfalse(HIDDEN.search, folders)
         found += [f"{folder}/{name}" for name in itertools.filterfalse(HIDDEN.search, names)]
     return sorted(found)
+
+
+def is_stage(folder):
+    return os.path.basename(folder).startswith("stage") and os.path.exists(f"{folder}/run.json")
 
 
 def raise_error(error):
@@ -671,7 +671,9 @@ def read_source(source, path, bar):
     stamp = stamp_of(files)
     if os.path.exists(path):
         with open(path, "rb") as f:
-            totals, named = json.loads(deque(f, maxlen=1).pop())  # the last line
+            for line in f:
+                pass
+            totals, named = json.loads(line)  # the last
         if totals["stamp"] == [stamp, stamp_of(named)]:
             return totals
     totals = {"records": 0, "captioned": 0, "questioned": 0, "incomplete": 0, "problems": {}}
@@ -786,7 +788,7 @@ def encode_images(source, ids, vae, shape, path):
         raise OSError(f"{path} would take {gigabytes:.1f} GB, and the disk has less: free some, or lower --latents")
     with replacing(path) as beside:
         latents = np.lib.format.open_memmap(beside, "w+", np.float16, shape)
-        for part in slices(len(ids), source.size, source.size, "encoding"):
+        for part in slices(len(ids), source.size, source.size, device, "encoding"):
             latents[ids[part]] = np.nan
             images = {}
             for i in ids[part].tolist():
@@ -872,12 +874,24 @@ class Batches(torch.utils.data.Dataset):
 
 
 # ---------------------------------------------------------------- what all files share
-PIXELS = 2 ** 18  # of all images that go through the networks at once: 64 of 64x64, or one of 512x512
+# Pixels of all images that go through the networks at once, and of those that are decoded at once, by kind of device.
+PIXELS = {"cpu": 2 ** 18, "cuda": 2 ** 22}  # 16 images of 512 x 512 take at most 5.4 GB (tests/fake_gpu.py)
+DECODED = {"cpu": 2 ** 18, "cuda": 2 ** 21}
 
 
-def slices(count, height, width, desc=None):
+def at_once(text):
+    """An argparse type that sets how many images of 512x512 go through the networks at once, at least one."""
+    for limits in (PIXELS, DECODED):
+        limits |= dict.fromkeys(limits, max(1, int(text)) * 2 ** 18)
+
+
+def images_at_once(height, width, device, limits):
+    return max(1, limits.get(device.type, 2 ** 18) // (height * width))
+
+
+def slices(count, height, width, device, desc=None):
     """Cuts `count` images of that size into slices of at most PIXELS. Several slices show a bar on a terminal."""
-    size = max(1, PIXELS // (height * width))
+    size = images_at_once(height, width, device, PIXELS)
     parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     return tqdm(parts, desc, leave=False, disable=count <= size or None)
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data import parse, replacing
+from data import DECODED, images_at_once, parse, replacing
 from t5 import Embeddings, EmbeddingsConfig, RMSNorm, T5Config, T5Encoder, Tokenizer
 from vae import VAE, VAEConfig
 
@@ -266,8 +266,8 @@ class DualDiffusion(nn.Module):
 
     def decode_image(self, latents):
         """Latents as the transformer sees them -> pixels (B,3,8h,8w), clamped to [-1,1]."""
-        pixels = self.vae.decode(self.vae.denormalize(latents)).float()
-        return finite(pixels).clamp(-1, 1)
+        pixels = decode_in_parts(self.vae, self.vae.denormalize(latents))
+        return finite(pixels.float()).clamp(-1, 1)
 
     @property
     def device(self):
@@ -306,6 +306,12 @@ MODULES = {DDiTConfig: DDiT, T5Config: T5Encoder, EmbeddingsConfig: Embeddings, 
 
 def make_part(config):
     return MODULES[type(config)](config)
+
+
+def decode_in_parts(vae, z):
+    """Decodes raw latents, a few images at once: it takes more memory than the transformer."""
+    count = images_at_once(z.shape[2] * vae.config.factor, z.shape[3] * vae.config.factor, z.device, DECODED)
+    return torch.cat([vae.decode(part) for part in z.split(count)])
 
 
 def finite(tensor):

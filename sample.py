@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import losses
-from data import ENDINGS, EXTENSIONS, load_image, one_line, replacing, slices, to_images, to_pixels, warn
+from data import ENDINGS, EXTENSIONS, at_once, load_image, one_line, replacing, slices, to_images, to_pixels, warn
 from model import DTYPES, DualDiffusion, check_complete, finite
 from t5 import unseen_words, window_ids
 
@@ -88,7 +88,7 @@ def text_to_image(dd, prompts, negative="", height=None, width=None, length=None
         noise = torch.randn(len(prompts), dd.config.vae.latent_channels, h, w, generator=generator)
     factor = dd.config.vae.factor
     drawn = []
-    for part in slices(len(prompts), noise.shape[2] * factor, noise.shape[3] * factor):
+    for part in slices(len(prompts), noise.shape[2] * factor, noise.shape[3] * factor, dd.device):
         drawn.append(denoise(dd, noise[part], prompts[part], negative, length, steps, cfg, shift, watch))
     return torch.cat(drawn)
 
@@ -261,7 +261,7 @@ def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, te
     tokens = torch.tensor([ids for ids, _ in texts])
     maskable = torch.tensor([may for _, may in texts])
     lines = []
-    for part in slices(len(images), height, width):
+    for part in slices(len(images), height, width, dd.device):
         latents = dd.encode_image(images[part])
         rows, _ = method(dd, latents, tokens[part], maskable[part], steps, order, temperature, **how)
         first_masks = maskable[part].long().argmax(1)
@@ -442,6 +442,8 @@ def add_parts(parser):
     parser.add_argument("--t5", help="Take T5 from this file or folder.")
     parser.add_argument("--vae", help="Take the VAE from this file or folder.")
     parser.add_argument("--spiece", help="Take T5's tokenizer, a spiece.model.")
+    parser.add_argument("--at-once", type=at_once, help="Images of 512x512 that go through the networks at once, more "
+                        "if they are smaller (default: 1 on a CPU, 16 on a CUDA GPU).")
 
 
 def run_program(main, lower="--size, or give --offload"):
@@ -592,7 +594,7 @@ def read_images(dd, args, generator):
         tqdm.write(" ".join(words))
 
     def read(reader, paths, *texts, **how):
-        parts = slices(len(paths), args.height, args.width)
+        parts = slices(len(paths), args.height, args.width, args.device)
         if args.show_passes:
             parts = [slice(k, k + 1) for k in range(len(paths))]
         for part in parts:

@@ -15,7 +15,6 @@ import copy
 import inspect
 import json
 import logging
-import math
 import multiprocessing
 import os
 import re
@@ -158,7 +157,7 @@ def train(learner, loader, log, signals):
             (loss / len(batches)).backward()
             log.recent.append(torch.stack(parts).detach())
 
-        norm = nn.utils.clip_grad_norm_(learner.parameters, recipe.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(learner.parameters, recipe.clip or float("inf"))
         hand_over_to_muon(learner)  # if the recipe has Muon, an optimizer for matrices
         for optimizer in learner.optimizers:
             for group in optimizer.param_groups:
@@ -833,7 +832,7 @@ def write_model(args, recipe, weights, texts, path):
     if args.stage == "0":  # bring latents to mean 0 and standard deviation 1, which the transformer expects
         pixels = [texts.record(k)[1] for k in range(min(512, len(texts.ids)))]
         pixels = torch.from_numpy(np.stack(pixels))
-        parts = data.slices(len(pixels), recipe.size, recipe.size)
+        parts = data.slices(len(pixels), recipe.size, recipe.size, dd.device)
         latents = torch.cat([dd.vae.encode(pixels[part])[0] for part in parts])  # the means
         dd.config.vae.shift_factor = latents.mean().item()
         dd.config.vae.scaling_factor = 1 / latents.std().item()
@@ -881,7 +880,7 @@ def default_dtype(args):
 
 
 # The least values of a recipe's numbers; of others it is 0.
-LEAST = {"steps": 1, "batch": 1, "size": 1, "length": 6, "pool": 1, "vocab": 1, "time_mean": -math.inf}
+LEAST = {"steps": 1, "batch": 1, "size": 1, "length": 6, "pool": 1, "vocab": 1, "time_mean": float("-inf")}
 
 
 def add_arguments(parser, recipe):

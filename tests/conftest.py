@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # threads that wait sleep: on a busy machine spinning ones take minutes
@@ -10,6 +11,16 @@ import torch  # noqa: E402
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 import losses  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A program that runs in this process leaves handlers and a thread that ends it."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

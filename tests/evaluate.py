@@ -126,7 +126,7 @@ def blanks(dd, args):
     generator, scores = torch.Generator().manual_seed(args.seed), {}
 
     def fill(ids, texts):
-        return [filled for part, pixels in image_batches(source, ids, "filling blanks")
+        return [filled for part, pixels in image_batches(dd, source, ids, "filling blanks")
                 for filled in infill(dd, pixels, texts[part], generator=generator)]
 
     scenes = {i: source.scene(i)[0] for i in range(args.num)}
@@ -176,7 +176,7 @@ def drawings(dd, args):
         for steps in args.steps or (4, 5, 6, 8, 28):
             generator, right = torch.Generator().manual_seed(args.seed), []
             rows.clear()
-            for part in data.slices(len(ids), source.size, source.size, "drawing"):
+            for part in data.slices(len(ids), source.size, source.size, dd.device, "drawing"):
                 pixels = text_to_image(dd, prompts[part], steps=steps, generator=generator)
                 right += judge_images(prompts[part], pixels)
             scores[f"{steps} steps, {guided} guided: {sum(rows) / len(ids):.0f}"] = right
@@ -192,7 +192,7 @@ def best_of(dd, args):
     for steps, cfg in (28, 1), (6, 3), (28, 3):
         generator, name = torch.Generator().manual_seed(args.seed), f"{steps} steps, cfg {cfg}"
         scores[f"{name}, each"], scores[f"{name}, best of 4"] = [], []
-        for part in data.slices(len(ids), source.size, source.size, "drawing"):
+        for part in data.slices(len(ids), source.size, source.size, dd.device, "drawing"):
             four = [prompt for prompt in prompts[part] for _ in range(4)]
             pixels = text_to_image(dd, four, steps=steps, cfg=cfg, generator=generator)
             best = keep_likeliest(dd, pixels, prompts[part], 4)
@@ -259,7 +259,7 @@ def answers_of(dd, args, asked, paths):
     kept = f"{asked.path}.begun"
     done = begin(kept, args, (asked, paths))
     texts = done["texts"]
-    for part in data.slices(len(paths), size, size, f"answering {os.path.basename(asked.path)}"):
+    for part in data.slices(len(paths), size, size, dd.device, f"answering {os.path.basename(asked.path)}"):
         if part.start < len(texts):
             continue
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + part.start)
@@ -306,7 +306,7 @@ def draw(args):
         with open(path, "w") as f:
             f.write(text)
     missing = [k for k, (_, path) in enumerate(jobs) if not os.path.exists(path)]
-    for part in data.slices(len(missing), settings.size, settings.size, "drawing"):
+    for part in data.slices(len(missing), settings.size, settings.size, dd.device, "drawing"):
         prompts, paths = zip(*[jobs[k] for k in missing[part]])
         seeds = [args.seed * 1_000_003 + k for k in missing[part]]
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
@@ -329,9 +329,9 @@ def read_published(benchmarks, args):
 # ---------------------------------------------------------------- one judge per thing judged
 
 
-def image_batches(source, ids, desc):
+def image_batches(dd, source, ids, desc):
     """The images of `ids`, as many at once as go through the networks -> pairs of (slice of ids, pixels (B,3,H,W))."""
-    for part in data.slices(len(ids), source.size, source.size, desc):
+    for part in data.slices(len(ids), source.size, source.size, dd.device, desc):
         yield part, torch.from_numpy(data.to_pixels([source.image(i) for i in ids[part]]))
 
 
@@ -357,7 +357,7 @@ def judge_answers(dd, source, questions, generator, **how):
     """questions: [(i, question, its right answer or those of several people)] about images i of the source -> list of
     scores, 0 to 1."""
     ids, texts, truths = zip(*((i, text, people) for i, text, *people in questions)) if questions else ((), (), ())
-    answers = [text for part, pixels in image_batches(source, ids, "answering")
+    answers = [text for part, pixels in image_batches(dd, source, ids, "answering")
                for text in answer(dd, pixels, texts[part], generator=generator, **how)]
     return [vqa_score(text, people) if len(people) > 3 else any(same_text(text, truth) for truth in people)
             for text, people in zip(answers, truths)]
@@ -365,7 +365,7 @@ def judge_answers(dd, source, questions, generator, **how):
 
 def write_captions(dd, source, ids, generator, **how):
     """-> list of str, the model's caption of each image."""
-    return [text for _, pixels in image_batches(source, ids, "captioning")
+    return [text for _, pixels in image_batches(dd, source, ids, "captioning")
             for text in caption(dd, pixels, generator=generator, **how)]
 
 
@@ -384,7 +384,7 @@ def judge_drawings(dd, source, ids, rng, generator):
     """Draw one caption of each scene of the world -> two lists of bool: for every object, whether the image shows it;
     for every scene, whether its caption is true of the image."""
     captions, objects, scenes = [source.caption(i, rng) for i in ids], [], []
-    for part in data.slices(len(ids), source.size, source.size, "drawing"):
+    for part in data.slices(len(ids), source.size, source.size, dd.device, "drawing"):
         pixels = text_to_image(dd, captions[part], generator=generator)
         for i, text, image in zip(ids[part], captions[part], data.to_images(pixels)):
             things = read_scene(image)
@@ -402,7 +402,7 @@ def reconstruct(dd, source, ids):
     """The images after the autoencoder's round trip (N,H,W,3) uint8. Prints how near they are (PSNR)."""
     with torch.no_grad():
         decoded = [data.to_images(dd.decode_image(dd.encode_image(pixels)))
-                   for _, pixels in image_batches(source, ids, "reconstructing")]
+                   for _, pixels in image_batches(dd, source, ids, "reconstructing")]
     decoded = np.concatenate(decoded)
     error = np.mean([np.square(source.image(i) / 255.0 - image / 255.0).mean() for i, image in zip(ids, decoded)])
     print(f"reconstruction of {len(ids)} images: {-10 * np.log10(error):.1f} dB")

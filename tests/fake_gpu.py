@@ -223,6 +223,33 @@ def use(dd, gpu, size, length=256):
             gpu.waits.total())
 
 
+def at_once(dd, gpu, length=256):
+    """A table of the peak above the weights, in GB, of several images at once."""
+    data.PIXELS["cuda"] = data.DECODED["cuda"] = 2 ** 40
+    state, counts = gpu.alive, (1, 4, 16, 64)
+    print()
+    row("GB above the weights, at once", *counts)
+    row(*["---"] * 5)
+    for size in (256, 512, 1024):
+        side = size // dd.config.vae.factor
+        ways = {"drawing": lambda n: text_to_image(dd, ["x"] * n, "", size, size, length, steps=1),
+                "captioning": lambda n: caption(dd, torch.zeros(n, 3, size, size), length, 2, temperature=1.0),
+                "encoding": lambda n: dd.encode_image(torch.zeros(n, 3, size, size)),
+                "decoding": lambda n: dd.decode_image(torch.zeros(n, 16, side, side, device=CUDA))}
+        decode = DualDiffusion.decode_image
+        for what, run in ways.items():
+            peaks = []
+            for count in counts:
+                if what == "drawing":  # without the decoder, which has its own row
+                    DualDiffusion.decode_image = lambda dd, x: x
+                gpu.begin()
+                with torch.no_grad():
+                    run(count)
+                DualDiffusion.decode_image = decode
+                peaks.append((gpu.peak - state) / 1e9)
+            row(f"{what}, {size} pixels", *peaks)
+
+
 PASSES = {"1": 16, "2": 32, "2hr": 96, "3": 16}  # of a step on one GPU
 
 
@@ -231,6 +258,7 @@ def main():
     parser.add_argument("--stage", choices=PASSES)
     parser.add_argument("--gpus", type=int, metavar="N", help="a number that divides the batch")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--use", action="store_true", help="only the rows of drawing and reading")
     asked = parser.parse_args()
     stages = [asked.stage] if asked.stage else PASSES
     row("stage", "GPUs", "rows at once", "FLOPs a step", "days", "state, GB", "peak, GB", "sent, GB", "waits")
@@ -240,7 +268,7 @@ def main():
             step("tiny", stage, 1, "ddp", checkpointing=stage != "0", passes=2 if stage == "2hr" else 1)
         return
     train.DualDiffusion.load, train.find_parts = full_size, lambda *files: (PRESETS["sd3-medium"], {}, None)
-    for stage in stages:
+    for stage in () if asked.use else stages:
         for gpus in [asked.gpus] if asked.gpus else (1, 8, 32):
             passes = PASSES[stage] if gpus == 1 else 1
             peak = step("sd3-medium", stage, gpus, "fsdp", gpus < 32 or stage not in ("1", "3"), passes)
@@ -251,6 +279,7 @@ def main():
             dd = full_size(None, None, None, None, CUDA, dict.fromkeys(PARTS, BF16))
             use(dd, gpu, 512)
             use(dd, gpu, 1024)
+            at_once(dd, gpu)
 
 
 if __name__ == "__main__":

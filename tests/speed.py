@@ -186,7 +186,7 @@ def as_the_paper(dd, pixels, texts, steps):
     """Ancestral sampling step by step, at temperature 0: in each a pass of every row, with the text head at every
     position, and every mask is revealed with the same chance (Eq. 5). texts: ids, maskable -> list of str."""
     share, lines = revealed_share(steps), []
-    for part in slices(len(pixels), *pixels.shape[2:]):
+    for part in slices(len(pixels), *pixels.shape[2:], dd.device):
         latents, (tokens, maskable) = dd.encode_image(pixels[part]), map(torch.tensor, zip(*texts[part]))
         tokens[maskable] = dd.tokenizer.mask_id
         for chance in (share.diff() / (1 - share[:-1])).tolist():

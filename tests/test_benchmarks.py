@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 from test_evaluate import figures, run
 
+import data
+import sample
 from data import World
 
 with open(os.path.join(os.path.dirname(__file__), "golden_scores.json")) as f:
@@ -164,16 +166,48 @@ def test_a_run_is_scored_by_what_its_file_holds(published, out, monkeypatch, cap
 
 def test_drawings(published, monkeypatch, capsys):
     run(monkeypatch, capsys, "geneval", "--prompts", "g.jsonl", "--out", "gen")
-    assert sorted(os.listdir("gen")) == ["00000", "00001"]
+    assert sorted(os.listdir("gen")) == [".begun", "00000", "00001"]
     assert json.loads(read("gen/00001/metadata.jsonl")) == {"prompt": "a red circle", "tag": 1}
     assert sorted(os.listdir("gen/00000/samples")) == [f"000{k}.png" for k in range(4)]
     images = [read(f"gen/0000{k}/samples/000{n}.png") for k in range(2) for n in range(4)]
     assert len(set(images)) == 8
     run(monkeypatch, capsys, "pictures", "--prompts", "prompts.txt", "--out", "pics")
-    assert sorted(os.listdir("pics")) == ["00000.png", "00001.png", "00002.png"]
+    assert sorted(os.listdir("pics")) == [".begun", "00000.png", "00001.png", "00002.png"]
     assert Image.open("pics/00000.png").size == (64, 64)
     err = run(monkeypatch, capsys, "pictures", "--prompts", "prompts.txt", "--out", "pics", "--num", 1, status=2)[1]
+    assert "pics/.begun: was begun with another model, seed, type or inputs" in err
+    drawn, before = np.asarray(Image.open("pics/00001.png"), int), os.stat("pics/00000.png").st_mtime_ns
+    os.remove("pics/00001.png")  # as if it had been interrupted
+    run(monkeypatch, capsys, "pictures", "--prompts", "prompts.txt", "--out", "pics")
+    assert abs(np.asarray(Image.open("pics/00001.png"), int) - drawn).max() < 3  # up to rounding
+    assert os.stat("pics/00000.png").st_mtime_ns == before
+    os.remove("pics/.begun")
+    err = run(monkeypatch, capsys, "pictures", "--prompts", "prompts.txt", "--out", "pics", status=2)[1]
     assert "pics: holds files; give an empty folder" in err
+
+
+def test_answers_are_kept_as_they_come(published, monkeypatch, capsys):
+    """Two images at once; the third batch fails, and the same command goes on there. Another seed is refused."""
+    monkeypatch.setitem(data.PIXELS, "cpu", 2 * 64 * 64)
+    command, asked = ["pope", *"--questions p.json --images img --out p_r.jsonl".split()], []
+
+    def answer(dd, pixels, texts, answer=sample.answer, **how):
+        asked.append(len(texts))
+        if len(asked) == 3:
+            raise ValueError("a bad day")
+        return answer(dd, pixels, texts, **how)
+    monkeypatch.setattr(sample, "answer", answer)
+    assert "a bad day" in run(monkeypatch, capsys, *command, status=2)[1]
+    assert len(json.loads(read("p_r.jsonl.begun"))["texts"]) == 4
+    err = run(monkeypatch, capsys, *command, "--seed", 1, status=2)[1]
+    assert "p_r.jsonl.begun: was begun with another model" in err
+    done = len(asked)
+    out = run(monkeypatch, capsys, *command)[0]
+    assert sum(asked[done:]) == sum(1 for line in open("p_r.jsonl")) - 4
+    monkeypatch.undo()
+    os.chdir(published)
+    os.remove("p_r.jsonl.begun")
+    assert run(monkeypatch, capsys, *command)[0] == out
 
 
 def test_ten_answers_of_the_users_data(published, monkeypatch, capsys):

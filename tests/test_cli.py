@@ -164,7 +164,7 @@ def test_what_comes_first_is_printed_first(files, monkeypatch, capsys):
     scenes = [SCENE] * 3 + [files / "ok.png"]
     call(monkeypatch, *asked(*scenes), "--caption", *scenes, "--steps", 4)
     once = capsys.readouterr()
-    monkeypatch.setattr(data, "PIXELS", 2 * 64 * 64)
+    monkeypatch.setitem(data.PIXELS, "cpu", 2 * 64 * 64)
     call(monkeypatch, *asked(*scenes), "--caption", *scenes, "--steps", 4)
     assert capsys.readouterr() == once and once.err == "" and once.out.count("\n") == 8  # a bar only on a terminal
     with pytest.raises(SystemExit) as end:

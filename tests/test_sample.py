@@ -213,7 +213,7 @@ def test_euler_and_guidance_in_closed_form():
     dd = SimpleNamespace(
         config=SimpleNamespace(settings=SimpleNamespace(size=16, length=2, cfg_times=(0.0, 1.0)),
                                vae=SimpleNamespace(latent_channels=1, factor=8)),
-        tokenizer=SimpleNamespace(encode=lambda text, length: [len(text)] * length), device="cpu",
+        tokenizer=SimpleNamespace(encode=lambda text, length: [len(text)] * length), device=torch.device("cpu"),
         t5=lambda ids: ids.float(), ddit=ddit, decode_image=lambda x: x)
     noise = torch.randn(2, 1, 2, 2)
     for steps, cfg, shift in ((1, 1.0, 1.0), (28, 1.0, 3.0), (5, 4.0, 3.0)):
@@ -266,17 +266,17 @@ def spy(monkeypatch, module, name="forward"):
 
 @pytest.mark.parametrize("count, height, width", [(1, 64, 64), (3000, 64, 64), (9, 512, 512), (2, 4096, 4096)])
 def test_batches_hold_every_image_once_and_no_more_pixels_than_said(count, height, width):
-    parts = list(data.slices(count, height, width))
+    parts = list(data.slices(count, height, width, torch.device("cpu")))
     sizes = [len(range(count)[part]) for part in parts]
     assert [i for part in parts for i in range(count)[part]] == list(range(count))
-    assert all(size == 1 or size * height * width <= data.PIXELS for size in sizes)
-    assert all((size + 1) * height * width > data.PIXELS for size in sizes[:-1])  # and no fewer
+    assert all(size == 1 or size * height * width <= data.PIXELS["cpu"] for size in sizes)
+    assert all((size + 1) * height * width > data.PIXELS["cpu"] for size in sizes[:-1])  # and no fewer
 
 
 def test_pictures_do_not_depend_on_batches(dd, monkeypatch):
     texts = [f"a small {color} circle" for color in ("red", "green", "blue", "cyan", "red")]
     once = sample.text_to_image(dd, texts, steps=3, cfg=3, generator=seeded())
-    monkeypatch.setattr(data, "PIXELS", 2 * 64 * 64)
+    monkeypatch.setitem(data.PIXELS, "cpu", 2 * 64 * 64)
     seen = spy(monkeypatch, dd.ddit), spy(monkeypatch, dd.vae, "decode")
     again = sample.text_to_image(dd, texts, steps=3, cfg=3, generator=seeded())
     assert (once - again).abs().max() < 1e-4
@@ -298,7 +298,7 @@ def test_readings_do_not_depend_on_batches(dd, pixels, monkeypatch):
         return [sample.caption(dd, images, steps=4, generator=seeded()), sample.answer(dd, images, asked, steps=4,
                 generator=seeded()), sample.infill(dd, images, texts, generator=seeded())]
     once = all_three()
-    monkeypatch.setattr(data, "PIXELS", 1)
+    monkeypatch.setitem(data.PIXELS, "cpu", 1)
     seen = spy(monkeypatch, dd.vae, "encode")
     assert all_three() == once and {shape[0] for shape in seen} == {1} and len(seen) == 9
     assert all(len(texts) == 3 for texts in once)
@@ -471,7 +471,7 @@ class Counting(Tokenizer):
         self.mask_id, self.eos_id = 99, 1
         self.pieces = SimpleNamespace(encode=lambda n: [*range(10, 10 + n)])
 
-    def prompt_ids(self, question, length):
+    def prompt_ids(self, question, length, suffix=""):
         return [2]
 
 
