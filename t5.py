@@ -284,7 +284,10 @@ class Embeddings(nn.Module):
         self.encoder = nn.ModuleDict({"final_layer_norm": RMSNorm(config.d_model)})
 
     def forward(self, tokens):
-        x = self.shared(tokens.to(self.shared.weight.device)) + self.positions[:tokens.shape[1]]
+        length, most = tokens.shape[1], len(self.positions)
+        if length > most:
+            raise ValueError(f"this model has learned texts of at most {most} tokens, not {length}")
+        x = self.shared(tokens.to(self.shared.weight.device)) + self.positions[:length]
         return self.encoder["final_layer_norm"](x).to(tokens.device)
 
 

@@ -95,8 +95,30 @@ MISTAKES = {
         (["--stage", "1", "--size", "128"], "the built-in world has 64 pixels a side"),
         (["--stage", "1", "--parallel", "fsdp"], "give --muon 0, or --parallel ddp"),
         (["--stage", "1", "--preset", "sd3-medium", "--data", "many"], "--init"),
+        (["--stage", "1", "--rate", "nan"], "argument --rate: nan is too small: give at least 0"),
+        (["--stage", "1", "--length", "5"], "argument --length: 5 is too small: give at least 6"),
+        (["--stage", "1", "--keep", "0"], "argument --keep: 0 is too small: give at least 1"),
+        (["--stage", "1", "--held-out", "0"], "argument --held-out: 0 is too small"),
+        (["--stage", "1", "--seed", "1.5"], "argument --seed: invalid seed value: '1.5'"),
     ],
 }
+
+
+def test_a_closed_output_and_a_traceback_that_is_wanted(monkeypatch):
+    code = f"exec {sys.executable} {ROOT}/sample.py --vqa {SCENE} 'what color is the circle?' >&-"
+    assert subprocess.run(["sh", "-c", code], timeout=300, stderr=subprocess.PIPE).stderr == b""
+    monkeypatch.setenv("DDIT_TRACEBACK", "1")
+    err = run("sample.py", "--caption", SCENE, "--ckpt", "none.safetensors").stderr
+    assert "Traceback" in err and err.splitlines()[-1] == "sample.py: No such file or directory: none.safetensors"
+
+
+def test_seeds_of_other_programs(monkeypatch, capsys):
+    pictures = []
+    for seed in ("-1", str(2 ** 32 - 1), str(2 ** 64 - 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["sample.py", "--t2i", "x", "--seed", seed])
+            pictures.append(sample.parse_args().seed)
+    assert pictures == [2 ** 32 - 1] * 3
 
 
 @pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
@@ -245,6 +267,10 @@ ENDS = [
                   {"torch": torch}), 2, "out of memory: lower --batch"),
     (lambda: int("x"), 2, "invalid literal for int() with base 10: 'x'"),
     (lambda: open("none"), 2, "none: No such file or directory"),
+    (lambda: exec("raise ValueError('Caught ValueError in DataLoader worker process.\\nTraceback\\nValueError: bad')"),
+     2, "ValueError: bad"),
+    (lambda: exec("raise RuntimeError('DataLoader worker (pid 1) is killed by signal: Killed. ')"),
+     2, "DataLoader worker (pid 1) is killed by signal: Killed."),
 ]
 
 

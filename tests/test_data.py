@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
+from safetensors import SafetensorError
 
 import data
 from data import Thing, World
@@ -504,6 +505,17 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
         Image.new("RGB", (9, 9)).save(beside, format="PNG")
     os.umask(umask := os.umask(0))
     assert path.read_bytes() != b"before" and path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_only_what_cannot_be_written_is_said_to_be_so(tmp_path):
+    for error in (FileNotFoundError(2, "No such file", "another"), TypeError("ours"), ValueError("bad data")):
+        with pytest.raises(type(error)) as raised, data.replacing(str(tmp_path / "x")) as beside:
+            open(beside, "w").close()
+            raise error
+        assert raised.value is error and not os.listdir(tmp_path)
+    with pytest.raises(OSError, match="x: could not be written") as raised, data.replacing(str(tmp_path / "x")):
+        raise SafetensorError("no space")
+    assert isinstance(raised.value.__cause__, SafetensorError)
 
 
 def test_records_kept_apart_go_by_the_picture(tmp_path):

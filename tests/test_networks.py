@@ -13,7 +13,15 @@ from torch.utils.checkpoint import checkpoint
 
 from model import PRESETS, DDiT, DDiTConfig, DualDiffusion, TextHead, sincos_table
 from sample import SHIPPED
-from t5 import T5Config, T5Encoder, init_weights, relative_position_bucket
+from t5 import (
+    Embeddings,
+    EmbeddingsConfig,
+    T5Config,
+    T5Encoder,
+    init_position_bias,
+    init_weights,
+    relative_position_bucket,
+)
 from vae import VAE, VAEConfig
 
 with safe_open(make_golden.PATH, framework="pt") as f:
@@ -230,3 +238,24 @@ def test_against_the_originals():
         assert parameters(make_golden.sd3_transformer(state, DDiTConfig())) == 2_028_328_000
         assert parameters(make_golden.autoencoder(VAE(VAEConfig()).state_dict(), VAEConfig())) == 83_819_683
         assert parameters(make_golden.t5_encoder(T5Encoder(T5Config()).state_dict(), T5Config())) == 4_762_310_656
+
+
+def test_learned_positions_have_an_end():
+    embeddings = Embeddings(EmbeddingsConfig(8, 24, 100))
+    assert embeddings(torch.zeros(1, 24, dtype=torch.long)).shape == (1, 24, 8)
+    with pytest.raises(ValueError, match="texts of at most 24 tokens, not 25"):
+        embeddings(torch.zeros(1, 25, dtype=torch.long))
+
+
+def test_every_distance_s_bucket_is_written_once():
+    """The initial position bias: of a bucket's distances the last."""
+    config = T5Config(num_heads=4, max_distance=32)
+    table = torch.full((config.buckets, 4), 7.0)
+    init_position_bias(table, config)
+    for distance in range(-32, 33):
+        bucket = relative_position_bucket(torch.tensor([distance]), config.buckets, 32)
+        last = max(d for d in range(-32, 33)
+                   if relative_position_bucket(torch.tensor([d]), config.buckets, 32) == bucket)
+        for head in range(4):
+            slope, wrong = 2.0 ** -(head // 2 * 2), last > 0 if head % 2 == 0 else last < 0
+            assert table[bucket, head].item() == pytest.approx(-slope * abs(last) - 4 * wrong)

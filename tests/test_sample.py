@@ -432,6 +432,23 @@ def test_words_are_put_in_lower_case_where_a_small_vocabulary_knows_them_so(dd, 
     assert sample.prepare_text(only_small, "say STOP NOW", 20) == "say stop now"
 
 
+def test_a_long_question_loses_its_own_end_and_keeps_the_suffix(dd):
+    tokens, suffix = dd.tokenizer, "answer in a word."
+    ids, maskable = tokens.text_ids(("is the circle red or blue? " * 5, ""), 24, answer_suffix=suffix)
+    text = tokens.pieces.decode([i for i, may in zip(ids, maskable) if not may][:-1])
+    assert text.startswith("Q: is the") and text.endswith(f"{suffix} A:") and sum(maskable) == 7
+    asked = [("is it red?", ""), (f"is it red? {suffix}", "")]  # it may have been typed
+    assert tokens.text_ids(asked[0], 40, answer_suffix=suffix) == tokens.text_ids(asked[1], 40, answer_suffix=suffix)
+    ids, maskable = tokens.text_ids(("is it red?", ""), 24, answer_suffix=f"{suffix} " * 20)
+    assert len(ids) == len(maskable) == 24
+
+
+def test_infinity_is_no_white(dd, monkeypatch):
+    monkeypatch.setattr(dd.vae, "decode", lambda z: torch.full((1, 3, 64, 64), float("inf")))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        dd.decode_image(torch.zeros(1, 16, 8, 8))
+
+
 def test_a_small_vocabulary_learns_from_long_texts():
     tokenizer = train_tokenizer(["a zebra beside a café, " * 1000] * 3, 200)
     assert "▁zebra" in tokenizer.pieces.encode("a zebra", out_type=str)

@@ -9,6 +9,7 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -580,6 +581,90 @@ def test_what_cannot_be_read_is_moved_aside_and_does_not_count(uninterrupted, tm
     assert "step-00000099: cannot be read" in err and "step-00000006: cannot be read" in err and "5/6" in err
     assert os.listdir(folder) == ["step-00000006"]  # what was put aside went when it was saved
     assert apart(state(tmp_path), state(uninterrupted)) == 0
+
+
+def test_what_is_no_damage_moves_no_checkpoint_aside(uninterrupted, tmp_path, monkeypatch):
+    """Out of memory, say. And what was put aside before is in nobody's way."""
+    shutil.copytree(uninterrupted / "stage1", tmp_path / "stage1")
+    folder = tmp_path / "stage1" / "checkpoints"
+    before = sorted(os.listdir(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.dcp, "load", lambda *args, **how: torch.empty(2 ** 60))
+        assert "out of memory" in run("--stage", 1, "--steps", 7, "--out", tmp_path, *SMALL, status=2)[1]
+    assert sorted(os.listdir(folder)) == before
+    shutil.copytree(folder / before[-1], folder / f"{before[-1]}.unreadable")
+    (part,) = shards(folder / before[-1])
+    os.truncate(part, 1000)
+    assert train.newest_checkpoint(str(folder)) == str(folder / before[-2])
+    assert os.path.getsize(folder / f"{before[-1]}.unreadable" / os.path.basename(part)) == 1000
+
+
+WATCHING = """
+import sys, time
+sys.path.insert(0, {root!r})
+import train
+watch = train.Watch()
+watch.in_loop = True
+print("ready", flush=True)
+while True:
+    time.sleep(60)
+"""
+
+
+def test_a_run_can_be_ended_while_it_waits():
+    """A terminal that closes sends SIGHUP twice, which is as one SIGTERM. A SIGTERM some seconds later ends the
+    process. What nohup started is told nothing by it."""
+    code = WATCHING.format(root=ROOT)
+    two = []
+    for prepare in (None, lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)):
+        two.append(subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                    text=True, preexec_fn=prepare))
+    for process in two:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGHUP)
+    time.sleep(3.2)
+    assert [process.poll() for process in two] == [None, None]
+    for process in two:
+        process.send_signal(signal.SIGTERM)
+    assert two[0].wait(5) == 128 + signal.SIGTERM
+    saving = "warning: saving after this step; again ends at once, without saving\n"
+    assert two[0].stderr.read() == saving + "warning: ended; the same command goes on from the last checkpoint\n"
+    time.sleep(0.2)
+    two[1].kill()
+    assert two[1].communicate()[1] == saving
+
+
+@SLOW
+def test_one_of_two_processes_stands_still(tmp_path):
+    """The other waits for it in a collective; a second SIGTERM ends it."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        env = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        processes.append(subprocess.Popen(command("--stage", 1, "--steps", 5000, "--out", tmp_path, *SMALL), env=env,
+                                          stderr=subprocess.DEVNULL))
+    while not os.path.exists(tmp_path / "stage1" / "metrics.jsonl") and processes[0].poll() is None:
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGSTOP)
+    processes[0].send_signal(signal.SIGTERM)
+    time.sleep(3.5)
+    assert processes[0].poll() is None
+    processes[0].send_signal(signal.SIGTERM)
+    assert processes[0].wait(3) == 128 + signal.SIGTERM
+    processes[1].kill()
+    processes[1].wait()
+
+
+def test_a_sheet_leaves_out_what_has_vanished(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "here")
+    source = data.Records(str(tmp_path / "here" / "b.jsonl"), 64)
+    for i in range(0, len(source), 2):
+        os.remove(source.record(i).image)
+    dd = DualDiffusion.load(SHIPPED)
+    assert len(train.sample_cells(dd, data.Subset(source, np.arange(len(source))))) == 16
 
 
 def test_learning_rate_rises_then_holds_or_falls():
