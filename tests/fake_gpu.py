@@ -12,7 +12,6 @@ and compiled code. Days are at half of an H100's 989e12 FLOP/s (bf16), with imag
 Wants g++, and torch's CPU build."""
 # ruff: noqa: E402
 import argparse
-import copy
 import ctypes
 import os
 import shutil
@@ -21,7 +20,6 @@ import sys
 import tempfile
 import traceback
 import weakref
-from argparse import Namespace
 from collections import Counter
 from importlib.util import find_spec
 from unittest.mock import MagicMock
@@ -61,12 +59,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, TOP)
+from first_gpu import BF16, COUNTS, PASSES, full_size, learner_and_batch, row, run_step, ways
+
 import data
 import train
-from model import PARTS, PRESETS, DualDiffusion, make_part
-from sample import SHIPPED, caption, text_to_image
+from model import PARTS, PRESETS
+from sample import caption, text_to_image
 
-CUDA, BF16, aten = torch.device("cuda", 0), torch.bfloat16, torch.ops.aten
+CUDA, aten = torch.device("cuda", 0), torch.ops.aten
 plain_attention, plain_resize = F.scaled_dot_product_attention, torch.UntypedStorage.resize_
 
 
@@ -156,48 +156,17 @@ class GPU(TorchDispatchMode):
         return out
 
 
-def full_size(path, t5, vae, tokenizer, device, dtypes):
-    """In place of DualDiffusion.load: sd3-medium, with the few parts of a tokenizer that are used."""
-    config, parts, tokenizer = copy.deepcopy(PRESETS["sd3-medium"]), {}, Namespace(
-        vocab_size=32100, mask_id=32099, eos_id=1, encode=lambda text, length: [2] * length, decode=str,
-        text_ids=lambda text, length, *prompts: ([2] * length, [True] * (length - 1) + [False]))
-    for part in PARTS:
-        torch.set_default_dtype(dtypes[part])
-        with device:
-            parts[part] = make_part(getattr(config, part))
-    torch.set_default_dtype(torch.float32)
-    return DualDiffusion(config, tokenizer, **parts).eval()
-
-
-def row(*cells):
-    print("|", " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells), "|", flush=True)
-
-
 def step(preset, stage, gpus, parallel="fsdp", checkpointing=True, passes=1):
     """A row about a training step -> its peak, GB. At most two passes are run, and FLOPs scaled up."""
     os.environ["LOCAL_WORLD_SIZE"] = str(min(8, gpus))
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-    args = Namespace(seed=0, preset=preset, stage=stage, start=SHIPPED, init=SHIPPED, vae=None, text_encoder="t5",
-                     files=(SHIPPED, None, None, None), caption_prompt=None, answer_suffix=None, parallel=parallel,
-                     checkpointing=checkpointing, compile=False, keep=1, save_minutes=1e9, show_every=1e9)
     recipe, run = train.RECIPES[preset][stage], min(passes, 2)
-    rows, side = recipe.batch // gpus // passes, recipe.size // 8
-    tokens, texts = torch.ones(rows, recipe.length).long(), data.Subset(data.World(), range(100))
+    rows = recipe.batch // gpus // passes
     with GPU() as gpu, tempfile.TemporaryDirectory() as out:
-        dd, modules = train.starting_point(args, recipe, texts, CUDA, BF16)
-        images = torch.rand(rows, 3, recipe.size, recipe.size)
-        if preset == "tiny" and stage != "0":  # whose latents are stored
-            images = torch.rand(rows, 2, dd.config.vae.latent_channels, side, side).half()
-        text_images = images if stage == "2hr" else None
-        batch = data.Batch(images, text_images, tokens, tokens, tokens > 0, slice(0, rows), 0)
-        learner = train.Learner(dd, modules, recipe, args, BF16, out)
-        for p in learner.parameters:  # a first step, after which the optimizer has its state
-            p.grad = torch.zeros_like(p)
-        log = Namespace(bar=range(1), recent=[])
-        train.train(learner, [[]], log, [])
+        learner, batch = learner_and_batch(preset, stage, rows, CUDA, out, parallel, checkpointing)
         state = gpu.alive
         gpu.begin()
-        train.train(learner, [[batch] * run], log, [])
+        run_step(learner, [batch] * run)
         flops = gpu.flops * passes / run * gpus
         days = recipe.steps * flops / (gpus * 0.5 * 989e12) / 86400
         row(stage, f"{gpus} {parallel}{', checkpointed' * checkpointing}", f"{rows} of {rows * passes}", flops, days,
@@ -223,34 +192,22 @@ def use(dd, gpu, size, length=256):
             gpu.waits.total())
 
 
-def at_once(dd, gpu, length=256):
+def at_once(dd, gpu):
     """A table of the peak above the weights, in GB, of several images at once."""
-    data.PIXELS["cuda"] = data.DECODED["cuda"] = 2 ** 40
-    state, counts = gpu.alive, (1, 4, 16, 64)
+    data.PIXELS["cuda"] = data.DECODED["cuda"] = 2 ** 40  # no slices
+    state = gpu.alive
     print()
-    row("GB above the weights, at once", *counts)
+    row("GB above the weights, at once", *COUNTS)
     row(*["---"] * 5)
     for size in (256, 512, 1024):
-        side = size // dd.config.vae.factor
-        ways = {"drawing": lambda n: text_to_image(dd, ["x"] * n, "", size, size, length, steps=1),
-                "captioning": lambda n: caption(dd, torch.zeros(n, 3, size, size), length, 2, temperature=1.0),
-                "encoding": lambda n: dd.encode_image(torch.zeros(n, 3, size, size)),
-                "decoding": lambda n: dd.decode_image(torch.zeros(n, 16, side, side, device=CUDA))}
-        decode = DualDiffusion.decode_image
-        for what, run in ways.items():
+        for what, run in ways(dd, size).items():
             peaks = []
-            for count in counts:
-                if what == "drawing":  # without the decoder, which has its own row
-                    DualDiffusion.decode_image = lambda dd, x: x
+            for count in COUNTS:
                 gpu.begin()
                 with torch.no_grad():
                     run(count)
-                DualDiffusion.decode_image = decode
                 peaks.append((gpu.peak - state) / 1e9)
             row(f"{what}, {size} pixels", *peaks)
-
-
-PASSES = {"1": 16, "2": 32, "2hr": 96, "3": 16}  # of a step on one GPU
 
 
 def main():

@@ -260,7 +260,7 @@ def test_blocks_are_compiled_with_and_without_checkpointing(monkeypatch):
         learner = train.Learner(dd, {"ddit": dd.ddit, "t5": train.MaskRow(dd.t5, dd.tokenizer.mask_id)}, recipe,
                                 SimpleNamespace(parallel="ddp", **flags), torch.float32, "")
         batch, = data.Batches(subset, subset, dd.tokenizer, dd.config.settings, recipe, 0, slice(0, 8))[0]
-        loss, *_ = train.training_losses(learner, batch)
+        loss, *_ = train.training_losses(learner, batch.tensors())
         loss.backward()
         counts.append(counter.frame_count)
         gradients.append(torch.cat([p.grad.to_local().flatten() for p in learner.parameters]))
