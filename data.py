@@ -847,8 +847,8 @@ class Batches(torch.utils.data.Dataset):
     def batch(self, step, rows):
         first = step * self.recipe.batch
         images, text_images, *texts = zip(*[self.row(first + k) for k in range(rows.start, rows.stop)])
-        images = np.stack(images)
-        text_images = None if self.texts is self.images else np.stack(text_images)
+        images = np.array(images)  # in C order, which np.stack would not give
+        text_images = None if self.texts is self.images else np.array(text_images)
         return Batch(images, text_images, *map(np.array, texts), rows, self.seed * 1_000_003 + step)
 
     def row(self, n):

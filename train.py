@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -254,10 +255,12 @@ def held_out_share(args, recipe):
     """Returns the share of images that is held out. An image that one stage holds out no other may learn, so it is the
     share of the files that the stage begins with, if these have learned from a user's images. Warns of larger images
     there."""
-    before = [find_parts(file)[0].settings for file in args.files[:3] if file]
-    if before and before[0].size > recipe.size:
-        warn(f"{args.start} was trained at --size {before[0].size}; this stage takes {recipe.size}")
-    shares = [settings.held_out for settings in before] + [args.held_out]
+    shares = {args.held_out}
+    for file in filter(None, args.files[:3]):
+        settings = find_parts(file)[0].settings
+        shares.add(settings.held_out)
+        if settings.size > recipe.size:
+            warn(f"{file} was trained at --size {settings.size}; this stage takes {recipe.size}")
     shares = set(filter(None, shares)) or {data.HELD_OUT}
     if len(shares) > 1:
         fail(f"--held-out has to be the same in all stages, not {' and '.join(map(str, sorted(shares)))}")
@@ -501,7 +504,8 @@ class Learner:
             fail(f"{path}: could not be written ({problem}); the checkpoints before it stand")
         if is_first():
             os.replace(beside, path)
-            for old in checkpoints(self.checkpoints)[:-self.args.keep] + aside(self.checkpoints):
+            aside = glob(f"{escape(self.checkpoints)}/*.unreadable")
+            for old in checkpoints(self.checkpoints)[:-self.args.keep] + aside:
                 shutil.rmtree(old)
         self.saved = time.monotonic()
 
@@ -528,34 +532,32 @@ def checkpoints(folder):
     return sorted(glob(f"{escape(folder)}/step-" + "[0-9]" * 8))
 
 
-def aside(folder):
-    return glob(f"{escape(folder)}/step-*.unreadable")
-
-
 def newest_checkpoint(folder):
-    """Returns the newest checkpoint that is whole, "" if there is none at all. Damaged ones are moved aside."""
+    """Returns the newest checkpoint that is whole, "" if there is none at all. Others are moved aside."""
     for leftover in glob(f"{escape(folder)}/*.partial"):  # of a kill
         shutil.rmtree(leftover)
     paths = checkpoints(folder)
     for path in reversed(paths):
-        try:
-            found, wanted = 0, -1
-            for file in glob(f"{escape(path)}/*"):
-                with safe_open(file, "pt") as f:  # a file that is cut off cannot be opened
-                    found += 1
-                    if "files" in f.keys():
-                        wanted = int(f.get_tensor("files"))
-            if found == wanted:
-                return path
-            problem = f"{found} files, not {wanted}"
-        except (SafetensorError, OSError) as error:
-            problem = one_line(error)
-        warn(f"{path}: cannot be read ({problem}); an older one is tried")
+        if is_whole(path):
+            return path
+        warn(f"{path}: cannot be read; an older one is tried")
         shutil.rmtree(f"{path}.unreadable", ignore_errors=True)
         os.replace(path, f"{path}.unreadable")
     if paths:
         fail(f"{folder}: none of its checkpoints can be read")
     return ""
+
+
+def is_whole(path):
+    """Is each process's file there, and not cut off?"""
+    found = 0
+    wanted = -1
+    for file in glob(f"{escape(path)}/*"):
+        with suppress(SafetensorError, OSError), safe_open(file, "pt") as f:
+            found += 1
+            if "files" in f.keys():
+                wanted = f.get_tensor("files")
+    return found == wanted
 
 
 class Log:
@@ -723,7 +725,7 @@ def sample_cells(dd, subset):
     generator = torch.Generator().manual_seed(0)
     chosen = rng.permutation(len(subset.ids))[:8]  # or sorted data would show one class alone
     ids, pixels = zip(*[subset.record(k) for k in chosen])
-    pixels = torch.from_numpy(np.stack(pixels))
+    pixels = torch.from_numpy(np.array(pixels))
     images = list(data.to_images(pixels))
     if dd.ddit is None:
         decoded, _, _ = dd.vae(pixels.to(dd.device), torch.zeros(()))  # of the mean, without noise
@@ -831,7 +833,7 @@ def write_model(args, recipe, weights, texts, path):
         dd.t5.shared.weight.data[dd.tokenizer.mask_id] = modules["t5"].row.detach()
     if args.stage == "0":  # bring latents to mean 0 and standard deviation 1, which the transformer expects
         pixels = [texts.record(k)[1] for k in range(min(512, len(texts.ids)))]
-        pixels = torch.from_numpy(np.stack(pixels))
+        pixels = torch.from_numpy(np.array(pixels))
         parts = data.slices(len(pixels), recipe.size, recipe.size, dd.device)
         latents = torch.cat([dd.vae.encode(pixels[part])[0] for part in parts])  # the means
         dd.config.vae.shift_factor = latents.mean().item()
@@ -942,10 +944,8 @@ def parse_args():
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if recipe.batch % (processes * args.accumulate):
         fail(f"--batch {recipe.batch} cannot be shared equally by {processes} processes x {args.accumulate} passes")
-    wanted = ["LOCAL_RANK"] if args.device.type != "cpu" else []
-    wanted += ["LOCAL_WORLD_SIZE"] if args.parallel == "fsdp" else []
-    for name in wanted:
-        if processes > 1 and name not in os.environ:
+    for name, wanted in (("LOCAL_RANK", args.device.type != "cpu"), ("LOCAL_WORLD_SIZE", args.parallel == "fsdp")):
+        if wanted and processes > 1 and name not in os.environ:
             fail(f"WORLD_SIZE is {processes}, but {name} is not set: start with torchrun, or set it")
     if args.parallel == "fsdp" and recipe.muon:
         fail("--parallel fsdp cuts up the matrices that Muon needs whole: give --muon 0, or --parallel ddp")
