@@ -23,7 +23,6 @@ import tarfile
 import tempfile
 import unicodedata
 import warnings
-import zlib
 from array import array
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -483,7 +482,8 @@ def join_samples(entries, name_of):
     """Joins each image with the texts of its name -> Rows. entries: {path: span}."""
     def key(path):
         return unicodedata.normalize("NFC", name_of(path))  # see read_record
-    texts, used = {}, set()
+    texts = {}
+    used = set()
     for path in entries:
         if ending_of(path) not in PICTURES:
             texts.setdefault(path if ending_of(path) in LISTS else key(path), []).append(path)
@@ -755,8 +755,8 @@ def fingerprint(source):
     """Tells a source from all others, by what it holds: a World by some images, Records by images and texts."""
     if isinstance(source, Records):
         return source.hash
-    checksums = [zlib.crc32(source.image(i)) for i in range(20)]
-    return short_hash((source.seed, source.pairs, source.kinds, checksums))
+    images = [hashlib.sha256(source.image(i)).hexdigest() for i in range(20)]
+    return short_hash((source.seed, source.pairs, source.kinds, images))
 
 
 def with_latents(subset, vae, folder, limit):
@@ -767,8 +767,10 @@ def with_latents(subset, vae, folder, limit):
     side = source.size // vae.config.factor
     shape = vae.config.latent_channels, side, side
     identity = source.stamp if isinstance(source, Records) else fingerprint(source)
-    weights = [zlib.crc32(tensor.float().cpu().numpy().tobytes()) for tensor in vae.state_dict().values()]
-    key = short_hash((identity, source.size, len(ids), shape, weights))
+    weights = hashlib.sha256()
+    for tensor in vae.state_dict().values():
+        weights.update(tensor.float().cpu().numpy().tobytes())
+    key = short_hash((identity, source.size, len(ids), shape, weights.hexdigest()))
     path = f"{folder}/latents-{key}.npy"
     if not os.path.exists(path):
         encode_images(source, ids, vae, (int(max(ids)) + 1, 2, *shape), path)

@@ -266,8 +266,7 @@ class DualDiffusion(nn.Module):
 
     def decode_image(self, latents):
         """Latents as the transformer sees them -> pixels (B,3,8h,8w), clamped to [-1,1]."""
-        pixels = decode_in_parts(self.vae, self.vae.denormalize(latents))
-        return finite(pixels.float()).clamp(-1, 1)
+        return decode_in_parts(self.vae, self.vae.denormalize(latents)).clamp(-1, 1)
 
     @property
     def device(self):
@@ -309,9 +308,9 @@ def make_part(config):
 
 
 def decode_in_parts(vae, z):
-    """Decodes raw latents, a few images at once: it takes more memory than the transformer."""
+    """Decodes raw latents, a few images at once: it takes more memory than the transformer. Raises ValueError."""
     count = images_at_once(z.shape[2] * vae.config.factor, z.shape[3] * vae.config.factor, z.device, DECODED)
-    return torch.cat([vae.decode(part) for part in z.split(count)])
+    return finite(torch.cat([vae.decode(part) for part in z.split(count)]).float())
 
 
 def finite(tensor):

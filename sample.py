@@ -14,7 +14,6 @@ import os
 import re
 import sys
 import textwrap
-import traceback
 
 # Waiting threads of OpenMP spin, which slows everything beside other programs. (Set before torch is imported.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -370,7 +369,7 @@ def fail(message, status=2):
     """Ends the program after a user's mistake, with one line."""
     program = os.path.basename(sys.argv[0])
     if os.environ.get("DDIT_TRACEBACK"):
-        traceback.print_exc() if sys.exc_info()[0] else traceback.print_stack()
+        raise RuntimeError(message)
     tqdm.write(f"{program}: {message}", file=sys.stderr)  # tqdm's, or it would run into a bar
     sys.exit(status)
 
@@ -449,9 +448,9 @@ def add_parts(parser):
 def run_program(main, lower="--size, or give --offload"):
     """Runs main(). A mistake of the user or too little memory gives one line and status 2, Ctrl-C one and 130."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed
-            setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(encoding="utf-8", errors="backslashreplace")  # in an ASCII locale, too
+        stream = getattr(sys, name) or open(os.devnull, "w")  # it was closed
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # in an ASCII locale, too
+        setattr(sys, name, stream)
     try:
         main()
         sys.stdout.flush()

@@ -284,7 +284,8 @@ class Embeddings(nn.Module):
         self.encoder = nn.ModuleDict({"final_layer_norm": RMSNorm(config.d_model)})
 
     def forward(self, tokens):
-        length, most = tokens.shape[1], len(self.positions)
+        length = tokens.shape[1]
+        most = len(self.positions)
         if length > most:
             raise ValueError(f"this model has learned texts of at most {most} tokens, not {length}")
         x = self.shared(tokens.to(self.shared.weight.device)) + self.positions[:length]

@@ -15,7 +15,6 @@ import copy
 import inspect
 import json
 import logging
-import multiprocessing
 import os
 import re
 import shutil
@@ -659,7 +658,7 @@ class Watch(threading.Thread):
             again = number != signal.SIGHUP and time.monotonic() - first >= 3
             if again or not self.in_loop:
                 warn("ended; the same command goes on from the last checkpoint")
-                for worker in multiprocessing.active_children():
+                for worker in torch.multiprocessing.active_children():
                     worker.kill()
                 os._exit(128 + number)
             if not self.seen:

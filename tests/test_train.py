@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -597,6 +598,33 @@ def test_what_is_no_damage_moves_no_checkpoint_aside(uninterrupted, tmp_path, mo
     os.truncate(part, 1000)
     assert train.newest_checkpoint(str(folder)) == str(folder / before[-2])
     assert os.path.getsize(folder / f"{before[-1]}.unreadable" / os.path.basename(part)) == 1000
+
+
+def test_a_batch_that_does_not_come_is_said(monkeypatch):
+    said = []
+    monkeypatch.setattr(train, "warn", said.append)
+    monkeypatch.setattr(threading, "Timer", lambda minute, *how, Timer=threading.Timer: Timer(minute / 300, *how))
+
+    def loader():
+        for wait in (0, 0.5, 0):
+            time.sleep(wait)
+            yield [data.Batch(np.zeros((1, 3, 2, 2), np.float32), None, *np.zeros((3, 1, 2), int), slice(0, 1), 0)]
+    batches = [batch for step in train.batches_of(loader(), pinned=False) for batch in step]
+    assert len(batches) == 3 and batches[1].images.shape == (1, 3, 2, 2) and torch.is_tensor(batches[1].tokens)
+    assert said == ["no batch for a minute: the disk that images are on may be slow, or gone"]
+
+
+@pytest.mark.parametrize("env, message", [
+    ({"GLOO_SOCKET_IFNAME": "nowhere"}, "cannot join the other processes: .*nowhere"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "FSDP": "1"}, "LOCAL_WORLD_SIZE is not set"),
+    ({"CXX": "/nonexistent/g++", "COMPILE": "1"}, "--compile finds no compiler that works")])
+def test_what_the_system_refuses_is_one_line(tmp_path, env, message):
+    args = ["--stage", 1, "--steps", 1, "--out", tmp_path, *SMALL]
+    args += ["--parallel", "fsdp", "--muon", 0] if "FSDP" in env else []
+    args += ["--compile"] if "COMPILE" in env else []
+    env["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run(command(*args), env=os.environ | env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and re.search(message, done.stderr), done.stderr
 
 
 WATCHING = """
