@@ -272,7 +272,7 @@ EXTENSIONS = tuple(ending for ending in ENDINGS if ENDINGS[ending] in FORMATS)
 TEXTS = [".txt", ".caption", ".json"]
 LISTS = ".jsonl .csv .tsv .parquet .arrow .zip .tar .gz".split()
 NOT_READ = ".heic .heif .avif .jp2 .jxl .svg .psd .tga .ico .eps .dng .raw .cr2 .cr3 .nef .arw .raf .orf .rw2".split()
-PICTURES = [*EXTENSIONS, *NOT_READ]
+PICTURES = list(EXTENSIONS) + NOT_READ
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28  # some PNGs have megabytes of text
 WHOLE_FILE = ("", 0, -1)
 
@@ -489,13 +489,15 @@ def join_samples(entries, name_of):
             texts.setdefault(path if ending_of(path) in LISTS else key(path), []).append(path)
     for image, span in entries.items():
         if ending_of(image) in PICTURES:
-            beside = texts.get(unicodedata.normalize("NFC", image), []) + texts.get(key(image), [])  # 1.png.txt, 1.txt
+            name = unicodedata.normalize("NFC", image)
+            beside = texts.get(name, []) + texts.get(key(image), [])  # of 1.png.txt, of 1.txt
             used.update(beside)
             contents = [(path, read_bytes(path, entries[path])) for path in beside]
             yield Row(image, {}, "", image, span, contents, "" if beside else NO_TEXT)
-    for path in itertools.chain(*texts.values()):
-        if path not in used:
-            yield Row(path, problem="belongs to no image")
+    for paths in texts.values():
+        for path in paths:
+            if path not in used:
+                yield Row(path, problem="belongs to no image")
 
 
 def read_shard(path):
@@ -562,7 +564,8 @@ def content_hash(path, span=WHOLE_FILE, pieces=2):
         count = os.path.getsize(path)
     spans = [span]
     if count > 2 ** 20:
-        spans = [(shard, start + k * (count - 4096) // (pieces - 1), 4096) for k in range(pieces)]
+        step = (count - 4096) // (pieces - 1)
+        spans = [(shard, start + k * step, 4096) for k in range(pieces)]
     digest = hashlib.sha256(str(count).encode())
     for span in spans:
         digest.update(read_bytes(path, span))
@@ -576,7 +579,8 @@ def stamp_of(files):
     for file in files:
         with suppress(OSError):  # it is gone
             stat = os.stat(file)
-            digest.update(repr((file, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)).encode())
+            seen = file, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
+            digest.update(repr(seen).encode())
     return digest.hexdigest()[:12]
 
 
@@ -596,8 +600,9 @@ class Records:
     """The user's data, from a .json list, a .jsonl or .csv, a folder of images, a WebDataset shard (.tar), or
     several. Each is read once into an index on disk, which `folder` keeps; none lies in memory. captioned and
     questioned count records with captions and with questions, incomplete those left out; hash: of images and texts;
-    stamp: of the files' times. Each of `count` processes reads some sources, and `exchange` gives the values of all."""
-    def __init__(self, paths, size, folder=None, held_out=HELD_OUT, rank=0, count=1, exchange=lambda value: [value]):
+    stamp: of the files' times. Of several processes each reads its own part of the sources, a slice of them, and
+    `exchange` gives the values of all."""
+    def __init__(self, paths, size, folder=None, held_out=HELD_OUT, part=slice(None), exchange=lambda value: [value]):
         self.size = size
         self.held_out = held_out
         if isinstance(paths, str):
@@ -607,8 +612,8 @@ class Records:
         os.makedirs(folder, exist_ok=True)
         self.parts = [f"{folder}/{short_hash(path)}.jsonl" for path in paths]
         sources = dict(zip(self.parts, paths))
-        with tqdm(desc="reading", unit=" records", leave=False, delay=1, disable=rank > 0 or None) as bar:
-            found = {part: read_source(sources[part], part, bar) for part in list(sources)[rank::count]}
+        with tqdm(desc="reading", unit=" records", leave=False, delay=1, disable=bool(part.start) or None) as bar:
+            found = {index: read_source(sources[index], index, bar) for index in list(sources)[part]}
         for others in exchange(found):
             found |= others
         totals = [found[part] for part in self.parts]
@@ -824,7 +829,7 @@ class Batch(NamedTuple):
                 x = torch.from_numpy(x)
                 x = x.pin_memory() if pinned else x
             fields.append(x)
-        return Batch(*fields)
+        return Batch._make(fields)
 
 
 @dataclass(eq=False)
@@ -887,13 +892,13 @@ def at_once(text):
         limits |= dict.fromkeys(limits, max(1, int(text)) * 2 ** 18)
 
 
-def images_at_once(height, width, device, limits):
-    return max(1, limits.get(device.type, 2 ** 18) // (height * width))
+def images_at_once(pixels, device, limits):
+    return max(1, limits.get(device.type, 2 ** 18) // pixels)
 
 
 def slices(count, height, width, device, desc=None):
     """Cuts `count` images of that size into slices of at most PIXELS. Several slices show a bar on a terminal."""
-    size = images_at_once(height, width, device, PIXELS)
+    size = images_at_once(height * width, device, PIXELS)
     parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     return tqdm(parts, desc, leave=False, disable=count <= size or None)
 

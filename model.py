@@ -309,7 +309,8 @@ def make_part(config):
 
 def decode_in_parts(vae, z):
     """Decodes raw latents, a few images at once: it takes more memory than the transformer. Raises ValueError."""
-    count = images_at_once(z.shape[2] * vae.config.factor, z.shape[3] * vae.config.factor, z.device, DECODED)
+    pixels = z[0, 0].numel() * vae.config.factor ** 2  # of an image
+    count = images_at_once(pixels, z.device, DECODED)
     return finite(torch.cat([vae.decode(part) for part in z.split(count)]).float())
 
 

@@ -215,7 +215,8 @@ def find_data(paths, args, recipe):
         learn = data.Subset(data.World(args.seed), np.arange(recipe.pool))
         count = min(250, recipe.pool // 20 + 1)
         return learn, data.Subset(data.World(UNSEEN + args.seed), np.arange(count))
-    source = data.Records(paths, recipe.size, args.out, args.held_out, dist.get_rank(), dist.get_world_size(), exchange)
+    part = slice(dist.get_rank(), None, dist.get_world_size())  # every so many sources, each process its own
+    source = data.Records(paths, recipe.size, args.out, args.held_out, part, exchange)
     names = " ".join(paths)
     unseen, ids = source.split()
     some_can_be_read = any(data.readable(source, i) is not None for i in unseen)
@@ -698,7 +699,8 @@ def validate(learner):
     """Computes both losses on images that are held out, with the same noise and masks every time."""
     steps = -(-min(256, len(learner.held_out[1].ids)) // learner.recipe.batch)
     batches = make_batches(learner, learner.held_out, UNSEEN)
-    parts = [torch.stack(training_losses(learner, batch.tensors())) for step in range(steps) for batch in batches[step]]
+    batches = [batch.tensors() for step in range(steps) for batch in batches[step]]
+    parts = [torch.stack(training_losses(learner, batch)) for batch in batches]
     return mean_over_processes(torch.stack(parts).mean(0))[1:]
 
 
@@ -881,7 +883,7 @@ def default_dtype(args):
 
 
 # The least values of a recipe's numbers; of others it is 0.
-LEAST = {"steps": 1, "batch": 1, "size": 1, "length": 6, "pool": 1, "vocab": 1, "time_mean": float("-inf")}
+LEAST = dict(steps=1, batch=1, size=1, length=6, pool=1, vocab=1, time_mean=-100)
 
 
 def add_arguments(parser, recipe):

@@ -291,7 +291,7 @@ def exchange(value):
     return values
 
 before, start = held("VmRSS:"), time.perf_counter()
-records = Records(paths, 64, f"{folder}/kept", rank=rank, count=count, exchange=exchange)
+records = Records(paths, 64, f"{folder}/kept", part=slice(rank, None, count), exchange=exchange)
 took, (unseen, ids) = time.perf_counter() - start, records.split()
 for i in range(0, len(records), 100):
     records.record(i)

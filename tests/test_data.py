@@ -867,7 +867,7 @@ def test_processes_share_the_reading_of_shards_and_what_is_read_stays(pictures, 
             values[rank] = value
             barrier.wait(30)
             return [values[0], values[1]]
-        found[rank] = data.Records(paths, 16, tmp_path, rank=rank, count=2, exchange=exchange)
+        found[rank] = data.Records(paths, 16, tmp_path, part=slice(rank, None, 2), exchange=exchange)
     threads = [threading.Thread(target=work, args=[rank]) for rank in (0, 1)]
     for thread in threads:
         thread.start()

@@ -29,6 +29,7 @@ def table():
     return {name: cells for name, *cells in lines}
 
 
+@pytest.mark.skipif("SLOW" not in os.environ, reason="takes a minute; SLOW=1 runs it")
 def test_memory_and_flops_are_those_of_closed_forms(table):
     """Stage 1, where all learns but the VAE, each block computed twice. Bytes: float32, with one moment for Muon's
     matrices and two for the rest. FLOPs: 2 per weight and token, 4 per pair of tokens and channel in attention, for
@@ -62,7 +63,8 @@ def test_memory_and_flops_are_those_of_closed_forms(table):
 
 def code(test):
     """Run a test in a process of its own, for fake_gpu.py has to come before torch."""
-    run("-c", "import sys; sys.path[:0] = ['tests']\nfrom pytest import raises\nfrom fake_gpu import *" + dedent(test))
+    imports = "from pytest import raises\nfrom fake_gpu import *\nfrom first_gpu import *"
+    run("-c", "import sys; sys.path[:0] = ['tests']\n" + imports + dedent(test))
 
 
 def test_drawing_waits_once_and_reading_brings_back_no_logits():
