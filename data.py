@@ -377,8 +377,10 @@ def read_record(row, looked_at):
         raise ValueError("not in a form that this program knows") from None
     if None in fields:
         raise ValueError("has too many cells: put texts in quotes")
+    if not captions + questions and row.files:
+        raise ValueError(f"has a text that holds nothing: {row.files[0][0]}")
     if not captions + questions:
-        raise ValueError("has an empty text, or no caption and no question with an answer")
+        raise ValueError("has no caption, and no question with an answer")
     if NOT_UNICODE.search("".join(itertools.chain(captions, *questions))):
         raise ValueError("its text is neither UTF-8, nor UTF-16 with a byte order mark")
     return Record(image, tuple(captions), tuple(questions), row.span)
@@ -624,7 +626,7 @@ class Records:
         self.stamp = short_hash([part["stamp"] for part in totals])
         if self.incomplete:
             problems = [f"{count} like {first}" for part in totals for count, first in part["problems"].values()]
-            warn(f"{self.incomplete} records cannot be used, {len(self)} can; {'; '.join(problems[:5])}")
+            warn(f"{self.incomplete} records cannot be used, {len(self)} can:\n  " + "\n  ".join(problems[:5]))
 
     def __len__(self):
         return int(self.starts[-1])

@@ -806,8 +806,8 @@ def run_stage(args, recipe):
     if is_first():
         count = sum(p.numel() for p in learner.parameters)
         going_on = f"; going on from step {start}" if start else ""
-        print(f"{count:,} parameters learn from {len(texts.ids):,} records, in {settings['dtype']}, "
-              f"on {dist.get_world_size()} x {args.device.type}{going_on}", file=sys.stderr)
+        print(f"{count:,} parameters learn from {len(texts.ids):,} records ({len(held_out[1].ids):,} are held out), "
+              f"in {settings['dtype']}, on {dist.get_world_size()} x {args.device.type}{going_on}", file=sys.stderr)
         show_batch(dd, batches[0][0].tensors(), f"{folder}/data.png")
     quick = images.latents or isinstance(images.source, data.World)  # but a GPU must not wait for one core
     workers = 0 if args.device.type == "cpu" and quick else min(4, os.cpu_count() or 1)
