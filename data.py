@@ -813,7 +813,8 @@ def encode_images(source, ids, vae, shape, path):
 
 class Batch(NamedTuple):
     """What one process computes in one pass of a step. Images are pixels (B,3,H,W) in [-1,1]; or, if their latents are
-    stored, moments (B,2,C,h,w): mean and log-variance."""
+    stored, moments (B,2,C,h,w): mean and log-variance. Arrays become tensors in the process that trains: a worker would
+    hand over tensors in /dev/shm, of which a container has little, but arrays through a pipe."""
     images: np.ndarray       # for the image loss
     text_images: np.ndarray  # for the text loss; None: the same
     captions: np.ndarray     # (B,L) tokens, for the image loss
@@ -821,17 +822,6 @@ class Batch(NamedTuple):
     maskable: np.ndarray     # (B,L) bool, which of them may be masked
     rows: slice              # which rows of the step's whole batch these are
     seed: int                # of the step
-
-    def tensors(self, pinned=False):
-        """Returns the same with tensors in place of arrays. Workers hand over arrays, through a pipe: tensors would
-        need space in /dev/shm, of which a container has little."""
-        fields = []
-        for x in self:
-            if isinstance(x, np.ndarray):
-                x = torch.from_numpy(x)
-                x = x.pin_memory() if pinned else x
-            fields.append(x)
-        return Batch._make(fields)
 
 
 @dataclass(eq=False)

@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
 from tqdm import tqdm
 
 import data
@@ -691,7 +691,10 @@ def batches_of(loader, pinned):
         slow.cancel()
         if step is None:
             return
-        yield [batch.tensors(pinned) for batch in step]
+        step = default_convert(step)
+        if pinned:
+            step = [batch._replace(images=batch.images.pin_memory()) for batch in step]
+        yield step
 
 
 @torch.no_grad()
@@ -699,7 +702,7 @@ def validate(learner):
     """Computes both losses on images that are held out, with the same noise and masks every time."""
     steps = -(-min(256, len(learner.held_out[1].ids)) // learner.recipe.batch)
     batches = make_batches(learner, learner.held_out, UNSEEN)
-    batches = [batch.tensors() for step in range(steps) for batch in batches[step]]
+    batches = [batch for step in range(steps) for batch in default_convert(batches[step])]
     parts = [torch.stack(training_losses(learner, batch)) for batch in batches]
     return mean_over_processes(torch.stack(parts).mean(0))[1:]
 
@@ -808,7 +811,7 @@ def run_stage(args, recipe):
         going_on = f"; going on from step {start}" if start else ""
         print(f"{count:,} parameters learn from {len(texts.ids):,} records ({len(held_out[1].ids):,} are held out), "
               f"in {settings['dtype']}, on {dist.get_world_size()} x {args.device.type}{going_on}", file=sys.stderr)
-        show_batch(dd, batches[0][0].tensors(), f"{folder}/data.png")
+        show_batch(dd, default_convert(batches[0][0]), f"{folder}/data.png")
     quick = images.latents or isinstance(images.source, data.World)  # but a GPU must not wait for one core
     workers = 0 if args.device.type == "cpu" and quick else min(4, os.cpu_count() or 1)
     workers = workers if args.workers is None else args.workers

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from safetensors import SafetensorError
+from torch.utils.data import default_convert
 
 import data
 from data import Thing, World
@@ -426,7 +427,7 @@ def test_every_epoch_has_every_record_once_whatever_the_batch():
 
 
 def tensors(batch):
-    batch = batch.tensors()
+    batch = default_convert(batch)
     text_images = batch.images if batch.text_images is None else batch.text_images
     return batch.images, text_images, batch.captions, batch.tokens, batch.maskable
 

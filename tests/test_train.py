@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
+from torch.utils.data import default_convert
 
 import data
 import sample
@@ -261,7 +262,7 @@ def test_blocks_are_compiled_with_and_without_checkpointing(monkeypatch):
         learner = train.Learner(dd, {"ddit": dd.ddit, "t5": train.MaskRow(dd.t5, dd.tokenizer.mask_id)}, recipe,
                                 SimpleNamespace(parallel="ddp", **flags), torch.float32, "")
         batch, = data.Batches(subset, subset, dd.tokenizer, dd.config.settings, recipe, 0, slice(0, 8))[0]
-        loss, *_ = train.training_losses(learner, batch.tensors())
+        loss, *_ = train.training_losses(learner, default_convert(batch))
         loss.backward()
         counts.append(counter.frame_count)
         gradients.append(torch.cat([p.grad.to_local().flatten() for p in learner.parameters]))
@@ -426,7 +427,7 @@ def test_a_step_is_the_same_on_any_number_of_processes(monkeypatch):
 
     def halves(rows, passes=1):
         for batch in data.Batches(feed, feed, tokenizer, settings, recipe, 0, rows, passes)[5]:
-            yield batch.rows, *train.training_losses(learner, batch.tensors())
+            yield batch.rows, *train.training_losses(learner, default_convert(batch))
     (whole,), four = halves(slice(0, 64)), [*halves(slice(0, 64), 4)]
     two = [*halves(slice(0, 16)), *halves(slice(16, 64))]
     assert [rows for rows, _, _ in four] == [slice(k, k + 16) for k in (0, 16, 32, 48)]
