@@ -352,7 +352,7 @@ def read_record(row, looked_at):
         captions = []
         for name, content in row.files:
             text = content.decode(encoding_of(content), "surrogateescape").strip()
-            if name.lower().endswith(".json"):
+            if ending_of(name) == ".json":
                 fields = fields | parse(text, "a record", dict)
             elif text:
                 captions.append(text)
@@ -377,9 +377,9 @@ def read_record(row, looked_at):
         raise ValueError("not in a form that this program knows") from None
     if None in fields:
         raise ValueError("has too many cells: put texts in quotes")
-    if not captions + questions and row.files:
-        raise ValueError(f"has a text that holds nothing: {row.files[0][0]}")
     if not captions + questions:
+        if row.files:
+            raise ValueError(f"has a text that holds nothing: {row.files[0][0]}")
         raise ValueError("has no caption, and no question with an answer")
     if NOT_UNICODE.search("".join(itertools.chain(captions, *questions))):
         raise ValueError("its text is neither UTF-8, nor UTF-16 with a byte order mark")
@@ -683,7 +683,7 @@ def read_source(source, path, bar):
             totals, named = json.loads(line)  # the last
         if totals["stamp"] == [stamp, stamp_of(named)]:
             return totals
-    totals = {"records": 0, "captioned": 0, "questioned": 0, "incomplete": 0, "problems": {}}
+    totals = {"captioned": 0, "questioned": 0, "incomplete": 0, "problems": {}}
     index = array("q")
     digest = hashlib.sha256()
     looked_at = []
@@ -691,7 +691,7 @@ def read_source(source, path, bar):
         for row in rows_of(source, files, looked_at):
             try:
                 record = read_record(row, looked_at)
-                file = looked_at[-1]
+                file = record.span[0] or record.image
                 if not os.path.isfile(file):
                     raise ValueError(f"no such image: {file}")
                 image_hash = content_hash(file, record.span)
@@ -704,11 +704,11 @@ def read_source(source, path, bar):
             digest.update(repr((image_hash, record.captions, record.questions)).encode())
             index.extend((f.tell(), image_hash))
             f.write(f"{json.dumps(record)}\n".encode())
-            totals["records"] += 1
             totals["captioned"] += bool(record.captions)
             totals["questioned"] += bool(record.questions)
             bar.update()
-        if not totals["records"]:
+        totals["records"] = len(index) // 2
+        if not index:
             problems = [first for _, first in totals["problems"].values()]
             raise ValueError(f"{source}: holds no image with a text that can be used. {'; '.join(problems[:3])}")
         index.extend((f.tell(), 0))
@@ -917,7 +917,7 @@ def one_line(error):
 
 
 def parse(raw, where, kind):
-    """Reads JSON from bytes -> a list or dict (`kind`). Raises ValueError with one line, which begins with `where`."""
+    """Reads JSON -> a list or dict (`kind`). Raises ValueError with one line, which begins with `where`."""
     try:
         value = json.loads(raw, parse_constant=lambda name: None)  # NaN is no text
     except ValueError as error:

@@ -101,9 +101,8 @@ RECIPES = {
 
 
 def training_losses(learner, batch):
-    """The losses of one pass, for a data.Batch -> total, image loss, text loss. All random numbers are drawn for the
-    whole batch, from the step's seed, and a process uses those of its rows. So any number of processes takes the
-    same step."""
+    """The losses of one pass, for a data.Batch -> total, image loss, text loss. Random numbers are drawn for the whole
+    batch, from the step's seed, and a process uses those of its rows: any number of processes takes the same step."""
     dd = learner.dd
     recipe = learner.recipe
     if dd.ddit is None:
@@ -676,10 +675,6 @@ def own_session(worker):
     signal.set_wakeup_fd(-1)  # its signals are not the first process's
 
 
-def unchanged(batches):
-    return batches
-
-
 def batches_of(loader, pinned):
     """Gives what a loader gives, with tensors. Says so if it takes more than a minute."""
     batches = iter(loader)
@@ -816,7 +811,7 @@ def run_stage(args, recipe):
     workers = 0 if args.device.type == "cpu" and quick else min(4, os.cpu_count() or 1)
     workers = workers if args.workers is None else args.workers
     loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), num_workers=workers,
-                        collate_fn=unchanged, worker_init_fn=own_session)
+                        collate_fn=list, worker_init_fn=own_session)
     log = Log(learner, start)
     args.watch.in_loop = True
     train(learner, batches_of(loader, pinned=args.device.type == "cuda"), log, args.watch.seen)
