@@ -859,8 +859,10 @@ class Batches(torch.utils.data.Dataset):
         if self.texts is not self.images:  # --text-data
             text_image, (_, text) = self.draw(self.texts, n, rng)
         caption = self.tokenizer.encode(caption, settings.length)
-        text = self.tokenizer.text_ids(text, settings.length, settings.caption_prompt, settings.answer_suffix, rng)
-        return image, text_image, caption, *text
+        ids, may = self.tokenizer.text_ids(text, settings.length, settings.caption_prompt, settings.answer_suffix)
+        if ids[-2] != self.tokenizer.eos_id:
+            warn_once(f"some texts fill --length {settings.length} or are cut by it: where they end is not learned")
+        return image, text_image, caption, ids, may
 
     def draw(self, subset, n, rng):
         epoch, k = divmod(n, len(subset.ids))
@@ -873,24 +875,18 @@ class Batches(torch.utils.data.Dataset):
 
 
 # ---------------------------------------------------------------- what all files share
-# Pixels of all images that go through the networks at once, and of those that are decoded at once, by kind of device.
+# Pixels of all images that go through the networks at once, by kind of device.
 PIXELS = {"cpu": 2 ** 18, "cuda": 2 ** 22}  # 16 images of 512 x 512 take at most 5.4 GB (tests/fake_gpu.py)
-DECODED = {"cpu": 2 ** 18, "cuda": 2 ** 21}
 
 
 def at_once(text):
     """An argparse type that sets how many images of 512x512 go through the networks at once, at least one."""
-    for limits in (PIXELS, DECODED):
-        limits |= dict.fromkeys(limits, max(1, int(text)) * 2 ** 18)
-
-
-def images_at_once(pixels, device, limits):
-    return max(1, limits.get(device.type, 2 ** 18) // pixels)
+    PIXELS.update(dict.fromkeys(PIXELS, max(1, int(text)) * 2 ** 18))
 
 
 def slices(count, height, width, device, desc=None):
     """Cuts `count` images of that size into slices of at most PIXELS. Several slices show a bar on a terminal."""
-    size = images_at_once(height * width, device, PIXELS)
+    size = max(1, PIXELS.get(device.type, 2 ** 18) // (height * width))
     parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     return tqdm(parts, desc, leave=False, disable=count <= size or None)
 

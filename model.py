@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data import DECODED, images_at_once, parse, replacing
+from data import parse, replacing, slices
 from t5 import Embeddings, EmbeddingsConfig, RMSNorm, T5Config, T5Encoder, Tokenizer
 from vae import VAE, VAEConfig
 
@@ -308,10 +308,12 @@ def make_part(config):
 
 
 def decode_in_parts(vae, z):
-    """Decodes raw latents, a few images at once: it takes more memory than the transformer. Raises ValueError."""
-    pixels = z[0, 0].numel() * vae.config.factor ** 2  # of an image
-    count = images_at_once(pixels, z.device, DECODED)
-    return finite(torch.cat([vae.decode(part) for part in z.split(count)]).float())
+    """Decodes raw latents in slices of half the usual size: it takes more memory than the transformer. Raises
+    ValueError."""
+    height = z.shape[2] * vae.config.factor
+    width = z.shape[3] * vae.config.factor
+    parts = [vae.decode(z[part]) for part in slices(len(z), 2 * height, width, z.device, "decoding")]
+    return finite(torch.cat(parts).float())
 
 
 def finite(tensor):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import losses
 from data import ENDINGS, EXTENSIONS, at_once, load_image, one_line, replacing, slices, to_images, to_pixels, warn
 from model import DTYPES, DualDiffusion, check_complete, finite
-from t5 import unseen_words, window_ids
+from t5 import unseen_words
 
 
 def time_grid(steps, shift):
@@ -217,38 +217,34 @@ def draw_tokens(logits, temperature, generator):
 def caption(dd, images, length=None, steps=None, **how):
     """Describes images (B,3,H,W) in [-1,1] -> list of str. length: tokens of a text; steps, how: see `unmask_texts`."""
     texts = [text_ids(dd, "", length)] * len(images)
-    return unmask_texts(dd, images, texts, length, steps, dd.config.settings.caption_steps, **how)
+    return unmask_texts(dd, images, texts, steps, dd.config.settings.caption_steps, **how)
 
 
 def answer(dd, images, questions, length=None, steps=None, **how):
     """Answers one question per image -> list of str. length: tokens of question and answer."""
     texts = [text_ids(dd, (question, ""), length) for question in questions]
-    return unmask_texts(dd, images, texts, length, steps, dd.config.settings.answer_steps, **how)
+    return unmask_texts(dd, images, texts, steps, dd.config.settings.answer_steps, **how)
 
 
 def infill(dd, images, texts, length=None, steps=None, **how):
     """Fills in the blanks of one text per image -> list of str. Every underscore stands for one token."""
-    length = text_length(dd, length)
+    length = length or dd.config.settings.length
     texts = [dd.tokenizer.blank_ids(text, length) for text in texts]
-    return unmask_texts(dd, images, texts, length, steps, default_steps=length, whole=True, **how)
-
-
-def text_length(dd, length):
-    return dd.config.settings.length if length in (None, "auto") else length
+    return unmask_texts(dd, images, texts, steps, default_steps=length, whole=True, **how)
 
 
 def text_ids(dd, text, length=None):
     """Makes ids and maskable of a caption, or of a pair (question, answer), as this model was trained on them. An
     empty caption or answer has EOS in all its places, to be masked."""
     settings = dd.config.settings
-    return dd.tokenizer.text_ids(text, text_length(dd, length), settings.caption_prompt, settings.answer_suffix)
+    return dd.tokenizer.text_ids(text, length or settings.length, settings.caption_prompt, settings.answer_suffix)
 
 
 @torch.no_grad()
-def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, temperature=0.0, whole=False, **how):
+def unmask_texts(dd, images, texts, steps, default_steps, order=None, temperature=0.0, whole=False, **how):
     """Unmasks one text (ids, maskable) for each image -> list of str: the texts from their first mask on, or the whole
-    texts. order: by default "random", the paper's, if `steps` are given, else "entropy". length: with "auto" a text
-    is written in blocks, until EOS. how: generator and watch, see `unmask`."""
+    texts. order: by default "random", the paper's, if `steps` are given, else "entropy". how: generator and watch, see
+    `unmask`."""
     height, width = images.shape[2:]
     latent_size(dd, height, width)  # raises before any work is done in vain
     if len(texts) != len(images):
@@ -256,13 +252,12 @@ def unmask_texts(dd, images, texts, length, steps, default_steps, order=None, te
     if order is None:
         order = "random" if steps else "entropy"
     steps = steps or default_steps
-    method = unmask_in_blocks if length == "auto" else unmask
     tokens = torch.tensor([ids for ids, _ in texts])
     maskable = torch.tensor([may for _, may in texts])
     lines = []
     for part in slices(len(images), height, width, dd.device):
         latents = dd.encode_image(images[part])
-        rows, _ = method(dd, latents, tokens[part], maskable[part], steps, order, temperature, **how)
+        rows, _ = unmask(dd, latents, tokens[part], maskable[part], steps, order, temperature, **how)
         first_masks = maskable[part].long().argmax(1)
         for row, first in zip(rows, first_masks):
             lines.append(dd.tokenizer.decode(row if whole else row[first:]))
@@ -297,26 +292,6 @@ def latent_size(dd, height, width):
     return height // factor, width // factor
 
 
-def unmask_in_blocks(dd, latents, tokens, maskable, steps, order="random", temperature=1.0, blocks=33, **how):
-    """Like `unmask`, for texts of any length. A text that fills its length without EOS is not at its end. So a window
-    (t5.py) moves over it: prompt and latest words stay, and a block of new masks follows, up to `blocks` times."""
-    prompts = [row[~may].tolist()[:-1] for row, may in zip(tokens, maskable)]  # without the last EOS
-    texts = [[] for _ in prompts]
-    passes = 0
-    for _ in range(blocks):
-        unfinished = [k for k, text in enumerate(texts) if dd.tokenizer.eos_id not in text]
-        if not unfinished:
-            break
-        length = tokens.shape[1]
-        windows = [window_ids(dd.tokenizer, prompts[k], texts[k], len(texts[k]), length) for k in unfinished]
-        ids, new = map(torch.tensor, zip(*windows))
-        rows, more = unmask(dd, latents[unfinished], ids, new, steps, order, temperature, **how)
-        for k, row, may in zip(unfinished, rows, new):
-            texts[k] += row[may].tolist()
-        passes += more
-    return [prompt + text for prompt, text in zip(prompts, texts)], passes
-
-
 @torch.no_grad()
 def score(dd, images, texts, draws=64):
     """Estimates how unlikely each text is, given its image -> (N,) nats: Eq. 7, an upper bound on -log p(text|image).
@@ -335,18 +310,6 @@ def score(dd, images, texts, draws=64):
         loss = losses.masked_diffusion_loss(logits, tokens, masked, t)
         nats.append(loss * len(ids))  # the loss is per token
     return torch.stack(nats)
-
-
-def rank(dd, images, questions, options):
-    """Ranks options as answers to one question per image -> list of str: likeliest first, with their per cents."""
-    lines = []
-    for image, question in zip(images, questions):
-        pairs = [(question, option) for option in options]
-        nats = score(dd, [image] * len(options), pairs)
-        percent = 100 * torch.softmax(-nats, dim=0)
-        order = percent.argsort(descending=True)
-        lines.append(", ".join(f"{options[k]} ({percent[k]:.1f}%)" for k in order))
-    return lines
 
 
 def keep_likeliest(dd, pixels, prompts, count):
@@ -415,10 +378,6 @@ def typed_text(text):
         return os.fsencode(text).decode()
     except UnicodeDecodeError:
         raise ValueError(f"{text!r} is not UTF-8") from None
-
-
-def token_count(text):
-    return text if text == "auto" else at_least(6)(text)
 
 
 def image_size(text):
@@ -532,9 +491,7 @@ def parse_args():
         help="In which order tokens are unmasked (default: entropy; with --steps, random).")
     add("--temperature", type=at_least(0, float), default=0.0,
         help="Divides the logits of tokens; 0 takes the likeliest token (default: 0).")
-    add("--length", type=token_count,
-        help="Length of a text; auto takes as many as it needs (default: the checkpoint's).")
-    add("--options", nargs="+", default=[], help="Rank these answers to --vqa by their probability.")
+    add("--length", type=at_least(6), help="Tokens of a text (default: the checkpoint's).")
     add("--suffix", type=typed_text, help="Is added to every question (default: the checkpoint's).")
     add("--show-passes", action="store_true", help="Print a text after every forward pass, too; _ is a mask.")
     add("--num", type=at_least(1), default=1, help="Images per prompt (default: 1).")
@@ -609,11 +566,7 @@ def read_images(dd, args, generator):
         how["watch"] = print_pass
     paths = [path for path, _ in args.vqa]
     questions = [prepare_text(dd, question, question_room) for _, question in args.vqa]
-    if args.options:
-        options = [prepare_text(dd, option, length) for option in args.options]
-        read(rank, paths, questions, options=options)
-    else:
-        read(answer, paths, questions, **how)
+    read(answer, paths, questions, **how)
     read(caption, args.caption, **how)
     paths = [path for path, _ in args.infill]
     texts = [prepare_text(dd, text, length - 1) for _, text in args.infill]
@@ -657,7 +610,7 @@ def main():
     if (args.reads or args.best_of > 1) and not dd.ddit.text_head.linear.weight.any():
         warn("this model's text head was never trained: it can draw, but what it reads means nothing")
     settings = dd.config.settings
-    if isinstance(args.length, int):
+    if args.length:
         settings.length = args.length
     if args.suffix is not None:
         settings.answer_suffix = args.suffix

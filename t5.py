@@ -52,12 +52,11 @@ class Tokenizer:
             ids = ids[:ids.index(self.eos_id)]
         return self.pieces.decode([i for i in ids if i < len(self.pieces)])
 
-    def text_ids(self, text, length, caption_prompt="", answer_suffix="", rng=None):
+    def text_ids(self, text, length, caption_prompt="", answer_suffix=""):
         """Turns a caption (str), or a question with its answer (a pair of str), into ids, and says which of
         them may be masked -> ids, maskable: two lists of this length.
         A question becomes "Q: {question} {answer_suffix} A:", and only its answer may be masked. A caption
-        stands alone, or it answers the question `caption_prompt`. If a text is too long, its end is cut off;
-        with `rng`, as in training, some part of it is drawn (`random_window`).
+        stands alone, or it answers the question `caption_prompt`. If a text is too long, its end is cut off.
         The last token of every text is EOS and is never masked. T5 knows only distances between tokens. In
         a text of masks alone it could not tell them apart; the last EOS shows each how far away the end is."""
         if isinstance(text, str):
@@ -66,12 +65,8 @@ class Tokenizer:
             question, text = text
             question = question.removesuffix(answer_suffix)  # it may have been typed
             prompt = self.prompt_ids(question, length, answer_suffix)
-        words = self.pieces.encode(text)
+        ids = self.pad(prompt + self.pieces.encode(text), length)
         room = length - 1 - len(prompt)
-        is_too_long = len(words) >= room  # it would leave no place for an EOS but the last
-        if is_too_long and rng is not None:
-            return random_window(self, prompt, words, length, rng)
-        ids = self.pad(prompt + words, length)
         return ids, [False] * len(prompt) + [True] * room + [False]
 
     def prompt_ids(self, question, length, suffix=""):
@@ -246,25 +241,6 @@ def init_position_bias(table, config):
         slope = 2.0 ** -(head // 2 * 8 / config.num_heads)
         wrong_way = distance > 0 if head % 2 == 0 else distance < 0
         table[bucket, head] = -slope * distance.abs() - 4.0 * wrong_way
-
-
-# A window is a part of a text that is too long: the prompt, the words before some place, and a block of words
-# from there on. A model that has learned windows writes texts block by block (`unmask_in_blocks` in sample.py).
-
-def random_window(tokenizer, prompt, words, length, rng):
-    """Draws one of the windows in which a text would be written -> ids, maskable."""
-    room = length - 1 - len(prompt)
-    starts = [0] + list(range(room, len(words) + 1, max(1, room // 4)))
-    return window_ids(tokenizer, prompt, words, starts[rng.integers(len(starts))], length)
-
-
-def window_ids(tokenizer, prompt, words, start, length):
-    """Returns ids, maskable. The words from `start` on are the block: a quarter of the room; at start 0, all."""
-    room = length - 1 - len(prompt)
-    block = max(1, room // 4) if start else room
-    before = words[start - (room - block):start]
-    new = tokenizer.pad(words[start:start + block], block + 1)
-    return prompt + before + new, [False] * (length - 1 - block) + [True] * block + [False]
 
 
 @dataclass

@@ -29,7 +29,7 @@ from datetime import timedelta
 from functools import partial
 from glob import escape, glob
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch comes; sample.py says why
+import sample  # isort: skip  (It comes before torch, for which it sets GOMP_SPINCOUNT.)
 
 import numpy as np
 import torch
@@ -47,7 +47,6 @@ from tqdm import tqdm
 
 import data
 import losses
-import sample
 import t5
 import vae
 from data import one_line, warn
@@ -331,12 +330,7 @@ class MaskRow(nn.Module):
         super().__init__()
         self.mask_id = mask_id
         self.row = nn.Parameter(encoder.shared.weight[mask_id].detach().float().clone())
-
-        def replace_row(table, inputs, embedded):
-            tokens, = inputs
-            return self(tokens, embedded)
-
-        encoder.shared.register_forward_hook(replace_row)
+        encoder.shared.register_forward_hook(lambda table, inputs, embedded: self(inputs[0], embedded))
 
     def forward(self, tokens, embedded):
         is_mask = (tokens == self.mask_id)[..., None]
@@ -574,12 +568,8 @@ class Log:
                         mininterval=1, disable=not is_first())
 
     def drop_after(self, start):
-        kept = []
-        with open(self.metrics) as f:
-            for line in f:
-                match = re.match(r'{"step": (\d+),.*}\n', line)  # None: cut off by a power cut
-                if match and int(match[1]) <= start:
-                    kept.append(line)
+        with open(self.metrics) as f:  # the last line may have been cut off
+            kept = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= start]
         data.write_text(self.metrics, "".join(kept))
 
     def write(self, done, norm, learner, validates):
@@ -591,16 +581,15 @@ class Log:
         if not np.isfinite(parts + [norm]).all():
             raise ValueError(f"the loss or its gradient is not a number at step {done}, so nothing of it was saved. "
                              "Lower --rate or --muon")
-        line = {"step": done, **dict(zip(self.names, parts)), "grad_norm": norm}
+        line = dict(zip(self.names, parts))
+        line["grad_norm"] = norm
         line["rate"] = learner.optimizers[0].param_groups[0]["lr"]
-        images = (done - self.step) * learner.recipe.batch
-        line["images_per_s"] = images / seconds
+        line["images_per_s"] = (done - self.step) * learner.recipe.batch / seconds
         line |= {f"val_{name}": loss for name, loss in zip(self.names, validation)}
-        shown = {name: f"{loss:.4f}" for name, loss in zip(self.names, parts)}
-        self.bar.set_postfix(shown, rate=f"{line['rate']:.1e}", images_per_s=round(line["images_per_s"]))
+        self.bar.set_postfix(line)
         if is_first():
             with open(self.metrics, "a") as f:
-                f.write(json.dumps(line) + "\n")
+                f.write(json.dumps({"step": done} | line) + "\n")
         self.recent = []
         self.step = done
 
@@ -777,10 +766,9 @@ def prepare(args, recipe, folder):
     dd, modules = starting_point(args, recipe, texts, args.device, DTYPES[settings["dtype"]])
     sample.latent_size(dd, recipe.size, recipe.size)  # refuses now what does not fit
     if dd.ddit:
-        limit = args.latents if args.data or args.image_data else recipe.pool
         same = texts is images
-        images = data.with_latents(images, dd.vae, args.out, limit)
-        texts = images if same else data.with_latents(texts, dd.vae, args.out, limit)
+        images = data.with_latents(images, dd.vae, args.out, args.latents)
+        texts = images if same else data.with_latents(texts, dd.vae, args.out, args.latents)
     if is_first():
         barrier()
     return dd, modules, (images, texts), held_out, settings
@@ -807,10 +795,7 @@ def run_stage(args, recipe):
         print(f"{count:,} parameters learn from {len(texts.ids):,} records ({len(held_out[1].ids):,} are held out), "
               f"in {settings['dtype']}, on {dist.get_world_size()} x {args.device.type}{going_on}", file=sys.stderr)
         show_batch(dd, default_convert(batches[0][0]), f"{folder}/data.png")
-    quick = images.latents or isinstance(images.source, data.World)  # but a GPU must not wait for one core
-    workers = 0 if args.device.type == "cpu" and quick else min(4, os.cpu_count() or 1)
-    workers = workers if args.workers is None else args.workers
-    loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), num_workers=workers,
+    loader = DataLoader(batches, batch_size=None, sampler=range(start, recipe.steps), num_workers=args.workers,
                         collate_fn=list, worker_init_fn=own_session)
     log = Log(learner, start)
     args.watch.in_loop = True
@@ -907,7 +892,8 @@ def add_arguments(parser, recipe):
     add("--accumulate", type=at_least(1), default=1, help="Passes per step; more need less memory (default: 1).")
     add("--checkpointing", action="store_true", help="Compute activations twice: less memory, slower.")
     add("--compile", action="store_true", help="Compile every block with torch.compile.")
-    add("--workers", type=at_least(0), help="Processes that make batches (default: 4; 0 where a CPU needs none).")
+    workers = 0 if sample.default_device() == "cpu" else 4
+    add("--workers", type=at_least(0), default=workers, help="Processes that make batches (default: 4, on a CPU 0).")
     add("--latents", type=at_least(0), default=25_000, help="Records up to which latents are stored (default: 25000).")
     add("--save-minutes", type=at_least(0, float), default=10, help="Minutes between checkpoints (default: 10).")
     add("--show-every", type=at_least(0), default=500, help="Steps between samples; 0: none (default: 500).")

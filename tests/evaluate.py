@@ -3,7 +3,6 @@
     python tests/evaluate.py world                                    the shipped model, on the built-in world
     python tests/evaluate.py world --order random entropy --steps 4 16        how many passes does reading take?
     python tests/evaluate.py blanks                                   blanks in texts, filled in
-    python tests/evaluate.py blocks --ckpt FILE                       texts longer than the model's own length
     python tests/evaluate.py drawings                                 how many steps does drawing take?
     python tests/evaluate.py best-of                                  drawings, of which the model chooses
     python tests/evaluate.py data --ckpt FILE --data TEST.jsonl       a model of your own, on images of your own
@@ -152,18 +151,6 @@ def blanks(dd, args):
     return scores
 
 
-def blocks(dd, args):
-    """Captions written in blocks (--length auto): whether they tell the scene truly, and end there.
-
-    For a model whose own length is too short for three things. The definitions are ours."""
-    source, ids, names = data.World(UNSEEN + args.seed), range(args.num), ("one thing", "two things", "three things")
-    scores = {name: [] for name in names}
-    captions = write_captions(dd, source, ids, torch.Generator().manual_seed(args.seed), length="auto")
-    for things, text in zip((source.scene(i)[0] for i in ids), captions):
-        scores[names[len(things) - 1]].append(caption_holds(text, things))
-    return scores
-
-
 def drawings(dd, args):
     """How many of Euler's steps (--steps) a drawing needs, with guidance at all times, and only at the model's own.
 
@@ -221,13 +208,13 @@ def own_data(dd, args):
 
     questions = [(i, *entry) for i in ids if (entry := data.pick(rng, source.record(i).questions or (None,)))]
     captioned = [i for i in ids if source.caption(i, np.random.default_rng(0)) is not None]
-    scores = {"answers": judge_answers(dd, source, questions, generator, length="auto")}
-    captions = write_captions(dd, source, captioned, generator, length="auto")
+    scores = {"answers": judge_answers(dd, source, questions, generator)}
+    captions = write_captions(dd, source, captioned, generator)
     scores["captions"] = [same_text(text, source.caption(i, rng)) for i, text in zip(captioned, captions)]
     return scores
 
 
-JUDGED = {"world": world, "blanks": blanks, "blocks": blocks, "drawings": drawings, "best-of": best_of,
+JUDGED = {"world": world, "blanks": blanks, "drawings": drawings, "best-of": best_of,
           "data": own_data}
 ASKED = {name: getattr(published, name) for name in ("vqa", "gqa", "pope", "mme", "coco")}
 DRAWN = {name: getattr(published, name) for name in ("geneval", "pictures")}
@@ -490,7 +477,7 @@ def report(scores):
         for name, values in scores.items() if values)
 
 
-NEEDS = {"world": "", "blanks": "", "blocks": "", "drawings": "", "best-of": "", "data": "data",
+NEEDS = {"world": "", "blanks": "", "drawings": "", "best-of": "", "data": "data",
          "vqa": "annotations images", "gqa": "questions images", "pope": "questions images", "mme": "questions images",
          "coco": "annotations images", "geneval": "prompts out", "pictures": "prompts out"}
 

@@ -194,7 +194,7 @@ def use(dd, gpu, size, length=256):
 
 def at_once(dd, gpu):
     """A table of the peak above the weights, in GB, of several images at once."""
-    data.PIXELS["cuda"] = data.DECODED["cuda"] = 2 ** 40  # no slices
+    data.PIXELS["cuda"] = 2 ** 40  # no slices
     state = gpu.alive
     print()
     row("GB above the weights, at once", *COUNTS)

@@ -239,13 +239,6 @@ def test_a_trace_of_a_drawing(monkeypatch, capsys, tmp_path):
     assert np.array_equal(film.convert("RGB"), drawn)  # the end is what is drawn; .gif and .webp lose a little
 
 
-def test_options_are_ranked(monkeypatch, capsys):
-    question = ["--vqa", SCENE, "what color is the circle?"]
-    call(monkeypatch, *question, *question, "--options", "Red", "blue", "green")
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == second and first.startswith("red (") and first.count("%") == 3
-
-
 def test_a_suffix_follows_every_question(monkeypatch, capsys):
     seen, unmask = [], sample.unmask
     monkeypatch.setattr(sample, "unmask", lambda dd, z, tokens, *how, **more: seen.append(dd.tokenizer.decode(
@@ -341,7 +334,6 @@ def test_the_readme_s_commands_that_use_the_model(tmp_path, monkeypatch, capsys)
             printed[command] = out.splitlines()
     assert len(printed) > 5
     known = {"a _ green _ above": "a large green triangle above a small red circle and a small green square",
-             "--options": "red (100.0%), green (0.0%), blue (0.0%)",
              "A: top _": "Q: where is the triangle? A: top left",
              "where is the _ _?": "Q: where is the small red? A: bottom left"}
     assert all(line in lines for command, lines in printed.items() for words, line in known.items() if words in command)

@@ -386,6 +386,7 @@ def test_an_image_that_vanishes(pictures, tmp_path, capsys):
 class Numbers:
     """A source whose records are their own numbers, and a tokenizer whose texts are numbers."""
     size = 8
+    eos_id = 1
 
     def image(self, i):
         return np.full((8, 8, 3), i, np.uint8)
@@ -399,7 +400,7 @@ class Numbers:
     def encode(self, text, length):
         return [int(text or -1)] * length
 
-    def text_ids(self, text, length, caption_prompt, answer_suffix, rng):
+    def text_ids(self, text, length, caption_prompt, answer_suffix):
         if isinstance(text, str):
             return self.encode(text, length), [True] * (length - 1) + [False]
         question, answer = text

@@ -137,13 +137,6 @@ def test_blanks_that_are_filled_by_the_model_and_by_nobody(monkeypatch):
     assert not any(map(any, evaluate.blanks(dd, args).values()))
 
 
-def test_captions_in_blocks_are_true_if_they_end(monkeypatch):
-    monkeypatch.setattr(evaluate, "write_captions", lambda dd, source, ids, generator, length: [
-        source.caption(i, np.random.default_rng(i)) + " and so on" * (i % 2) for i in ids])
-    scores = evaluate.blocks(None, SimpleNamespace(seed=0, num=60))
-    assert sum(map(len, scores.values())) == 60 and sum(map(sum, scores.values())) == 30
-
-
 def test_drawing_with_guidance_in_all_steps_and_in_some(monkeypatch, capsys):
     scores = figures(run(monkeypatch, capsys, "drawings", "--num", 8, "--steps", 8)[0])
     # t = 1, 0.955, 0.9, 0.83, 0.75, 0.64, 0.5, 0.3
@@ -204,7 +197,8 @@ def test_a_model_of_stage_0_is_judged_by_its_reconstructions(world_on_disk, tmp_
 @pytest.mark.parametrize("args, message", [
     ([], "benchmark"), (["chess"], "invalid choice: 'chess'"), (["data"], "data wants --data"),
     (["world", "--data", "x.jsonl"], "leave out --data"),
-    (["blanks", "--steps", "4"], "leave out --order and --steps"), (["blocks", "--temperature", "1"], "--temperature"),
+    (["blanks", "--steps", "4"], "leave out --order and --steps"),
+    (["drawings", "--temperature", "1"], "--temperature"),
     (["world", "--num", "0"], "--num"), (["drawings", "--steps", "0"], "--steps"),
     (["world", "--kinds", "taste"], "--kinds"),
     (["world", "--ckpt", "none.safetensors"], "none.safetensors"),

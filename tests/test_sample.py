@@ -15,7 +15,7 @@ import losses
 import sample
 from data import load_image, to_pixels
 from model import DualDiffusion
-from t5 import Tokenizer, train_tokenizer
+from t5 import train_tokenizer
 
 V, L, MASK = 3, 3, 2  # two real tokens and the mask token
 
@@ -281,7 +281,7 @@ def test_pictures_do_not_depend_on_batches(dd, monkeypatch):
     again = sample.text_to_image(dd, texts, steps=3, cfg=3, generator=seeded())
     assert (once - again).abs().max() < 1e-4
     assert [shape[0] for shape in seen[0]] == [2, 4, 4, 2, 4, 4, 1, 2, 2]  # at t = 1 without guidance
-    assert [shape[0] for shape in seen[1]] == [2, 2, 1]
+    assert [shape[0] for shape in seen[1]] == [1] * 5  # decoding takes more memory, so half as many
 
 
 def test_more_pictures_begin_with_the_same_ones(dd):
@@ -373,6 +373,17 @@ def test_training_and_sampling_give_the_same_prompt(dd, settings):
         assert maskable == learned.maskable[0].tolist() == [len(prompt) <= i < 23 for i in range(24)]
 
 
+@pytest.mark.parametrize("text, is_cut", [("a red circle", False), ("red " * 22, False), ("red " * 23, True)])
+def test_a_text_that_is_too_long_is_cut_and_a_line_says_so(dd, settings, capsys, text, is_cut):
+    data.warn_once.cache_clear()
+    source = SimpleNamespace(image=lambda i: np.zeros((64, 64, 3), np.uint8), caption=lambda i, rng: text)
+    subset = data.Subset(source, np.arange(1))
+    recipe = SimpleNamespace(batch=2, drop=0, questions=0)
+    learned, = data.Batches(subset, subset, dd.tokenizer, settings, recipe, 0, slice(0, 2))[0]
+    assert dd.tokenizer.decode(learned.tokens[0]) == text.strip()  # of 23 words each has a place, but EOS has none
+    assert capsys.readouterr().err.count("warning: some texts fill --length 24 or are cut") == is_cut
+
+
 def test_empty_answers(dd, pixels, monkeypatch):
     monkeypatch.setattr(sample, "unmask", lambda dd, z, tokens, maskable, *how: (
         torch.where(maskable, dd.tokenizer.eos_id, tokens), 0))
@@ -415,8 +426,6 @@ def test_scores_tell_right_from_wrong(dd, pixels):
     images, rest = pixels.expand(3, -1, -1, -1), " green triangle above a small red circle and a small green square"
     right, size, colour = sample.score(dd, images, [f"a large{rest}", f"a small{rest}", f"a large{rest[:-6]}circle"])
     assert right + 3 < min(size, colour)
-    line, = sample.rank(dd, pixels, ["what color is the circle?"], ["green", "red", "blue"])
-    assert line.startswith("red (") and float(line[5:].split("%")[0]) > 95 and line.count("%") == 3
     shown = torch.cat([pixels, pixels.flip(2), pixels.flip(2), pixels])
     kept = sample.keep_likeliest(dd, shown, [f"a large{rest}", f"a large{rest}"], 2)
     assert torch.equal(kept, shown[[0, 3]])
@@ -480,45 +489,6 @@ def test_a_page(count, columns, size):
     assert page.size == size
     assert [page.getpixel((k % columns * 12, k // columns * 8)) for k in range(count)] == [
         (k, k, k) for k in range(count)]
-
-
-class Counting(Tokenizer):
-    """A text is a number n, and its words are 10, 11, ..., n of them. Every prompt is one token."""
-    def __init__(self):
-        self.mask_id, self.eos_id = 99, 1
-        self.pieces = SimpleNamespace(encode=lambda n: [*range(10, 10 + n)])
-
-    def prompt_ids(self, question, length, suffix=""):
-        return [2]
-
-
-def test_a_text_that_fills_its_length_goes_on_in_the_windows_that_training_draws(monkeypatch):
-    """A network that knows texts of 0 to 29 words by heart, word k after word k-1, writes each to its end, in a window
-    of eight tokens, after a prompt of one."""
-    tokenizer = Counting()
-    mask, eos, (prompt,) = tokenizer.mask_id, tokenizer.eos_id, tokenizer.prompt_ids("", 8)
-
-    def ddit(latents, t, text, predict=None, image_rows=None):
-        assert text.shape[1] == 8
-        first = torch.where(text[:, 1] == mask, 10, text[:, 1])[:, None]  # words are 10, 11, 12, ...
-        words = first - 1 + torch.arange(8)
-        ids = torch.where(words < 10 + latents[:, :1], words, eos)
-        return None, torch.nn.functional.one_hot(ids, 100)[predict] * 50.0
-
-    windows, unmask = {n: set() for n in range(30)}, sample.unmask
-    def watched(dd, latents, tokens, maskable, *how, **more):
-        for (n,), row, free in zip(latents.tolist(), torch.where(maskable, mask, tokens).tolist(), maskable.tolist()):
-            windows[n].add((*row, *free))
-        return unmask(dd, latents, tokens, maskable, *how, **more)
-    monkeypatch.setattr(sample, "unmask", watched)
-    dd = SimpleNamespace(tokenizer=tokenizer, device="cpu", t5=lambda x: x, ddit=ddit)
-    tokens = torch.tensor([[prompt] + [eos] * 7]).repeat(30, 1)
-    maskable = torch.tensor([[False] + [True] * 6 + [False]]).repeat(30, 1)
-    texts, _ = sample.unmask_in_blocks(dd, torch.arange(30)[:, None], tokens, maskable, 1, "entropy")
-    for n, text in enumerate(texts):
-        assert text[:n + 2] == [prompt, *range(10, 10 + n), eos]
-        drawn = [tokenizer.text_ids(("?", n), 8, rng=np.random.default_rng(k)) for k in range(300)]
-        assert windows[n] == {(*[mask if free else i for i, free in zip(*row)], *row[1]) for row in drawn}
 
 
 def test_a_blank_before_given_words_is_never_the_end():
