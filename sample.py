@@ -108,12 +108,12 @@ def text_logits(dd, latents, tokens, places):
     return finite(logits)
 
 
-def draw_steps(shape, steps, generator):
-    """Draws the step, 0 to steps-1, at which each token is revealed. Ancestral sampling goes from t = 1 to 0 in steps,
-    and at each step reveals each mask with some probability (Eq. 5). The network does not change this probability;
-    it only says which token appears. So the steps of all tokens can be drawn beforehand."""
-    u = torch.rand(shape, dtype=torch.float64, generator=generator)
-    return torch.bucketize(u, revealed_share(steps)[1:-1], right=True)  # k where share[k] <= u < share[k+1]
+def draw_steps(u, steps):
+    """Draws the step, 0 to steps-1, at which each token is revealed, by u (B,L), uniform in [0,1). Ancestral sampling
+    goes from t = 1 to 0 in steps, and at each step reveals each mask with some probability (Eq. 5). The network does
+    not change this probability; it only says which token appears. So the steps of all tokens can be drawn
+    beforehand."""
+    return torch.bucketize(u.contiguous(), revealed_share(steps)[1:-1], right=True)  # k where share[k] <= u < share[k+1]
 
 
 # An order of unmasking is a function of three things: masked (B,L) bool says which places are still masked; predict
@@ -158,14 +158,16 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
     A text is read up to its first EOS. When this EOS and all before it are revealed, the row needs no more passes."""
     mask_id = dd.tokenizer.mask_id
     eos_id = dd.tokenizer.eos_id
-    step_of = draw_steps(tokens.shape, steps, generator)
+    count = 2 if temperature else 1  # of uniform numbers for each token: for its step, and for which token it is
+    u = torch.rand(len(tokens), count, tokens.shape[1], dtype=torch.float64, generator=generator)
+    step_of = draw_steps(u[:, 0], steps)
     may_end = ends_allowed(tokens, maskable, eos_id)  # no EOS is drawn before a given word (in-filling)
     tokens = torch.where(maskable, mask_id, tokens)
     masked = maskable
     passes = 0
 
     def predict(places):
-        return predict_tokens(dd, latents, tokens, places, may_end, temperature, generator)
+        return predict_tokens(dd, latents, tokens, places, may_end, temperature, u[:, -1])
 
     while masked.any():
         reveal, predicted = ORDERS[order](masked, predict, step_of)
@@ -181,13 +183,14 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
     return torch.where(tokens == mask_id, eos_id, tokens), passes
 
 
-def predict_tokens(dd, latents, tokens, places, may_end, temperature, generator):
+def predict_tokens(dd, latents, tokens, places, may_end, temperature, u):
     """One forward pass, which predicts the tokens of some masked places (B,L) bool -> tokens (B,L), the entropies (B,L)
-    of their distributions in nats; elsewhere both are meaningless. may_end (B,L) bool: may EOS stand here?"""
+    of their distributions in nats; elsewhere both are meaningless. may_end (B,L) bool: may EOS stand here? u (B,L):
+    uniform in [0,1), draws the tokens. A token counts only when it is revealed, so one number serves all passes."""
     rows = places.any(1)
     logits = text_logits(dd, latents[rows], tokens[rows], places[rows])
     logits[~may_end[places], dd.tokenizer.eos_id] = -torch.inf
-    ids, entropies = draw_tokens(logits, temperature, generator)
+    ids, entropies = draw_tokens(logits, temperature, u[places])
     predicted = tokens.clone()
     predicted[places] = ids
     nats = torch.zeros(places.shape, dtype=entropies.dtype)
@@ -195,17 +198,17 @@ def predict_tokens(dd, latents, tokens, places, may_end, temperature, generator)
     return predicted, nats
 
 
-def draw_tokens(logits, temperature, generator):
-    """Draws a token from each row of logits (N,V) -> tokens (N,), the entropies (N,) of their distributions in nats;
-    both on the CPU. They are computed where the logits are, 256 rows at a time to save memory. The mask token, the
-    last of V, is never drawn."""
+def draw_tokens(logits, temperature, u):
+    """Draws a token from each row of logits (N,V), by u (N,), uniform in [0,1) -> tokens (N,), the entropies (N,) of
+    their distributions in nats; both on the CPU. They are computed where the logits are, 256 rows at a time to save
+    memory. The mask token, the last of V, is never drawn."""
     if logits.device.type == "mps":
         logits = logits.cpu()  # Apple's GPUs have no float64
     tokens, entropies = [], []
-    for part in logits[:, :-1].split(256):
+    for part, u_part in zip(logits[:, :-1].split(256), u.split(256)):
         if temperature:
             probs = torch.softmax(part.double() / temperature, dim=1)  # float32 loses rare tokens
-            ids = draw(probs, generator)
+            ids = draw(probs, u_part)
         else:
             probs = torch.softmax(part, dim=1)
             ids = probs.argmax(1)
@@ -274,11 +277,10 @@ def ends_allowed(tokens, maskable, eos_id):
     return place > last_given
 
 
-def draw(probs, generator):
-    """Draws like torch.multinomial, on any device with one generator on the CPU: probs (N,V) float64 -> ids (N,)."""
+def draw(probs, u):
+    """Draws like torch.multinomial, but by numbers from the CPU: probs (N,V) float64, u (N,) in [0,1) -> ids (N,)."""
     ends = probs.cumsum(1)
-    u = torch.rand(len(probs), 1, dtype=torch.float64, generator=generator).to(ends.device)
-    return (ends < u * ends[:, -1:]).sum(1)
+    return (ends < u[:, None].to(ends.device) * ends[:, -1:]).sum(1)
 
 
 def latent_size(dd, height, width):

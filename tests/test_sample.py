@@ -195,7 +195,7 @@ def test_entropy_order_keeps_its_bound(monkeypatch, gamma):
 
 def test_drawn_tokens_follow_the_softmax_and_never_the_mask():
     logits = torch.tensor([[0.0, 1.0, 2.0, 50.0]]).expand(50_000, 4)
-    drawn, entropies = sample.draw_tokens(logits, 2.0, torch.Generator().manual_seed(0))
+    drawn, entropies = sample.draw_tokens(logits, 2.0, torch.rand(50_000, generator=seeded()))
     expected = torch.softmax(logits[0, :3].double() / 2, 0)
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     assert shares[3] == 0 and (shares[:3] - expected).abs().max() < 0.01
@@ -284,6 +284,16 @@ def test_pictures_do_not_depend_on_batches(dd, monkeypatch):
     assert [shape[0] for shape in seen[1]] == [1] * 5  # decoding takes more memory, so half as many
 
 
+@pytest.mark.parametrize("how", [{"order": "random", "steps": 9}, {"order": "entropy"}])
+def test_what_is_read_does_not_depend_on_batches(dd, pixels, monkeypatch, how):
+    images = pixels.repeat(7, 1, 1, 1)
+    once = sample.caption(dd, images, temperature=1.5, generator=seeded(), **how)
+    assert len(set(once)) > 3
+    for count in 1, 3:
+        monkeypatch.setitem(data.PIXELS, "cpu", count * 64 * 64)
+        assert sample.caption(dd, images, temperature=1.5, generator=seeded(), **how) == once
+
+
 def test_more_pictures_begin_with_the_same_ones(dd):
     four, eight = (sample.text_to_image(dd, ["a red circle"] * n, steps=3, cfg=1, generator=seeded(1)) for n in (4, 8))
     assert (four - eight[:4]).abs().max() < 1e-4 and (eight[0] - eight[4]).abs().max() > 0.1
@@ -319,7 +329,7 @@ def test_sizes_are_refused_before_any_work(dd, monkeypatch, height, width, messa
 @pytest.mark.parametrize("temperature, dtype", [(0.0, torch.float32), (1.0, torch.float64)])
 def test_probabilities_are_few_at_a_time_and_a_draw_is_in_float64(monkeypatch, temperature, dtype):
     logits, seen = torch.randn(1000, 7, generator=seeded()), spy(monkeypatch, torch, "softmax")
-    drawn, entropies = sample.draw_tokens(logits, temperature, seeded())
+    drawn, entropies = sample.draw_tokens(logits, temperature, torch.rand(1000, generator=seeded()))
     assert max(shape[0] for shape in seen) <= 256 and sum(shape[0] for shape in seen) == 1000
     monkeypatch.undo()
     probs = torch.softmax(logits[:, :-1].to(dtype), 1)
