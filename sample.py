@@ -113,7 +113,8 @@ def draw_steps(u, steps):
     goes from t = 1 to 0 in steps, and at each step reveals each mask with some probability (Eq. 5). The network does
     not change this probability; it only says which token appears. So the steps of all tokens can be drawn
     beforehand."""
-    return torch.bucketize(u.contiguous(), revealed_share(steps)[1:-1], right=True)  # k where share[k] <= u < share[k+1]
+    # k where share[k] <= u < share[k+1]
+    return torch.bucketize(u.contiguous(), revealed_share(steps)[1:-1], right=True)
 
 
 # An order of unmasking is a function of three things: masked (B,L) bool says which places are still masked; predict

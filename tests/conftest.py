@@ -12,14 +12,14 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 import losses  # noqa: E402
 
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """A program that runs in this process leaves handlers and a thread that ends it."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
+    """A program that ran in this process, perhaps in a fixture, has left handlers and a thread that ends it."""
     signal.set_wakeup_fd(-1)
-    for number, handler in handlers.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 

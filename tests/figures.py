@@ -1,13 +1,12 @@
-"""The pictures of the READMEs, drawn from the code and the shipped model: `python tests/figures.py` writes all into
-assets/, `python tests/figures.py batch` one of them. Diagrams and plots are SVG, pictures with pixels PNG. `curves`
-needs the logs of a training (--runs), `orders` a table in a README; without them they are left out.
+"""The READMEs' pictures of results: `python tests/figures.py` writes all into assets/, `python tests/figures.py both`
+one of them. Plots are SVG, pictures with pixels PNG. `curves` needs the logs of a training (--runs), `orders` a table
+in a README; without them they are left out. The diagrams (batch.svg, block.svg, velocity.svg) are drawn by this program
+at commit 76c244a.
 
 Blue is what belongs to images, orange to text, grey what is noisy or masked, purple what is learned. All but `both` is
 laid out on a card 800 wide, on which no letter is smaller than 25: a phone shows it at half that size."""
 import argparse
-import base64
 import html
-import io
 import json
 import math
 import os
@@ -22,7 +21,6 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import sample
 from data import World, to_images, to_pixels
-from losses import noise_latents
 from model import DualDiffusion
 from train import UNSEEN
 
@@ -33,7 +31,6 @@ READMES = [path for path in (os.path.join(ASSETS, "..", name) for name in ("READ
 WIDTH, SMALL, LARGE = 800, 25, 31
 SANS, MONO = "Helvetica,Arial,DejaVu Sans,sans-serif", "Menlo,Consolas,DejaVu Sans Mono,monospace"
 DARK = {"image": "#2166ac", "text": "#b35806", "noise": "#565b63", "learn": "#6a3d9a", "ink": "#2a2d34"}
-LIGHT = {"image": "#deebf7", "text": "#fdebd3", "noise": "#dcdee2", "learn": "#ebe1f5", "ink": "#ffffff"}
 CARD, EDGE = "#fcfbf8", "#e4e1da"
 # Of what has no card: these suit a white page and a black one.
 GREY, TOKEN = "#7d8590", {"text": "#fde3bf", "learn": "#c9b3e6", "noise": "#7d859050"}
@@ -52,51 +49,13 @@ class Drawing:
         self.lines.append(f'<text x="{x:g}" y="{y:g}" font-family="{font}" font-size="{size}" font-weight="{weight}" '
                           f'fill="{DARK[kind]}" text-anchor="{anchor}">{html.escape(words.lstrip("`"))}</text>')
 
-    def box(self, x, y, w, h, kind, *lines, radius=12, outline=2, fill=None):
-        self.lines.append(f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="{radius}" '
-                          f'fill="{fill or LIGHT[kind]}" stroke="{DARK[kind]}" stroke-width="{outline}"/>')
-        for k, words in enumerate(lines):
-            self.text(x + w / 2, y + h / 2 + 9 + 34 * (k - (len(lines) - 1) / 2), words, kind)
-
     def line(self, points, kind="ink", width=3, opacity=1):
         path = " ".join(f"{x:g},{y:g}" for x, y in points)
         self.lines.append(f'<polyline points="{path}" fill="none" stroke="{DARK[kind]}" stroke-width="{width}" '
                           f'stroke-opacity="{opacity}" stroke-linejoin="round"/>')
 
-    def area(self, points, kind):
-        path = " ".join(f"{x:g},{y:g}" for x, y in points)
-        self.lines.append(f'<polygon points="{path}" fill="{DARK[kind]}" fill-opacity="0.35"/>')
-
-    def arrow(self, *points, kind="ink"):
-        """A line through the points, with a head at the last."""
-        (x0, y0), (x, y) = points[-2:]
-        length = math.hypot(x - x0, y - y0)
-        u, v = (x - x0) / length, (y - y0) / length  # its direction
-        self.line([*points[:-1], (x - 10 * u, y - 10 * v)], kind)
-        head = " ".join(f"{a:g},{b:g}" for a, b in ((x, y), (x - 16 * u - 8 * v, y - 16 * v + 8 * u),
-                                                    (x - 16 * u + 8 * v, y - 16 * v - 8 * u)))
-        self.lines.append(f'<polygon points="{head}" fill="{DARK[kind]}"/>')
-
-    def picture(self, x, y, side, image):
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "PNG")
-        data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-        self.lines.append(f'<image x="{x:g}" y="{y:g}" width="{side}" height="{side}" href="{data}"/>')
-        self.lines.append(f'<rect x="{x:g}" y="{y:g}" width="{side}" height="{side}" fill="none" stroke="{EDGE}"/>')
-
     def dot(self, x, y, kind, radius=7):
         self.lines.append(f'<circle cx="{x:g}" cy="{y:g}" r="{radius}" fill="{DARK[kind]}"/>')
-
-    def tokens(self, x, y, words, room):
-        """A text as boxes, one per token, from x on and at most `room` wide; "mask" is grey."""
-        at = x
-        for word in words.split():
-            width = 30 if word == "·" else 18 + 14 * len(word)
-            if at + width > x + room:
-                at, y = x, y + 52
-            kind, fill = ("noise", None) if word == "mask" else ("text", "white")
-            self.box(at, y, width, 42, kind, word, radius=8, outline=1, fill=fill)
-            at += width + 7
 
     def save(self, name, height):
         card = f'<rect x="2" y="2" width="{WIDTH - 4}" height="{height - 4}" rx="28" fill="{CARD}" stroke="{EDGE}" ' \
@@ -108,92 +67,6 @@ class Drawing:
 
 
 @torch.no_grad()
-def noisy(dd, image, t):
-    """What noise leaves of an image: its latents at time t, decoded."""
-    latents = dd.encode_image(torch.from_numpy(to_pixels([image])))
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    return to_images(dd.decode_image(noise_latents(latents, noise, torch.tensor([t]))))[0]
-
-
-# ---------------------------------------------------------------- diagrams
-
-
-def batch(dd, args):
-    """One training step, losses.joint_loss: two halves of a batch, one forward pass, two losses."""
-    d = Drawing("One training step", "joint_loss: two halves, stacked along the batch")
-    pictures = [noisy(dd, WORLD.image(11), 0.8), noisy(dd, WORLD.image(30), 0.5), WORLD.image(26), WORLD.image(33)]
-    texts = ["a large blue triangle left of a small yellow cross · ·", "· " * 12,
-             "a mask blue mask below a mask mask cross · mask ·", "Q: what color is the cross? A: mask mask · mask ·"]
-    d.box(12, 110, 776, 642, "noise", outline=2, radius=26, fill="none")
-    halves = (("image", "ImageHalf: noisy latents, clean caption"), ("text", "TextHalf: clean latents, masked text"))
-    for k, (kind, words) in enumerate(halves):
-        d.box(24, 122 + 318 * k, 752, 304, kind, outline=0, radius=18)
-        d.text(44, 160 + 318 * k, words, kind, "start", bold=True)
-    for k, (picture, t, text) in enumerate(zip(pictures, ("t=0.8", "t=0.5", "t=0", "t=0"), texts)):
-        y = 178 + 120 * (k % 2) + 318 * (k // 2)
-        d.picture(44, y, 104, picture)
-        d.text(191, y + 61, t, "noise" if k < 2 else "ink")
-        d.tokens(236, y + 5, text, 536)
-    d.text(236, 384, "one caption in ten is empty", "text", "start")
-    d.text(764, 384, "· end of text", "text", "end")
-
-    d.arrow((96, 752), (96, 906), kind="image")
-    d.text(110, 800, "latents", "image", "start")
-    d.arrow((215, 752), (215, 906), kind="noise")
-    d.text(229, 800, "times", "noise", "start")
-    d.arrow((560, 752), (560, 782), kind="text")
-    d.box(400, 784, 320, 54, "text", "`t5")
-    d.arrow((560, 838), (560, 906), kind="text")
-    d.text(544, 880, "one vector per token", "text", "end")
-    d.box(24, 908, 752, 84, "learn", "`ddit", "one forward pass for all rows")
-    for x, kind, part, head, output, *loss in (
-            (24, "image", "only the image half", "`final_layer", "velocity",
-             "`flow_matching_loss", "target: noise − latents", "Eq. 3"),
-            (410, "text", "only the masked tokens", "`text_head", "logits",
-             "`masked_diffusion_loss", "target: the true tokens", "Eq. 7")):
-        d.arrow((x + 40, 992), (x + 40, 1048), kind=kind)
-        d.text(x + 60, 1029, part, kind, "start")
-        d.box(x, 1050, 366, 54, kind, head)
-        d.arrow((x + 40, 1104), (x + 40, 1160), kind=kind)
-        d.text(x + 60, 1141, output, kind, "start")
-        d.box(x, 1162, 366, 120, "learn", *loss)
-        d.arrow((x + 183, 1282), (x + 183, 1326), kind="learn")
-    d.box(24, 1328, 752, 84, "learn", "`image_loss + text_weight · text_loss", "Eq. 9")
-    d.save("batch.svg", 1440)
-
-
-def block(dd, args):
-    """One model.JointBlock: two streams with weights of their own, which meet in the attention."""
-    d = Drawing("One block: two streams, one attention", "JointBlock; SD3-medium has 24 of them")
-    d.box(240, 124, 320, 54, "noise", "vec, from the time t", radius=27)
-    for x, side, kind, stream in ((50, -1, "image", "`x"), (430, 1, "text", "`text")):
-        mid, edge = x + 160, x + 160 + side * 178
-        d.arrow((400, 178), (400, 202), (mid, 202), (mid, 224), kind="noise")
-        d.box(x, 226, 320, 54, kind, "`adaLN_modulation")
-        d.arrow((mid, 280), (mid, 312), kind="noise")
-        d.box(x, 314, 320, 84, "noise", "shift, scale, gate,", "two of each", outline=0)
-        d.text(mid, 458, f"{kind} tokens", kind, bold=True)
-        d.text(mid, 492, stream, kind)
-        for y, words, color in (
-                (524, "`norm1", kind), (602, "modulate: shift, scale", "noise"), (680, "`attn.qkv", kind),
-                (886, "`attn.proj", kind), (964, "× gate_attn", "noise"),
-                (1116, "`norm2", kind), (1194, "modulate: shift, scale", "noise"), (1272, "`mlp", kind),
-                (1350, "× gate_mlp", "noise")):
-            d.box(x, y, 320, 52, color, words)
-        for y in (576, 654, 732, 860, 938, 1016, 1090, 1168, 1246, 1324, 1402, 1476):
-            d.arrow((mid, y), (mid, y + 26), kind=kind)
-        for start, end in ((508, 1066), (1098, 1452)):  # around the branch
-            d.arrow((mid, start), (edge, start), (edge, end), (mid + side * 24, end), kind=kind)
-            d.box(mid - 24, end - 24, 48, 48, kind, "+", radius=24)
-        d.arrow((mid, 502), (mid, 524), kind=kind)
-    d.box(50, 760, 700, 100, "ink", "`scaled_dot_product_attention", "every token sees all, image and text")
-    d.text(400, 1534, "to the next block", "noise")
-    d.save("block.svg", 1566)
-
-
-# ---------------------------------------------------------------- plots
-
-
 def curves(dd, args):
     """The losses of the three default stages."""
     stages = []
@@ -269,115 +142,6 @@ def orders(dd, args):
         d.dot(x, 1037, kind, 10)
         d.text(x + 20, 1046, name, kind, "start", bold=True)
     d.save("orders.svg", 1080)
-
-
-# ---------------------------------------------------------------- why a mean velocity draws
-
-CENTRES, SPREAD = np.array([-2.0, 2.0]), 0.25  # images of one number: two clusters, equally frequent
-
-
-def mean_velocity(x, t):
-    """The mean of noise - image over all lines that pass through x (N,) at time t -> (N,), in closed form.
-
-    Of the lines that end in one cluster, the points at time t are normal, and so are image and noise for a given x."""
-    offset = x[:, None] - (1 - t) * CENTRES
-    variance = ((1 - t) * SPREAD) ** 2 + t ** 2
-    share = np.exp(-offset ** 2 / (2 * variance))  # of the lines through x, those that end in each cluster
-    share /= share.sum(1, keepdims=True)
-    mean = (t - (1 - t) * SPREAD ** 2) / variance * offset - CENTRES
-    return (share * mean).sum(1)
-
-
-def follow(x, steps=1000):
-    """Noise (N,), at t = 1, follows the mean velocity to t = 0 -> its places on the way (steps+1,N), from t = 1 on."""
-    places = [x]
-    for k in range(steps):
-        t = 1 - k / steps
-        x = x - mean_velocity(x, t) / steps
-        places.append(x)
-    return np.array(places)
-
-
-def random_lines(count, rng):
-    """Images and noise in random pairs -> two arrays (N,); each pair is a straight line from t = 0 to t = 1."""
-    images = rng.choice(CENTRES, count) + SPREAD * rng.standard_normal(count)
-    return images, rng.standard_normal(count)
-
-
-def positions(times, rng, count=10_000):
-    """Where as many lines and as many paths are at these times -> a list of (on lines (N,), on paths (N,))."""
-    images, noise = random_lines(count, rng)
-    paths = follow(rng.standard_normal(count))
-    steps = len(paths) - 1
-    return [((1 - t) * images + t * noise, paths[round((1 - t) * steps)]) for t in times]
-
-
-def velocity(dd, args):
-    """Lines from images to noise, and paths along their mean velocity. Both are spread alike at any time."""
-    d = Drawing("Why a mean velocity draws", "images of one number, near −2 or 2")
-    columns = {"image": 30, "learn": 460}  # the left edges, of lines and of paths
-    width, top, height, reach = 310, 218, 400, 3.5
-    rng = np.random.default_rng(0)
-
-    def place(kind, x, t):
-        return round(columns[kind] + width * (x + reach) / (2 * reach), 1), round(top + height * (1 - t), 1)
-
-    def draw_line(image, noise, *style):
-        d.line([place("image", image, 0), place("image", noise, 1)], *style)
-
-    def draw_path(path, *style):
-        steps = len(path) - 1
-        d.line([place("learn", path[k], 1 - k / steps) for k in range(0, steps + 1, 20)], *style)
-
-    def stairs(kind, positions, y):
-        """The outline of a histogram that stands on y."""
-        bins = np.linspace(-reach, reach, 36)
-        density, _ = np.histogram(positions, bins, density=True)
-        heights = np.pad(density.repeat(2), 1)
-        return [(place(kind, x, 0)[0], round(y - 150 * h, 1)) for x, h in zip(bins.repeat(2), heights)]
-
-    for kind, what, how in (("image", "Lines cross", "an image joined to noise"),
-                            ("learn", "Paths do not", "along the mean velocity")):
-        d.text(columns[kind] + width / 2, top - 54, what, kind, bold=True)
-        d.text(columns[kind] + width / 2, top - 18, how, kind)
-        d.box(columns[kind], top, width, height, "noise", radius=0, outline=1, fill="white")
-    for image, noise in zip(*random_lines(40, rng)):
-        draw_line(image, noise, "image", 2, 0.5)
-    paths = follow(np.append(rng.standard_normal(40), 0.1))
-    for path in paths.T:
-        draw_path(path, "learn", 2, 0.5)
-    t, x = 0.6, paths[400, -1]  # one place, where the last path is then, and lines that meet there
-    images, noise = random_lines(10_000, rng)
-    meet = abs((1 - t) * images + t * noise - x) < 0.001
-    for image, noise in zip(images[meet], noise[meet]):
-        draw_line(image, noise, "ink", 2.5, 0.8)
-    draw_path(paths[:, -1], "ink", 4)
-    for kind in columns:
-        d.dot(*place(kind, x, t), "ink", 9)
-    for y, words, kind in ((22, "t = 1", "ink"), (54, "noise", "noise"), (209, "t = ½", "ink"),
-                           (height - 40, "images", "noise"), (height - 8, "t = 0", "ink")):
-        d.text(400, top + y, words, kind)
-    d.arrow((400, top + 74), (400, top + 170), kind="noise")
-    d.arrow((400, top + 230), (400, top + 326), kind="noise")
-    d.text(400, top + height + 42, "dark: lines that meet, and the path of their mean", "ink")
-
-    y = top + height + 116
-    d.text(400, y, "At each time both are spread alike", bold=True)
-    d.text(400, y + 36, "10,000 lines; 10,000 paths, with the lines’ outline", "noise")
-    for t, rise, (on_lines, on_paths) in zip(("1", "½", "0"), (145, 100, 152), positions((1, 0.5, 0), rng)):
-        y += rise
-        d.area(stairs("image", on_lines, y), "image")
-        d.area(stairs("learn", on_paths, y), "learn")
-        for kind in columns:
-            d.line(stairs(kind, on_lines, y), "image", 2.5)
-        d.text(400, y - 18, f"t = {t}")
-    for kind in columns:
-        for x, words in zip(CENTRES, ("−2", "2")):
-            d.text(place(kind, x, 0)[0], y + 36, words, "noise")
-    d.save("velocity.svg", y + 64)
-
-
-# ---------------------------------------------------------------- pictures with pixels
 
 
 class Page:
@@ -479,7 +243,7 @@ def samples(dd, args):
     page.save("samples.png")
 
 
-FIGURES = {f.__name__: f for f in (both, samples, batch, block, velocity, curves, orders)}
+FIGURES = {f.__name__: f for f in (both, samples, curves, orders)}
 
 
 def main():

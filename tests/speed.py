@@ -1,19 +1,16 @@
-"""How fast it is, beside how fast it could be: `python tests/speed.py` prints four Markdown tables, in some minutes.
+"""How fast it is, beside how fast it could be: `python tests/speed.py` prints three Markdown tables, in some minutes.
 
 1. What a user feels: training, answers, captions, pictures, the start of the program, memory. Each stands beside its
    floor. Where the networks run, this is the FLOPs of their matrix products and convolutions at the best rate that this
-   machine has shown. Where they do not, it is what no such program can do without: to import torch, to read the file,
-   to decode the image.
+   machine has shown. Where they do not, it is what no such program can do without: to import torch, to read the file.
 2. Texts as the paper samples them, beside ours: time, and how many are right.
 3. Our networks beside diffusers' and transformers' of equal size, where these two are installed.
-4. One stacked pass for both losses, with the heads only where they are needed, against two passes with all of both
-   heads (as the authors' script does): time, a GPU's memory, and how far the gradients are apart. Random weights.
 
 `python tests/speed.py shards` prints how long it takes to read 200 shards of 500 samples, on one process and on two,
 when killed halfway, and for 4 and 16 times as many; and the memory. It wants 1 GB in the temporary folder.
 
-Times are medians of several runs; what is compared runs in turn. A GPU is used if there is one, and there the last
-table also has the full size in bf16, with and without torch.compile. Memory is read from Linux's /proc.
+Times are medians of several runs; what is compared runs in turn. A GPU is used if there is one. Memory is read from
+Linux's /proc.
 """
 import importlib.util
 import io
@@ -29,16 +26,13 @@ import tarfile
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch comes; sample.py says why
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,31 +41,24 @@ import make_golden
 from evaluate import caption_holds
 from metrics import interval
 
-from data import Batches, Records, Subset, World, slices, to_pixels
+from data import World, slices, to_pixels
 from losses import (
     ImageHalf,
     TextHalf,
-    flow_matching_loss,
     joint_loss,
     logit_normal_times,
     mask_tokens,
-    masked_diffusion_loss,
     noise_latents,
     stratified_times,
 )
-from model import DTYPES, PRESETS, Config, DDiT, DDiTConfig, DualDiffusion, find_parts
+from model import DTYPES, DDiT, DDiTConfig, DualDiffusion, find_parts
 from sample import SHIPPED, answer, caption, revealed_share, text_ids, text_to_image
 from t5 import T5Config, T5Encoder
-from train import RECIPES, make_mesh, parallelize
+from train import RECIPES
 from vae import VAE, VAEConfig
 
 TOP = Path(__file__).resolve().parents[1]
 TINY = find_parts(SHIPPED)[0]  # the preset, with the shipped tokenizer's vocabulary
-MIDDLE = Config(DDiTConfig(depth=8, width=512, heads=8, text_dim=512, pos_size=64),
-                T5Config(d_model=512, num_layers=6, num_heads=8, d_kv=64, d_ff=1024))
-SIZES = {"tiny": (TINY, replace(RECIPES["tiny"]["1"], learn_t5="no"), 64),
-         "middle": (MIDDLE, replace(RECIPES["sd3-medium"]["1"], size=128), 4),
-         "full": (PRESETS["sd3-medium"], RECIPES["sd3-medium"]["1"], 32)}
 QUESTION = ["sample.py", "--vqa", "assets/scene.png", "what color is the circle?"]
 
 
@@ -161,7 +148,7 @@ def training_row(device, *flags):
         dtype = json.loads((folder / "run.json").read_text())["dtype"]
     took = recipe.batch / statistics.median(rates[1:])  # the first steps are slow
     ddit, t5, halves = DDiT(TINY.ddit), T5Encoder(TINY.t5), random_halves(TINY, recipe, recipe.batch, "cpu")
-    flops = flops_of(lambda: one_pass(ddit, t5, *halves, recipe.text_weight).backward())
+    flops = flops_of(lambda: joint_loss(ddit, t5, *halves, recipe.text_weight)[0].backward())
     floor = beside_floor(flops, device=device, dtype=DTYPES[dtype])
     what = ", ".join(["a training step, stage 1", f"{recipe.batch} images", dtype, *flags])
     time_row(what, took, *floor, recipe.batch)
@@ -237,37 +224,6 @@ def memory_rows(training):
     for what, peak in (("answering, peak memory", memory(program(QUESTION))), ("training, peak memory", training)):
         floor = imported + weights
         row(what, f"{peak / 1e9:.2f} GB", f"{floor / 1e9:.2f} GB: {why}", f"{floor / peak:.0%}")
-
-
-def image_row(device):
-    """How fast a process brings photographs to 256 pixels: JPEGs of 512 x 384 out of a shard."""
-    with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(os.path.join(folder, "x.tar"), "w") as tar:
-            for k in range(100):
-                noise = Image.effect_noise((64, 48), 80).resize((512, 384), Image.Resampling.BICUBIC).convert("RGB")
-                noise.save(os.path.join(folder, f"{k}.jpg"), quality=90)
-                Path(folder, f"{k}.txt").write_text("noise")
-                for name in (f"{k}.jpg", f"{k}.txt"):
-                    tar.add(os.path.join(folder, name), name)
-        records, raw = Records(os.path.join(folder, "x.tar"), 256, folder), Path(folder, "0.jpg").read_bytes()
-        rng, count = np.random.default_rng(0), len(records)
-        took, floor = in_turn(lambda: [(records.image(k), records.caption(k, rng)) for k in range(count)],
-                              lambda: [Image.open(io.BytesIO(raw)).load() for k in range(count)], device=device)
-        time_row(f"{count} JPEGs of 512x384 to 256 pixels, one process", took, floor, "to decode them", count)
-
-
-def batch_row(device):
-    """How fast a process makes rows of stage 3 in the built-in world, latents at hand."""
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(os.path.join(folder, "latents.npy"), np.zeros((25_000, 2, 16, 8, 8), np.float16))
-        recipe = RECIPES["tiny"]["3"]
-        subset = Subset(World(), np.arange(25_000), os.path.join(folder, "latents.npy"))
-        dd = DualDiffusion.load(SHIPPED)
-        batches = Batches(subset, subset, dd.tokenizer, dd.config.settings, recipe, 0, slice(0, recipe.batch))
-        steps = iter(range(100))
-        took, = in_turn(lambda: batches[next(steps)], device=device, rounds=100)
-        row(f"the {recipe.batch} rows of a batch of stage 3, one process",
-            f"{took:.3g} s, {recipe.batch / took:.0f} a second", "", "")
 
 
 # ---------------------------------------------------------------- many shards
@@ -391,18 +347,6 @@ def compare(device, dtype):
 # ---------------------------------------------------------------- one pass or two
 
 
-def two_passes(ddit, t5, images, texts, text_weight):
-    """Both heads over everything in both passes; what is not wanted is thrown away."""
-    velocity, _ = ddit(images.noisy, images.t, t5(images.captions))
-    _, logits = ddit(texts.latents, torch.zeros_like(images.t), t5(texts.noisy))
-    image_loss = flow_matching_loss(velocity, images.latents, images.noise)
-    return image_loss + text_weight * masked_diffusion_loss(logits, texts.tokens, texts.masked, texts.t)
-
-
-def one_pass(*args):
-    return joint_loss(*args)[0]
-
-
 def random_halves(config, recipe, batch, device):
     """What a step of that many rows learns from, in random numbers -> ImageHalf, TextHalf."""
     side, vocab = recipe.size // config.vae.factor, config.ddit.vocab
@@ -412,48 +356,6 @@ def random_halves(config, recipe, batch, device):
     noisy, masked = mask_tokens(tokens, t, torch.ones_like(tokens, dtype=torch.bool), vocab - 1)
     images = ImageHalf(latents, noise, noise_latents(latents, noise, image_t), image_t, captions.to(device))
     return images, TextHalf(latents, tokens, noisy.to(device), masked, t)
-
-
-def peak_memory(run, device):
-    """The most bytes of the GPU that a step takes."""
-    if device.type != "cuda":
-        return ""
-    torch.cuda.reset_peak_memory_stats()
-    run().backward()
-    return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB"
-
-
-def one_or_two(name, device, dtype, compiled, rounds):
-    config, recipe, batch = SIZES[name]
-    torch.manual_seed(0)
-    with device:
-        ddit, t5 = DDiT(config.ddit), T5Encoder(config.t5).to(dtype).requires_grad_(False)
-    for p in ddit.parameters():  # zero heads and gates would hide mistakes
-        torch.nn.init.normal_(p, std=0.02)
-    parallelize(ddit, make_mesh(device, "ddp"), dtype)
-    halves = random_halves(config, recipe, batch, device)
-
-    def loss(way):
-        ddit.zero_grad()
-        return way(ddit, t5, *halves, recipe.text_weight)
-
-    def gradients(way):
-        loss(way).backward()
-        return [p.grad.to_local() for p in ddit.parameters()]
-
-    ways = one_pass, two_passes
-    flops = flops_of(lambda: loss(one_pass).backward())
-    for block in ddit.joint_blocks if compiled else ():
-        block.forward = torch.compile(block.forward)
-    one, two = map(gradients, ways)
-    apart = sum((a - b).double().square().sum() for a, b in zip(one, two)) / sum(b.double().square().sum() for b in two)
-    del one, two
-    sizes = [peak_memory(lambda: loss(way), device) for way in ways]
-    floor, why, fast, slow = beside_floor(flops, *(lambda way=way: loss(way).backward() for way in ways),
-                                          device=device, dtype=dtype, rounds=rounds)
-    row(f"{name}, {batch} images, {str(dtype)[6:]}{', compiled' * compiled}", f"{fast:.3g} s", f"{slow:.3g} s",
-        f"{slow / fast:.2f}", *sizes, f"{apart.item() ** 0.5:.0e}",
-        f"{floor:.3g} s: {why}", f"{floor / fast:.0%}")
 
 
 def machine():
@@ -481,21 +383,9 @@ def main():
     start_rows(device, dtype)
     if device.type == "cpu":
         memory_rows(training)
-    image_row(device)
-    batch_row(device)
     sampler_rows(device, dtype)
     if all(map(importlib.util.find_spec, ("diffusers", "transformers"))):
         compare(device, dtype)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
-                            world_size=1)
-    header("a step", "one pass", "two passes", "two / one", "memory, one", "memory, two", "gradients apart",
-           "floor of one", "reached")
-    for name in ("tiny", "middle"):
-        one_or_two(name, device, torch.float32, compiled=False, rounds=5)
-    if device.type == "cuda":
-        for compiled in (False, True):
-            one_or_two("full", device, torch.bfloat16, compiled, rounds=10)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -520,17 +520,6 @@ def test_only_what_cannot_be_written_is_said_to_be_so(tmp_path):
     assert isinstance(raised.value.__cause__, SafetensorError)
 
 
-def test_records_kept_apart_go_by_the_picture(tmp_path):
-    for k in range(60):
-        save(tmp_path / f"{k}.png", "L", k)
-    rows = [{"image": f"{k}.png", "caption": f"{k}, {told}"} for told in ("once", "twice") for k in range(60)]
-    records = data.Records(write_jsonl(tmp_path / "d.jsonl", rows), 16)
-    apart, others = records.split(250)
-    assert 2 * 1 <= len(apart) <= 2 * 6 and sorted([*apart, *others]) == list(range(120))  # about one in twenty
-    names = [{records.record(i).image for i in part} for part in (apart, others)]
-    assert not names[0] & names[1]
-
-
 def test_the_index_is_kept_and_made_anew_when_the_data_change(tmp_path, monkeypatch):
     save(tmp_path / "x.png", "L", 7)
     path = write_jsonl(tmp_path / "d.jsonl", [{"image": "x.png", "caption": "one"}])
@@ -595,25 +584,6 @@ def test_what_systems_leave_behind_is_no_data_and_links_are_followed_once(tmp_pa
     for source in ("all", "linked", "x.tar"):
         records = data.Records(str(tmp_path / source), 16)
         assert [records.record(i).captions for i in range(len(records))] == [("1",), ("2",)], source
-
-
-def test_an_image_is_one_image_whoever_names_it(tmp_path):
-    for n, kind in enumerate(("cats", "dogs")):
-        (tmp_path / kind).mkdir()
-        for k in range(12):
-            save(tmp_path / kind / f"{k}.png", "L", k + 100 * n)
-    folders = [str(tmp_path / kind) for kind in ("cats", "dogs")]
-    write_jsonl(tmp_path / "list.jsonl", [{"image": f"cats/{k}.png", "caption": "again"} for k in range(12)])
-    records = data.Records([*folders, str(tmp_path / "list.jsonl")], 16)
-    assert len(records) == 36 and records.count_images() == 24
-    unseen, ids = records.split(250)
-    assert not {records.record(i).image for i in unseen} & {records.record(i).image for i in ids}
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    for name in ("cats", "dogs", "list.jsonl"):
-        shutil.move(tmp_path / name, moved / name)
-    again = data.Records([str(moved / name) for name in ("cats", "dogs", "list.jsonl")], 16)
-    assert (again.split(250)[0] == unseen).all() and data.fingerprint(again) == data.fingerprint(records)
 
 
 def test_in_a_shard_nothing_replaces_a_text_and_order_matters(pictures):

@@ -145,12 +145,10 @@ def test_drawing_with_guidance_in_all_steps_and_in_some(monkeypatch, capsys):
 
 
 def test_the_best_of_four_is_the_one_that_the_model_keeps(monkeypatch):
-    dd, args = DualDiffusion.load(SHIPPED), SimpleNamespace(seed=0, num=3)
-    scores = evaluate.best_of(dd, args)
-    assert all(sum(right) >= len(right) - 1 for name, right in scores.items() if "best" in name)
     monkeypatch.setattr(evaluate, "keep_likeliest", lambda dd, pixels, prompts, count: pixels[::count])
-    scores = evaluate.best_of(dd, args)
+    scores = evaluate.best_of(DualDiffusion.load(SHIPPED), SimpleNamespace(seed=0, num=2))
     assert scores["28 steps, cfg 1, best of 4"] == scores["28 steps, cfg 1, each"][::4]
+    assert sum(scores["28 steps, cfg 3, each"]) >= 7
 
 
 @pytest.fixture

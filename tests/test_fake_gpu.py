@@ -61,14 +61,13 @@ def test_memory_and_flops_are_those_of_closed_forms(table):
         64 * (row - less) + muon(matrices_in(dd.ddit.joint_blocks)), rel=0.02)
 
 
-def code(test):
-    """Run a test in a process of its own, for fake_gpu.py has to come before torch."""
-    imports = "from pytest import raises\nfrom fake_gpu import *\nfrom first_gpu import *"
-    run("-c", "import sys; sys.path[:0] = ['tests']\n" + imports + dedent(test))
-
-
-def test_drawing_waits_once_and_reading_brings_back_no_logits():
-    code("""
+def test_drawing_waits_once_reading_brings_back_no_logits_and_mistakes_are_noticed():
+    """In a process of its own, for fake_gpu.py has to come before torch."""
+    run("-c", dedent("""
+        import sys; sys.path[:0] = ['tests']
+        from pytest import raises
+        from fake_gpu import *
+        from first_gpu import *
         with GPU() as gpu:
             dd = DualDiffusion.load(SHIPPED, device=CUDA, dtype=BF16)
             gpu.begin()
@@ -77,11 +76,7 @@ def test_drawing_waits_once_and_reading_brings_back_no_logits():
             gpu.begin()
             caption(dd, torch.zeros(1, 3, 64, 64), steps=3, temperature=1.0)
             brought = [int(where.split()[1]) for where in gpu.waits if "to the CPU" in where]
-            assert brought and max(brought) <= dd.config.settings.length""")
-
-
-def test_mistakes_are_noticed():
-    code("""
+            assert brought and max(brought) <= dd.config.settings.length
         with GPU() as gpu:
             x = torch.zeros(4, 4, device=CUDA)
             for mistake in (lambda: x + torch.zeros(4, 4), lambda: x @ x.bfloat16(), lambda: x.nonzero()):
@@ -93,4 +88,4 @@ def test_mistakes_are_noticed():
         plain = train.losses.flow_matching_loss
         train.losses.flow_matching_loss = lambda velocity, *rest: plain(velocity * velocity.sum().item(), *rest)
         with raises(RuntimeError, match="waits for the GPU: .*losses.py"):
-            step("tiny", "2", 1, "ddp")""")
+            step("tiny", "2", 1, "ddp")"""))
