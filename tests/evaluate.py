@@ -116,38 +116,22 @@ def read_in_orders(dd, args):
 
 
 def blanks(dd, args):
-    """Filling blanks: one to four words in a row, left out of a telling of each scene, which must be true when filled.
+    """Filling blanks: one to four words in a row, left out of a caption of each scene, which must be true when filled.
 
-    Then answers to "where is ...?" of whose words the first is given: they must be right. Then what training never
-    does, for it never masks a question: "Q: where is the _ _? A: top left", in which the two words must describe one
-    thing alone, and that must be there. The definitions are ours."""
+    The definitions are ours."""
     source, rng = data.World(UNSEEN + args.seed), np.random.default_rng([args.seed, 3])
     generator, scores = torch.Generator().manual_seed(args.seed), {}
-
-    def fill(ids, texts):
-        return [filled for part, pixels in image_batches(dd, source, ids, "filling blanks")
-                for filled in infill(dd, pixels, texts[part], generator=generator)]
-
-    scenes = {i: source.scene(i)[0] for i in range(args.num)}
-    tellings = {i: source.caption(i, rng).split() for i in scenes}
+    captions = [source.caption(i, rng).split() for i in range(args.num)]
     for count in 1, 2, 3, 4:
         texts = []
-        for words in tellings.values():
+        for words in captions:
             k = rng.integers(len(words) - count + 1)
             gap = ["_," if word.endswith(",") else "_" for word in words[k:k + count]]
             texts.append(" ".join([*words[:k], *gap, *words[k + count:]]))
-        filled = fill(list(scenes), texts)
-        scores[f"{count} in a row"] = [caption_holds(text, things) for text, things in zip(filled, scenes.values())]
-    questions = {i: pair for i in scenes if (pair := source.question(i, rng, "where"))}
-    filled = fill(list(questions), [f"Q: {asks} A: {says.split()[0]} _" for asks, says in questions.values()])
-    scores["answer, begun"] = [text == f"Q: {asks} A: {says}" for text, (asks, says) in zip(filled, questions.values())]
-    places = {i: data.QUARTERS[things[0].quarter] for i, things in scenes.items()}
-    filled = fill(list(scenes), [f"Q: where is the _ _? A: {place}" for place in places.values()])
-    scores["question"] = []
-    for text, place, things in zip(filled, places.values(), scenes.values()):
-        words = set(text.removeprefix("Q: where is the ").removesuffix(f"? A: {place}").split())
-        meant = [thing for thing in things if words <= {*str(thing).split(), "shape", "thing"}]
-        scores["question"].append([data.QUARTERS[thing.quarter] for thing in meant] == [place])
+        filled = []
+        for part, pixels in image_batches(dd, source, range(args.num), "filling blanks"):
+            filled += infill(dd, pixels, texts[part], generator=generator)
+        scores[f"{count} in a row"] = [caption_holds(text, source.scene(i)[0]) for i, text in enumerate(filled)]
     return scores
 
 

@@ -33,11 +33,6 @@ def test_normal_answers(text, normal):
     assert metrics.normal_answer(text) == normal
 
 
-def test_where_all_people_agree_answers_are_compared_as_they_are():
-    assert metrics.vqa_score("Two", ["two"] * 10) == 1 and metrics.vqa_score("2", ["two"] * 10) == 0
-    assert metrics.vqa_score("2", ["two"] * 9 + ["3"]) == 1
-
-
 def test_vqa_with_few_people():
     assert [metrics.vqa_score("two", ["two"] * n) for n in (1, 2, 3, 4)] == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
@@ -147,14 +142,6 @@ def test_known_results(published, monkeypatch, capsys):
     out = run(monkeypatch, capsys, "vqa", "--annotations", "a.json", "--results", "r.json")[0]
     one = (2 * 1 / 3 + 8 * 2 / 3) / 10  # of two who say "it", one or none is left out
     assert out.splitlines()[0] == f"accuracy {100 * one / 2:.2f}"
-
-
-def test_labels_in_any_case(published, monkeypatch, capsys):
-    with open("p.json", "r+") as f, open("l.json", "w") as g:
-        g.write(f.read().replace('"label": "no"', '"label": "No"').replace('"label": "yes"', '"label": "YES"'))
-    scores = [run(monkeypatch, capsys, "pope", "--questions", name, *"--images img --out p_r.jsonl".split())[0]
-              for name in ("p.json", "l.json")]
-    assert scores[0] == scores[1]
 
 
 @pytest.mark.parametrize("out", ["p_r.jsonl", "p_r.json", "p_r.txt"])

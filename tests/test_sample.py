@@ -77,23 +77,6 @@ def test_unmask_has_the_law_of_ancestral_sampling(monkeypatch, steps, schedule):
     assert len(law) == 8 and chi2 < 24.3, chi2  # 99.9% point, 7 degrees of freedom
 
 
-@pytest.mark.parametrize("schedule", [losses.alpha, cosine])
-def test_masking_and_unmasking_follow_one_schedule(monkeypatch, schedule):
-    """At every time of the grid, training masks the share of tokens that sampling has not revealed yet."""
-    monkeypatch.setattr(losses, "alpha", schedule)
-    dd, n, steps, generator = toy_system(), 200_000, 5, torch.Generator().manual_seed(0)
-    dd.ddit = lambda latents, t, text, predict=None, image_rows=None: (None, torch.zeros(int(predict.sum()), V))
-    tokens, passes = torch.zeros(1, n, dtype=torch.long), []
-
-    def watch(drawn, reveal):
-        passes.append(reveal)
-        t = torch.tensor([1 - len(passes) / steps])
-        _, masked = losses.mask_tokens(tokens, t, tokens == 0, MASK, generator)
-        assert abs(masked.sum() - (drawn == MASK).sum()) < 4 * n ** 0.5
-    drawn, _ = sample.unmask(dd, torch.zeros(1, 1), tokens, tokens == 0, steps, generator=generator, watch=watch)
-    assert len(passes) == steps and (drawn != MASK).all()
-
-
 def test_of_a_straight_line_every_step_reveals_the_same_share(straight_line):
     expected = torch.arange(8, dtype=torch.float64) / 7
     assert torch.allclose(sample.revealed_share(7), expected, atol=1e-12)

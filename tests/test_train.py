@@ -730,6 +730,14 @@ def test_a_sheet_leaves_out_what_has_vanished(pictures, tmp_path):
     assert len(train.sample_cells(dd, data.Subset(source, np.arange(len(source))))) == 16
 
 
+@pytest.mark.parametrize("faster", ["fp32", "bf16"])
+def test_a_cpu_takes_the_dtype_that_is_faster_there(monkeypatch, faster):
+    seconds = iter([[0.2, 0.1] if name == faster else [0.3, 0.2] for name in train.DTYPES])
+    monkeypatch.setattr(train.timeit, "repeat", lambda *_, **how: next(seconds))
+    args = SimpleNamespace(device=torch.device("cpu"), stage="1")
+    assert train.default_dtype(args) == faster
+
+
 def test_learning_rate_rises_then_holds_or_falls():
     recipe = train.Recipe(steps=100, warmup=10, schedule="linear")
     assert [train.rate_factor(recipe, s) for s in (0, 4, 50)] == pytest.approx([0.1, 0.5 * 0.96, 0.5])
