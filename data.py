@@ -860,8 +860,9 @@ class Batches(torch.utils.data.Dataset):
             text_image, (_, text) = self.draw(self.texts, n, rng)
         caption = self.tokenizer.encode(caption, settings.length)
         ids, may = self.tokenizer.text_ids(text, settings.length, settings.caption_prompt, settings.answer_suffix)
-        if ids[-2] != self.tokenizer.eos_id:
-            warn_once(f"some texts fill --length {settings.length} or are cut by it: where they end is not learned")
+        question_fills_room = sum(may) < self.tokenizer.answer_room(settings.length)
+        if ids[-2] != self.tokenizer.eos_id or question_fills_room:
+            warn_once(f"some texts fill --length {settings.length} or are cut by it: their ends are not learned")
         return image, text_image, caption, ids, may
 
     def draw(self, subset, n, rng):
@@ -875,13 +876,14 @@ class Batches(torch.utils.data.Dataset):
 
 
 # ---------------------------------------------------------------- what all files share
-# Pixels of all images that go through the networks at once, by kind of device.
-PIXELS = {"cpu": 2 ** 18, "cuda": 2 ** 22}  # 16 images of 512 x 512 take at most 5.4 GB (tests/fake_gpu.py)
+# Pixels of all images that go through the networks at once, by kind of device. (On CUDA 16 images of 512 x 512 take at
+# most 5.4 GB; tests/fake_gpu.py counts them.)
+PIXELS = {"cpu": 2 ** 18, "mps": 2 ** 18, "cuda": 2 ** 22}
 
 
 def at_once(text):
     """An argparse type that sets how many images of 512x512 go through the networks at once, at least one."""
-    PIXELS.update(dict.fromkeys(PIXELS, max(1, int(text)) * 2 ** 18))
+    PIXELS.update(dict.fromkeys(PIXELS, int(text) * 2 ** 18))
 
 
 def slices(count, height, width, device, desc=None):

@@ -312,7 +312,7 @@ def decode_in_parts(vae, z):
     ValueError."""
     height = z.shape[2] * vae.config.factor
     width = z.shape[3] * vae.config.factor
-    parts = [vae.decode(z[part]) for part in slices(len(z), 2 * height, width, z.device, "decoding")]
+    parts = [vae.decode(z[part]) for part in slices(len(z), 2 * height, width, z.device)]
     return finite(torch.cat(parts).float())
 
 

@@ -187,7 +187,8 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
 def predict_tokens(dd, latents, tokens, places, may_end, temperature, u):
     """One forward pass, which predicts the tokens of some masked places (B,L) bool -> tokens (B,L), the entropies (B,L)
     of their distributions in nats; elsewhere both are meaningless. may_end (B,L) bool: may EOS stand here? u (B,L):
-    uniform in [0,1), draws the tokens. A token counts only when it is revealed, so one number serves all passes."""
+    uniform in [0,1), draws the tokens. A token counts only when it is revealed, and its number has no part in when
+    that is, so one number serves all passes."""
     rows = places.any(1)
     logits = text_logits(dd, latents[rows], tokens[rows], places[rows])
     logits[~may_end[places], dd.tokenizer.eos_id] = -torch.inf
@@ -495,7 +496,6 @@ def parse_args():
     add("--temperature", type=at_least(0, float), default=0.0,
         help="Divides the logits of tokens; 0 takes the likeliest token (default: 0).")
     add("--length", type=at_least(6), help="Tokens of a text (default: the checkpoint's).")
-    add("--suffix", type=typed_text, help="Is added to every question (default: the checkpoint's).")
     add("--show-passes", action="store_true", help="Print a text after every forward pass, too; _ is a mask.")
     add("--num", type=at_least(1), default=1, help="Images per prompt (default: 1).")
     add("--best-of", type=at_least(1), default=1,
@@ -545,7 +545,7 @@ def read_images(dd, args, generator):
     pieces = dd.tokenizer.pieces
     length = settings.length
     suffix = dd.tokenizer.prompt_ids("", 10 * length, settings.answer_suffix)  # with "Q:" and "A:"
-    question_room = length - min(8, length // 3) - len(suffix)
+    question_room = length - dd.tokenizer.answer_room(length) - len(suffix)
 
     def print_pass(tokens, reveal):
         ids = tokens[0].tolist()
@@ -563,8 +563,7 @@ def read_images(dd, args, generator):
             tqdm.write("\n".join(lines))
             sys.stdout.flush()
 
-    how = {"length": args.length, "steps": args.steps, "order": args.order,
-           "temperature": args.temperature, "generator": generator}
+    how = {"steps": args.steps, "order": args.order, "temperature": args.temperature, "generator": generator}
     if args.show_passes:
         how["watch"] = print_pass
     paths = [path for path, _ in args.vqa]
@@ -615,8 +614,6 @@ def main():
     settings = dd.config.settings
     if args.length:
         settings.length = args.length
-    if args.suffix is not None:
-        settings.answer_suffix = args.suffix
     args.height, args.width = args.size or (settings.size, settings.size)
     latent_size(dd, args.height, args.width)  # raises before any work is done in vain
     if args.reads:

@@ -71,11 +71,14 @@ class Tokenizer:
 
     def prompt_ids(self, question, length, suffix=""):
         """Returns "Q: {question} {suffix} A:", the authors' words, as ids without EOS. A question that is too
-        long is cut: room is left for the answer, a third of the length, but at most eight tokens."""
-        room = length - min(8, length // 3)
+        long is cut, so that room is left for the answer: a third of the length, but at most eight tokens."""
+        room = length - self.answer_room(length)
         question = self.pieces.encode(f"Q: {question}")
         ending = self.pieces.encode(f"{suffix} A:")[-room:]
         return question[:room - len(ending)] + ending
+
+    def answer_room(self, length):
+        return min(8, length // 3)
 
     def blank_ids(self, text, length):
         """Turns a text with underscores into ids, maskable: each is one token to fill in."""

@@ -507,7 +507,7 @@ class Learner:
         return time.monotonic() - self.saved >= 60 * self.args.save_minutes
 
     def load(self):
-        """Loads the newest checkpoint that is whole -> its step; 0 if there is none. Others are moved aside."""
+        """Loads the newest checkpoint that is whole -> its step; 0 if there is none."""
         path = ""
         if is_first():
             path = newest_checkpoint(self.checkpoints)
@@ -527,19 +527,19 @@ def checkpoints(folder):
 
 
 def newest_checkpoint(folder):
-    """Returns the newest checkpoint that is whole, "" if there is none at all. Others are moved aside."""
+    """Returns the newest checkpoint that is whole, "" if there are none. Damaged ones after it are moved aside."""
     for leftover in glob(f"{escape(folder)}/*.partial"):  # of a kill
         shutil.rmtree(leftover)
     paths = checkpoints(folder)
-    for path in reversed(paths):
-        if is_whole(path):
-            return path
-        warn(f"{path}: cannot be read; an older one is tried")
-        shutil.rmtree(f"{path}.unreadable", ignore_errors=True)
-        os.replace(path, f"{path}.unreadable")
-    if paths:
-        fail(f"{folder}: none of its checkpoints can be read")
-    return ""
+    newest = max(filter(is_whole, paths), default="")
+    if paths and not newest:
+        fail(f"{folder}: none of its checkpoints can be read; to begin anew, move it away")
+    for path in paths:
+        if path > newest:
+            warn(f"{path}: cannot be read; an older one is taken")
+            shutil.rmtree(f"{path}.unreadable", ignore_errors=True)
+            os.replace(path, f"{path}.unreadable")
+    return newest
 
 
 def is_whole(path):
@@ -641,18 +641,16 @@ class Watch(threading.Thread):
     def run(self):
         while True:
             number = os.read(self.pipe, 1)[0]
-            if number not in SIGNALS:
+            if number not in SIGNALS:  # a worker has ended, say
                 continue
-            if not self.seen:
+            if self.in_loop and not self.seen:
                 first = time.monotonic()
-            again = number != signal.SIGHUP and time.monotonic() - first >= 3
-            if again or not self.in_loop:
+                warn("saving after this step; again ends at once, without saving")
+            elif not self.in_loop or (number != signal.SIGHUP and time.monotonic() - first >= 3):
                 warn("ended; the same command goes on from the last checkpoint")
                 for worker in torch.multiprocessing.active_children():
                     worker.kill()
                 os._exit(128 + number)
-            if not self.seen:
-                warn("saving after this step; again ends at once, without saving")
             self.seen.append(number)
 
 
@@ -758,12 +756,13 @@ def prepare(args, recipe, folder):
     if not is_first():
         barrier()  # what the first process prepares, the others find
     settings = check_settings(folder, args, recipe, images, texts)
-    if is_first() and (args.data or args.text_data):
+    own = args.data or args.text_data
+    if is_first() and own:
         names = [f"{texts.source.record(i).image}\n" for i in held_out[1].ids]
         data.write_text(f"{folder}/held-out.txt", "".join(dict.fromkeys(names)))
-    if args.data and args.start == SHIPPED and not args.init:
+    if own and args.start == SHIPPED and not args.init:
         warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
-             f"python train.py --stage 0 --data {' '.join(args.data)} --out {args.out}")
+             f"python train.py --stage 0 --data {' '.join(own)} --out {args.out}")
     dd, modules = starting_point(args, recipe, texts, args.device, DTYPES[settings["dtype"]])
     sample.latent_size(dd, recipe.size, recipe.size)  # refuses now what does not fit
     if dd.ddit:
@@ -801,6 +800,7 @@ def run_stage(args, recipe):
     log = Log(learner, start)
     args.watch.in_loop = True
     train(learner, batches_of(loader, pinned=args.device.type == "cuda"), log, args.watch.seen)
+    args.watch.in_loop = False
     weights = learner.final_weights()
     show_samples(learner, "samples")
     if is_first():
@@ -817,7 +817,7 @@ def write_model(args, recipe, weights, texts, path):
     if isinstance(modules.get("t5"), MaskRow):
         dd.t5.shared.weight.data[dd.tokenizer.mask_id] = modules["t5"].row.detach()
     if args.stage == "0":  # bring latents to mean 0 and standard deviation 1, which the transformer expects
-        pixels = [texts.record(k)[1] for k in range(min(512, len(texts.ids)))]
+        pixels = [texts.record(k)[1] for k in range(512)]  # of fewer images some come twice
         pixels = torch.from_numpy(np.array(pixels))
         parts = data.slices(len(pixels), recipe.size, recipe.size, dd.device)
         latents = torch.cat([dd.vae.encode(pixels[part])[0] for part in parts])  # the means

@@ -236,14 +236,6 @@ def test_a_trace_of_a_drawing(monkeypatch, capsys, tmp_path):
     assert np.array_equal(film.convert("RGB"), drawn)  # the end is what is drawn; .gif and .webp lose a little
 
 
-def test_a_suffix_follows_every_question(monkeypatch, capsys):
-    seen, unmask = [], sample.unmask
-    monkeypatch.setattr(sample, "unmask", lambda dd, z, tokens, *how, **more: seen.append(dd.tokenizer.decode(
-        tokens[0])) or unmask(dd, z, tokens, *how, **more))
-    call(monkeypatch, "--vqa", SCENE, "what color is the circle?", "--suffix", "in a word")
-    assert seen == ["Q: what color is the circle? in a word A:"]
-
-
 @pytest.mark.parametrize("name, format", [("a.jpg", "JPEG"), ("a.webp", "WEBP"), ("A.PNG", "PNG")])
 def test_pictures_are_of_the_kind_that_their_name_says(monkeypatch, tmp_path, name, format):
     call(monkeypatch, "--t2i", "a circle", "--steps", 1, "--out", tmp_path / name)

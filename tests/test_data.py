@@ -400,6 +400,9 @@ class Numbers:
     def encode(self, text, length):
         return [int(text or -1)] * length
 
+    def answer_room(self, length):
+        return 0
+
     def text_ids(self, text, length, caption_prompt, answer_suffix):
         if isinstance(text, str):
             return self.encode(text, length), [True] * (length - 1) + [False]

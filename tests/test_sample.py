@@ -358,14 +358,18 @@ def test_training_and_sampling_give_the_same_prompt(dd, settings):
         assert maskable == learned.maskable[0].tolist() == [len(prompt) <= i < 23 for i in range(24)]
 
 
-@pytest.mark.parametrize("text, is_cut", [("a red circle", False), ("red " * 22, False), ("red " * 23, True)])
+@pytest.mark.parametrize("text, is_cut", [
+    ("a red circle", False), ("red " * 22, False), ("red " * 23, True), (("what is it?", "red"), False),
+    (("what " * 11, "red"), False), (("what " * 14, "red"), True)])
 def test_a_text_that_is_too_long_is_cut_and_a_line_says_so(dd, settings, capsys, text, is_cut):
     data.warn_once.cache_clear()
-    source = SimpleNamespace(image=lambda i: np.zeros((64, 64, 3), np.uint8), caption=lambda i, rng: text)
+    source = SimpleNamespace(image=lambda i: np.zeros((64, 64, 3), np.uint8), caption=lambda i, rng: text,
+                             question=lambda i, rng: text)
     subset = data.Subset(source, np.arange(1))
-    recipe = SimpleNamespace(batch=2, drop=0, questions=0)
+    recipe = SimpleNamespace(batch=2, drop=1, questions=not isinstance(text, str))
     learned, = data.Batches(subset, subset, dd.tokenizer, settings, recipe, 0, slice(0, 2))[0]
-    assert dd.tokenizer.decode(learned.tokens[0]) == text.strip()  # of 23 words each has a place, but EOS has none
+    if isinstance(text, str):
+        assert dd.tokenizer.decode(learned.tokens[0]) == text.strip()  # of 23 words each has a place, but EOS has none
     assert capsys.readouterr().err.count("warning: some texts fill --length 24 or are cut") == is_cut
 
 

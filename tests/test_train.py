@@ -526,7 +526,7 @@ def test_a_gpu_carries_its_number_and_no_other_is_touched(monkeypatch, rank, dev
             return made(*args, **kwargs)
         monkeypatch.setattr(torch, name, allocate)
     if rank is not None:
-        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 8}.items():
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 8}.items():
             monkeypatch.setenv(name, str(value))
     with pytest.raises(Reached):
         in_process(monkeypatch, "--stage", 1, *(["--device", device] if ":" in device else []))
@@ -626,6 +626,13 @@ def test_what_is_no_damage_moves_no_checkpoint_aside(uninterrupted, tmp_path, mo
     os.truncate(part, 1000)
     assert train.newest_checkpoint(str(folder)) == str(folder / before[-2])
     assert os.path.getsize(folder / f"{before[-1]}.unreadable" / os.path.basename(part)) == 1000
+    for path in checkpoints(tmp_path):
+        os.truncate(*shards(path), 1000)
+    left = sorted(os.listdir(folder))
+    for _ in range(2):  # a run does not begin anew where its checkpoints lie
+        with pytest.raises(SystemExit):
+            train.newest_checkpoint(str(folder))
+    assert sorted(os.listdir(folder)) == left
 
 
 def test_a_batch_that_does_not_come_is_said(monkeypatch):
@@ -706,7 +713,8 @@ def test_one_of_two_processes_stands_still(tmp_path):
         port = s.getsockname()[1]
     processes = []
     for rank in range(2):
-        env = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                            "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         processes.append(subprocess.Popen(command("--stage", 1, "--steps", 5000, "--out", tmp_path, *SMALL), env=env,
                                           stderr=subprocess.DEVNULL))
     while not os.path.exists(tmp_path / "stage1" / "metrics.jsonl") and processes[0].poll() is None:
