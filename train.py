@@ -868,7 +868,7 @@ def default_dtype(args):
     seconds = {}
     for name, dtype in DTYPES.items():
         x = torch.ones(512, 512, dtype=dtype)
-        seconds[name] = min(timeit.repeat(lambda: x @ x, number=1))
+        seconds[name] = min(timeit.repeat(lambda: x @ x, number=1, repeat=30))
     return min(seconds, key=seconds.get)
 
 
