@@ -564,14 +564,11 @@ class Log:
         self.since = time.perf_counter()
         self.metrics = f"{learner.folder}/metrics.jsonl"
         if is_first() and os.path.exists(self.metrics):
-            self.drop_after(start)
+            with open(self.metrics) as f:  # the last line may have been cut off
+                kept = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= start]
+            data.write_text(self.metrics, "".join(kept))
         self.bar = tqdm(range(start, steps), os.path.basename(learner.folder), initial=start, total=steps,
                         mininterval=1, disable=not is_first())
-
-    def drop_after(self, start):
-        with open(self.metrics) as f:  # the last line may have been cut off
-            kept = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] <= start]
-        data.write_text(self.metrics, "".join(kept))
 
     def write(self, done, norm, learner, validates):
         """Writes a line of metrics, means over the steps since the last. Raises ValueError if a loss is not finite."""
