@@ -862,7 +862,7 @@ class Batches(torch.utils.data.Dataset):
         ids, may = self.tokenizer.text_ids(text, settings.length, settings.caption_prompt, settings.answer_suffix)
         question_fills_room = sum(may) < self.tokenizer.answer_room(settings.length)
         if ids[-2] != self.tokenizer.eos_id or question_fills_room:
-            warn_once(f"some texts fill --length {settings.length} or are cut by it: their ends are not learned")
+            warn_once(f"some texts fill --length {settings.length} or are cut: raise it, or their ends are not learned")
         return image, text_image, caption, ids, may
 
     def draw(self, subset, n, rng):
