@@ -159,7 +159,7 @@ def unmask(dd, latents, tokens, maskable, steps, order="random", temperature=1.0
     A text is read up to its first EOS. When this EOS and all before it are revealed, the row needs no more passes."""
     mask_id = dd.tokenizer.mask_id
     eos_id = dd.tokenizer.eos_id
-    count = 2 if temperature else 1  # of uniform numbers for each token: for its step, and for which token it is
+    count = 2 if temperature else 1  # uniform numbers per place: one draws its step, the other its token
     u = torch.rand(len(tokens), count, tokens.shape[1], dtype=torch.float64, generator=generator)
     step_of = draw_steps(u[:, 0], steps)
     may_end = ends_allowed(tokens, maskable, eos_id)  # no EOS is drawn before a given word (in-filling)

@@ -753,13 +753,13 @@ def prepare(args, recipe, folder):
     if not is_first():
         barrier()  # what the first process prepares, the others find
     settings = check_settings(folder, args, recipe, images, texts)
-    own = args.data or args.text_data
-    if is_first() and own:
+    own_data = args.data or args.text_data
+    if is_first() and own_data:
         names = [f"{texts.source.record(i).image}\n" for i in held_out[1].ids]
         data.write_text(f"{folder}/held-out.txt", "".join(dict.fromkeys(names)))
-    if own and args.start == SHIPPED and not args.init:
+    if own_data and args.start == SHIPPED and not args.init:
         warn("the shipped tokenizer and VAE are taken, which know only coloured shapes; for your own, first run "
-             f"python train.py --stage 0 --data {' '.join(own)} --out {args.out}")
+             f"python train.py --stage 0 --data {' '.join(own_data)} --out {args.out}")
     dd, modules = starting_point(args, recipe, texts, args.device, DTYPES[settings["dtype"]])
     sample.latent_size(dd, recipe.size, recipe.size)  # refuses now what does not fit
     if dd.ddit:
@@ -814,7 +814,7 @@ def write_model(args, recipe, weights, texts, path):
     if isinstance(modules.get("t5"), MaskRow):
         dd.t5.shared.weight.data[dd.tokenizer.mask_id] = modules["t5"].row.detach()
     if args.stage == "0":  # bring latents to mean 0 and standard deviation 1, which the transformer expects
-        pixels = [texts.record(k)[1] for k in range(512)]  # of fewer images some come twice
+        pixels = [texts.record(k)[1] for k in range(min(512, len(texts.ids)))]
         pixels = torch.from_numpy(np.array(pixels))
         parts = data.slices(len(pixels), recipe.size, recipe.size, dd.device)
         latents = torch.cat([dd.vae.encode(pixels[part])[0] for part in parts])  # the means
