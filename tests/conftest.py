@@ -12,12 +12,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 import losses  # noqa: E402
 
-HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
 
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """A program that ran in this process, perhaps in a fixture, has left handlers and a thread that ends it."""
+    """A program that ran in this process, perhaps in a fixture, has left handlers and a thread that ends it. And nohup,
+    or a shell that starts the tests in the background, has some signals ignored."""
     signal.set_wakeup_fd(-1)
     for number, handler in HANDLERS.items():
         signal.signal(number, handler)

@@ -693,13 +693,14 @@ def test_a_run_can_be_ended_while_it_waits():
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGHUP)
         process.send_signal(signal.SIGHUP)
+    saving = "warning: saving after this step; again ends at once, without saving\n"
+    assert two[0].stderr.readline() == saving
     time.sleep(3.2)
     assert [process.poll() for process in two] == [None, None]
     for process in two:
         process.send_signal(signal.SIGTERM)
     assert two[0].wait(5) == 128 + signal.SIGTERM
-    saving = "warning: saving after this step; again ends at once, without saving\n"
-    assert two[0].stderr.read() == saving + "warning: ended; the same command goes on from the last checkpoint\n"
+    assert two[0].stderr.read() == "warning: ended; the same command goes on from the last checkpoint\n"
     time.sleep(0.2)
     two[1].kill()
     assert two[1].communicate()[1] == saving
