@@ -6,23 +6,17 @@
 2. Texts as the paper samples them, beside ours: time, and how many are right.
 3. Our networks beside diffusers' and transformers' of equal size, where these two are installed.
 
-`python tests/speed.py shards` prints how long it takes to read 200 shards of 500 samples, on one process and on two,
-when killed halfway, and for 4 and 16 times as many; and the memory. It wants 1 GB in the temporary folder.
-
 Times are medians of several runs; what is compared runs in turn. A GPU is used if there is one. Memory is read from
 Linux's /proc.
 """
 import importlib.util
-import io
 import json
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from contextlib import nullcontext
@@ -226,80 +220,6 @@ def memory_rows(training):
         row(what, f"{peak / 1e9:.2f} GB", f"{floor / 1e9:.2f} GB: {why}", f"{floor / peak:.0%}")
 
 
-# ---------------------------------------------------------------- many shards
-
-
-INDEX = """
-import sys, time
-from datetime import timedelta
-import torch.distributed as dist
-from data import Records
-folder, rank, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-paths = [line.strip() for line in open(f"{folder}/paths")]
-dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", count), rank=rank, world_size=count)
-
-def held(name):
-    return int(open("/proc/self/status").read().split(name)[1].split()[0]) / 1024
-
-def exchange(value):
-    values = [None] * count
-    dist.all_gather_object(values, value)
-    return values
-
-before, start = held("VmRSS:"), time.perf_counter()
-records = Records(paths, 64, f"{folder}/kept", part=slice(rank, None, count), exchange=exchange)
-took, (unseen, ids) = time.perf_counter() - start, records.split()
-for i in range(0, len(records), 100):
-    records.record(i)
-print(took, len(records), held("VmHWM:") - before)
-"""
-
-
-def read_shards(folder, shards, processes=1, kill_at=None, keep=False):
-    """-> seconds, records, MB of the first process."""
-    if not keep:
-        shutil.rmtree(f"{folder}/kept", ignore_errors=True)
-    Path(folder, "store").unlink(missing_ok=True)
-    links = [Path(folder, f"{k}.tar") for k in range(shards)]
-    for k, link in enumerate(links):
-        if not link.exists():
-            link.symlink_to(f"{k % 200}.tar")
-    Path(folder, "paths").write_text("\n".join(map(str, links)))
-    running = [subprocess.Popen([sys.executable, "-c", INDEX, folder, str(rank), str(processes)], cwd=TOP, text=True,
-                                stdout=subprocess.PIPE) for rank in range(processes)]
-    while kill_at and len(os.listdir(f"{folder}/kept/.index") if os.path.exists(f"{folder}/kept") else ()) < kill_at:
-        time.sleep(0.01)
-    for process in running if kill_at else ():
-        process.kill()
-    out = [process.communicate()[0] for process in running][0]
-    return tuple(map(float, out.split()))
-
-
-def shards():
-    """What reading many shards costs: of 200 with 500 samples of 4 KB each, then of links to the same."""
-    with tempfile.TemporaryDirectory() as folder:
-        for k in range(200):
-            with tarfile.open(f"{folder}/{k}.tar", "w") as tar:
-                for n in range(500):
-                    for ending, content in (("jpg", os.urandom(4096)), ("txt", b"some caption of a picture")):
-                        member = tarfile.TarInfo(f"{n:03d}.{ending}")
-                        member.size = len(content)
-                        tar.addfile(member, io.BytesIO(content))
-        header("200 shards of 500 samples", "seconds")
-        row("one process", f"{read_shards(folder, 200)[0]:.1f}")
-        row("started again", f"{read_shards(folder, 200, keep=True)[0]:.1f}")
-        row("two processes", f"{read_shards(folder, 200, 2)[0]:.1f}")
-        read_shards(folder, 200, kill_at=200)  # two files a shard
-        again = read_shards(folder, 200, keep=True)[0]
-        row("one process, killed halfway and started again: the second start", f"{again:.1f}")
-        header("records", "seconds per 100,000", "started again", "MB per million, above an idle process")
-        for times in (1, 4, 16):
-            took, count, _ = read_shards(folder, 200 * times)
-            again, _, megabytes = read_shards(folder, 200 * times, keep=True)
-            cells = f"{1e5 * took / count:.2f}", f"{1e5 * again / count:.2f}", f"{1e6 * megabytes / count:.0f}"
-            row(f"{count:,.0f}", *cells)
-
-
 # ---------------------------------------------------------------- beside diffusers and transformers
 
 
@@ -344,9 +264,6 @@ def compare(device, dtype):
             f"{floor / our_time:.0%}")
 
 
-# ---------------------------------------------------------------- one pass or two
-
-
 def random_halves(config, recipe, batch, device):
     """What a step of that many rows learns from, in random numbers -> ImageHalf, TextHalf."""
     side, vocab = recipe.size // config.vae.factor, config.ddit.vocab
@@ -366,8 +283,6 @@ def machine():
 
 
 def main():
-    if sys.argv[1:] == ["shards"]:
-        return shards()
     if sys.argv[1:] == ["diffusers"]:
         if all(map(importlib.util.find_spec, ("diffusers", "transformers"))):
             gpu = torch.cuda.is_available()

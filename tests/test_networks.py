@@ -2,14 +2,12 @@
 import copy
 import json
 from dataclasses import replace
-from functools import partial
 
 import make_golden
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from torch.utils.checkpoint import checkpoint
 
 from model import PRESETS, DDiT, DDiTConfig, DualDiffusion, TextHead, sincos_table
 from sample import SHIPPED
@@ -18,8 +16,6 @@ from t5 import (
     EmbeddingsConfig,
     T5Config,
     T5Encoder,
-    init_position_bias,
-    init_weights,
     relative_position_bucket,
 )
 from vae import VAE, VAEConfig
@@ -92,23 +88,6 @@ def test_predict_and_draw_give_the_same_rows(ddit):
     assert drawn.shape == (0, *velocity.shape[1:]) and predicted.shape == (0, logits.shape[2])
 
 
-def test_checkpointing_gives_the_same_gradients():
-    def gradients(checkpointing):
-        ddit, t5 = load(DDiT(make_golden.DDIT), "ddit").train(), T5Encoder(make_golden.T5)
-        for block in (*ddit.joint_blocks, *t5.encoder["block"]) if checkpointing else ():  # as train.py does it
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        torch.manual_seed(0)
-        init_weights(t5)
-        with torch.enable_grad():
-            velocity, logits = ddit(*inputs())
-            states = t5(torch.arange(12).reshape(2, 6))
-            (velocity.square().mean() + logits.square().mean() + states[..., 0].mean()).backward()
-        return [p.grad for model in (ddit, t5) for p in model.parameters()]
-
-    plain, checkpointed = gradients(False), gradients(True)
-    assert all(grad.any() for grad in plain) and all(map(torch.equal, plain, checkpointed))
-
-
 def test_image_larger_than_the_position_table(ddit):
     with pytest.raises(ValueError, match="9x4 patches"):
         ddit(torch.zeros(3, 16, 18, 8), *inputs()[1:])
@@ -158,10 +137,10 @@ def test_text_logits_are_float32():
     assert head.linear.weight.grad.dtype == torch.bfloat16 and head.linear.weight.grad.any()
     first, second = logits.topk(2, dim=1).values.T
     assert (first > second).all()
-    narrow = head.linear(head.norm_final(states)).topk(2, dim=1).values
-    assert (narrow[:, 0] == narrow[:, 1]).any()  # else this test would show nothing
-    wide = head.linear(head.norm_final(states.float()).bfloat16())
-    assert torch.equal(logits.bfloat16(), wide) or (logits - wide).abs().max() < 0.05
+    narrow = head.linear(head.norm_final(states))
+    assert (logits - narrow).abs().max() < 0.05
+    first, second = narrow.topk(2, dim=1).values.T
+    assert (first == second).any()  # else this test would show nothing
 
 
 def test_position_bias_lies_as_attention_reads_it():
@@ -207,22 +186,6 @@ def test_full_size():
     last_block = (d * d + d) + (8 * d * d + 5 * d) + 4 * (d * d + d)  # proj, mlp, 4 of 6 parts of the modulation
     assert parameters(ddit) == 2_028_328_000 - y_embedder + last_block + (d + 1) * 32100
 
-    shapes = {name: tuple(tensor.shape) for name, tensor in ddit.state_dict().items()}
-    wanted = {"pos_embed": (1, 192 * 192, d), "x_embedder.proj.weight": (d, 16, 2, 2), "x_embedder.proj.bias": (d,),
-              "t_embedder.mlp.0.weight": (d, 256), "t_embedder.mlp.0.bias": (d,), "t_embedder.mlp.2.weight": (d, d),
-              "t_embedder.mlp.2.bias": (d,), "context_embedder.weight": (d, 4096), "context_embedder.bias": (d,),
-              "final_layer.linear.weight": (64, d), "final_layer.linear.bias": (64,),
-              "final_layer.adaLN_modulation.1.weight": (2 * d, d), "final_layer.adaLN_modulation.1.bias": (2 * d,),
-              "text_head.linear.weight": (32100, d), "text_head.linear.bias": (32100,)}
-    layers = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (4 * d, d), "mlp.fc2": (d, 4 * d),
-              "adaLN_modulation.1": (6 * d, d)}
-    for i in range(24):
-        for stream in ("context_block", "x_block"):
-            for layer, shape in layers.items():
-                name = f"joint_blocks.{i}.{stream}.{layer}"
-                wanted |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    assert shapes == wanted
-
 
 def test_against_the_originals():
     """Needs diffusers and transformers: the golden values are still theirs, and so are the full-size shapes."""
@@ -245,17 +208,3 @@ def test_learned_positions_have_an_end():
     assert embeddings(torch.zeros(1, 24, dtype=torch.long)).shape == (1, 24, 8)
     with pytest.raises(ValueError, match="texts of at most 24 tokens, not 25"):
         embeddings(torch.zeros(1, 25, dtype=torch.long))
-
-
-def test_every_distance_s_bucket_is_written_once():
-    """The initial position bias: of a bucket's distances the last."""
-    config = T5Config(num_heads=4, max_distance=32)
-    table = torch.full((config.buckets, 4), 7.0)
-    init_position_bias(table, config)
-    for distance in range(-32, 33):
-        bucket = relative_position_bucket(torch.tensor([distance]), config.buckets, 32)
-        last = max(d for d in range(-32, 33)
-                   if relative_position_bucket(torch.tensor([d]), config.buckets, 32) == bucket)
-        for head in range(4):
-            slope, wrong = 2.0 ** -(head // 2 * 2), last > 0 if head % 2 == 0 else last < 0
-            assert table[bucket, head].item() == pytest.approx(-slope * abs(last) - 4 * wrong)
