@@ -76,6 +76,7 @@ class Recipe:
     image_weight: float = 1.0   # Weight of the image loss; 0: the text loss alone, as in Table 10
     time_mean: float = 0.0      # Mean of the image times' logit; above 0: more noise
     time_std: float = 1.0       # Standard deviation of the image times' logit
+    min_time: float = 1e-3      # Least time of a text; near 0 few have a mask, and these weigh much
     drop: float = 0.1           # Share of captions left empty in the image half, for guidance
     questions: float = 0.0      # Share of the text half that is questions with answers, not captions
     learn_t5: str = "no"        # What is trained in T5; mask: the mask token's embedding alone
@@ -85,14 +86,14 @@ class Recipe:
 
 # Plain shapes show through much noise: their layout is settled at t > 0.9, which mean 0 rarely draws.
 _tiny = Recipe(steps=600, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, ema=0.0, size=64, length=24,
-               text_weight=1.0, time_mean=1.5, time_std=1.2, learn_t5="all")
+               text_weight=1.0, time_mean=1.5, time_std=1.2, min_time=0.3, learn_t5="all")
 _late = Recipe(rate=3e-5, warmup=1000, length=256)
 RECIPES = {
     "tiny": {"0": replace(_tiny, steps=2000, batch=16, schedule="linear"),
              "1": _tiny,
              "2": replace(_tiny, steps=40, learn_t5="mask"),
              "2hr": replace(_tiny, steps=300),
-             "3": replace(_tiny, steps=3000, questions=0.65, schedule="linear")},
+             "3": replace(_tiny, steps=2200, questions=0.65, schedule="linear")},
     "sd3-medium": {"1": Recipe(),
                    "2": replace(_late, steps=200_000, learn_t5="mask"),
                    "2hr": replace(_late, steps=80_000, batch=768, size=512),
@@ -111,7 +112,7 @@ def training_losses(learner, batch):
     generator = torch.Generator().manual_seed(batch.seed)
     moments = learner.moments(batch.images)  # means and log-variances of the latents
     image_t = losses.logit_normal_times(recipe.batch, recipe.time_mean, recipe.time_std, generator)[rows]
-    text_t = losses.stratified_times(recipe.batch, generator=generator)[rows]
+    text_t = losses.stratified_times(recipe.batch, recipe.min_time, generator)[rows]
     both = batch_noise((2, recipe.batch, *moments.shape[2:]), generator, dd.device)
     vae_noise, noise = both[:, rows]
     u = torch.rand(recipe.batch, recipe.length, generator=generator)[rows]
@@ -871,7 +872,7 @@ def default_dtype(args):
 
 
 # The least values of a recipe's numbers; of others it is 0.
-LEAST = dict(steps=1, batch=1, size=1, length=6, pool=1, vocab=1, time_mean=-100)
+LEAST = dict(steps=1, batch=1, size=1, length=6, pool=1, vocab=1, time_mean=-100, min_time=1e-6)
 
 
 def add_arguments(parser, recipe):
