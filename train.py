@@ -58,8 +58,8 @@ from sample import SHIPPED, at_least, fail
 @dataclass
 class Recipe:
     """The numbers of one stage. For each there is a flag of the same name. The defaults are the paper's, of stage 1:
-    steps, batch, rate, warmup, weight_decay, size, length and text_weight from Table 6; clip, ema and drop from the
-    authors' code. muon and schedule are ours."""
+    steps, batch, rate, warmup, weight_decay, size, length and text_weight from Table 6; clip, ema, min_time and drop
+    from the authors' code. muon and schedule are ours."""
     steps: int = 60_000         # Optimizer steps
     batch: int = 512            # Rows per step, over all processes
     rate: float = 5e-5          # AdamW's learning rate after the warm-up

@@ -74,7 +74,6 @@ MISTAKES = {
         (["--t2i", "x", "--size", "100"], "multiples of 16"),
         (["--t2i", "a circle", "--size", "64x256"], "larger than the model's 8x8 positions"),
         (["--t2i", "x", "--steps", "-1"], "argument --steps: -1 is too small: give at least 1"),
-        (["--caption", "ok.png", "--length", "0"], "argument --length: 0 is too small: give at least 6"),
         (["--caption", "ok.png", "--temperature", "nan"], "argument --temperature: nan is too small: give at least 0"),
         (["--t2i", "x", "--trace", "x.ico"], "argument --trace: x.ico: give a name like"),
         (["--caption", "ok.png", "--trace", "x.png"], "--trace shows what --t2i draws"),
@@ -91,7 +90,6 @@ MISTAKES = {
         (["--stage", "1", "--size", "128"], "the built-in world has 64 pixels a side"),
         (["--stage", "1", "--parallel", "fsdp"], "give --muon 0, or --parallel ddp"),
         (["--stage", "1", "--preset", "sd3-medium", "--data", "many"], "--init"),
-        (["--stage", "1", "--held-out", "0"], "argument --held-out: 0 is too small"),
         (["--stage", "1", "--seed", "1.5"], "argument --seed: invalid seed value: '1.5'"),
     ],
 }
