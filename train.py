@@ -86,14 +86,14 @@ class Recipe:
 
 # Plain shapes show through much noise: their layout is settled at t > 0.9, which mean 0 rarely draws.
 _tiny = Recipe(steps=600, batch=64, rate=2e-3, muon=0.02, warmup=50, beta2=0.98, ema=0.0, size=64, length=24,
-               text_weight=1.0, time_mean=1.5, time_std=1.2, min_time=0.3, learn_t5="all")
+               text_weight=1.0, time_mean=1.5, time_std=1.2, learn_t5="all")
 _late = Recipe(rate=3e-5, warmup=1000, length=256)
 RECIPES = {
     "tiny": {"0": replace(_tiny, steps=2000, batch=16, schedule="linear"),
              "1": _tiny,
              "2": replace(_tiny, steps=40, learn_t5="mask"),
              "2hr": replace(_tiny, steps=300),
-             "3": replace(_tiny, steps=2200, questions=0.65, schedule="linear")},
+             "3": replace(_tiny, steps=3000, questions=0.65, schedule="linear")},
     "sd3-medium": {"1": Recipe(),
                    "2": replace(_late, steps=200_000, learn_t5="mask"),
                    "2hr": replace(_late, steps=80_000, batch=768, size=512),

@@ -76,7 +76,6 @@ def run(out, name, seed):
     scores = os.path.join(folder(out, name, seed), "scores.json")
     if not os.path.exists(scores):
         command = [*arguments.split(), "--seed", str(seed), "--pool", "10000", "--out", folder(out, name, seed)]
-        command += ["--min-time", "0.001"]  # as in the paper
         command += ["--init", model_file(out, start, seed)] if start else []
         print("python train.py " + shlex.join(command), flush=True)
         subprocess.run([sys.executable, TRAIN, *command], check=True)
