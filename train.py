@@ -76,7 +76,7 @@ class Recipe:
     image_weight: float = 1.0   # Weight of the image loss; 0: the text loss alone, as in Table 10
     time_mean: float = 0.0      # Mean of the image times' logit; above 0: more noise
     time_std: float = 1.0       # Standard deviation of the image times' logit
-    min_time: float = 1e-3      # Least time of a text; near 0 few have a mask, and these weigh much
+    min_time: float = losses.MIN_TIME  # Least time of a text; near 0 few have a mask, and these weigh much
     drop: float = 0.1           # Share of captions left empty in the image half, for guidance
     questions: float = 0.0      # Share of the text half that is questions with answers, not captions
     learn_t5: str = "no"        # What is trained in T5; mask: the mask token's embedding alone

@@ -464,7 +464,7 @@ def test_a_step_is_the_same_on_any_number_of_processes(monkeypatch):
             assert torch.equal(getattr(whole[half], field), torch.cat([getattr(part[half], field) for part in parts]))
     texts, noise = whole[2], torch.cat([whole[1].noise, texts_noise := whole[2].latents])
     assert torch.equal(texts.masked, texts.tokens != texts.noisy) and texts.masked.any()
-    assert 0.3 < texts.t.min() < 0.32  # the least time, and one in 64 parts of the rest
+    assert 0.3 < texts.t.min() < 0.32  # the first of 64 strata
     assert not torch.equal(whole[1].noise, texts_noise)  # what samples the posterior is not the noise of the loss
     assert abs(noise.mean()) < 5 / noise.numel() ** 0.5 and abs(noise.std() - 1) < 0.02
 
