@@ -128,9 +128,7 @@ def joint_loss(ddit, t5, images, texts, text_weight=0.2, image_weight=1.0):
     latents = torch.cat([images.noisy, texts.latents])
     tokens = torch.cat([images.captions, texts.noisy])
     times = torch.cat([images.t, images.t.new_zeros(len(texts.t))])
-    no_logits = torch.zeros(images.captions.shape, dtype=torch.bool)
-    predict = torch.cat([no_logits, texts.masked])  # the tokens for which logits are wanted
-    velocity, logits = ddit(latents, times, t5(tokens), predict=predict, image_rows=n)
+    velocity, logits = ddit(latents, times, t5(tokens), predict=texts.masked, image_rows=n)
     image_loss = flow_matching_loss(velocity, images.latents, images.noise)         # Eq. 8, images
     text_loss = masked_diffusion_loss(logits, texts.tokens, texts.masked, texts.t)  # Eq. 8, text
     total = image_weight * image_loss + text_weight * text_loss                     # Eq. 9

@@ -111,14 +111,13 @@ class StreamBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def before(self, x, vec):
-        """-> (q, k, v), and the four vectors that `after` needs."""
-        vectors = self.adaLN_modulation(vec).chunk(6, dim=1)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = vectors
-        qkv = self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        return qkv, (gate_attn, shift_mlp, scale_mlp, gate_mlp)
+        """-> (q, k, v), and the six vectors (B,6*width): the first two are used here, the others by `after`."""
+        vectors = self.adaLN_modulation(vec)
+        shift, scale, *_ = vectors.chunk(6, dim=1)
+        return self.attn(modulate(self.norm1(x), shift, scale)), vectors
 
-    def after(self, x, attended, modulation):
-        gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+    def after(self, x, attended, vectors):
+        _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = vectors.chunk(6, dim=1)
         x = x + gate_attn[:, None] * self.attn.proj(attended)
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
@@ -130,17 +129,20 @@ class JointBlock(nn.Module):
         self.context_block = StreamBlock(config)
         self.x_block = StreamBlock(config)
 
-    def forward(self, x, text, vec):
-        (text_q, text_k, text_v), text_modulation = self.context_block.before(text, vec)
-        (image_q, image_k, image_v), image_modulation = self.x_block.before(x, vec)
+    def forward(self, x, text, vec, image_rows=None):
+        """image_rows: of the first rows only x is wanted, of the others only the text; None: of all rows both."""
+        (text_q, text_k, text_v), text_vectors = self.context_block.before(text, vec)
+        (image_q, image_k, image_v), image_vectors = self.x_block.before(x, vec)
         q = torch.cat([text_q, image_q], dim=2)
         k = torch.cat([text_k, image_k], dim=2)
         v = torch.cat([text_v, image_v], dim=2)
         attended = F.scaled_dot_product_attention(q, k, v)  # no mask: EOS padding is text, too
         attended = rearrange(attended, "b h n d -> b n (h d)")
         to_text, to_image = attended.split([text.shape[1], x.shape[1]], dim=1)
-        x = self.x_block.after(x, to_image, image_modulation)
-        text = self.context_block.after(text, to_text, text_modulation)
+        drawn = slice(image_rows)
+        read = slice(image_rows, None)
+        x = self.x_block.after(x[drawn], to_image[drawn], image_vectors[drawn])
+        text = self.context_block.after(text[read], to_text[read], text_vectors[read])
         return x, text
 
 
@@ -225,16 +227,18 @@ class DDiT(nn.Module):
     def forward(self, latents, t, text, predict=None, image_rows=None):
         """latents (B,C,H,W), H and W multiples of the patch; t (B,) in [0,1]; text (B,L,text_dim), T5's
         states -> velocity (B,C,H,W), logits (B,L,V).
-        predict: (B,L) bool on the CPU; logits are computed only where it is true, (N,V). image_rows: the
-        velocity is computed only for this number of rows, the first ones."""
+        image_rows: the first so many rows give velocities only, the others logits only; None: all give both.
+        predict: bool on the CPU, (L) for each row with logits; they are computed where it is true, (N,V)."""
         vec = self.t_embedder(t)
         x = self.x_embedder["proj"](latents.to(vec.dtype))
         h, w = x.shape[2:]
         x = rearrange(x, "b d h w -> b (h w) d") + self.positions(h, w).to(x.dtype)
         text = self.context_embedder(text.to(vec.dtype))
-        for block in self.joint_blocks:
+        *blocks, last = self.joint_blocks
+        for block in blocks:
             x, text = block(x, text, vec)
-        x = self.final_layer(x[:image_rows], vec[:image_rows])  # None: all rows
+        x, text = last(x, text, vec, image_rows)
+        x = self.final_layer(x, vec[:image_rows])
         p = self.config.patch
         velocity = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
         if predict is not None:

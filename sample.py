@@ -50,8 +50,7 @@ def denoise(dd, x, prompts, negative, length, steps, cfg, shift, watch=None):
 
     def predict_velocity(x, t, states):
         times = torch.full((len(x),), t, device=dd.device)
-        no_logits = torch.zeros(len(x), length, dtype=torch.bool)
-        velocity, _ = dd.ddit(x, times, states, predict=no_logits)
+        velocity, _ = dd.ddit(x, times, states, image_rows=len(x))
         return velocity.float()
 
     def velocity_at(x, t):

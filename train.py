@@ -93,7 +93,7 @@ RECIPES = {
              "1": _tiny,
              "2": replace(_tiny, steps=40, learn_t5="mask"),
              "2hr": replace(_tiny, steps=300),
-             "3": replace(_tiny, steps=3000, questions=0.65, schedule="linear")},
+             "3": replace(_tiny, steps=2800, questions=0.65, schedule="linear", min_time=0.15)},
     "sd3-medium": {"1": Recipe(),
                    "2": replace(_late, steps=200_000, learn_t5="mask"),
                    "2hr": replace(_late, steps=80_000, batch=768, size=512),
@@ -158,7 +158,6 @@ def train(learner, loader, log, signals):
             log.recent.append(torch.stack(parts).detach())
 
         norm = nn.utils.clip_grad_norm_(learner.parameters, recipe.clip or float("inf"))
-        hand_over_to_muon(learner)  # if the recipe has Muon, an optimizer for matrices
         for optimizer in learner.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate_factor(recipe, step)
@@ -362,7 +361,9 @@ def parallelize(module, mesh, dtype):
 
 def predict_as_array(ddit, args, kwargs):
     """Runs before FSDP, which would copy a tensor to the GPU, where `nonzero` waits. It leaves a NumPy array alone."""
-    return args, kwargs | {"predict": kwargs["predict"].numpy()}
+    if "predict" in kwargs:
+        kwargs["predict"] = kwargs["predict"].numpy()
+    return args, kwargs
 
 
 def sync_gradients(learner, last):
@@ -372,13 +373,6 @@ def sync_gradients(learner, last):
         module.set_reshard_after_backward(last)
 
 
-def hand_over_to_muon(learner):
-    """Gives the gradients of matrices to Muon's views of them."""
-    for p, view in learner.views:
-        view.grad = p.grad.to_local().flatten(1)
-        p.grad = None
-
-
 def update_averages(learner):
     """Moves the running average of every weight, if there is one, a little towards the weight."""
     for average, p in zip(learner.averages, learner.parameters):
@@ -386,9 +380,9 @@ def update_averages(learner):
 
 
 def make_optimizers(modules, recipe):
-    """Makes optimizers for {name: module} -> optimizers, [(parameter, view)]. Muon, if the recipe has it, learns the
-    matrices inside the blocks: a view of each, on the same memory, as (out, all else). AdamW learns the rest."""
-    decayed, plain, views, muon_groups = [], [], [], []
+    """Makes optimizers for {name: module}. Muon, if the recipe has it, learns the matrices inside the blocks, AdamW the
+    rest."""
+    decayed, plain, muon_groups = [], [], []
     for name, module in modules.items():
         layers = [part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
         matrices = {layer.weight for layer in layers}
@@ -398,9 +392,7 @@ def make_optimizers(modules, recipe):
             if p not in matrices:
                 plain.append(p)
             elif recipe.muon and p in in_blocks:
-                view = nn.Parameter(p.data.to_local().flatten(1))
-                views.append((p, view))
-                muon.append(view)
+                muon.append(p)
             else:
                 decayed.append(p)
         # T5's attention has neither 1/sqrt(d) nor norms on q and k: at Muon's full rate its scores explode.
@@ -409,9 +401,48 @@ def make_optimizers(modules, recipe):
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay, "peak": recipe.rate},
               {"params": plain, "weight_decay": 0.0, "peak": recipe.rate}]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=True)]
-    if views:
-        optimizers.append(torch.optim.Muon(muon_groups, weight_decay=recipe.weight_decay))
-    return optimizers, views
+    if recipe.muon:
+        optimizers.append(Muon(muon_groups, recipe.weight_decay))
+    return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Jordan et al.: the step of a matrix (out, all else) is its momentum, turned into a matrix whose singular values
+    are all about 1. So no direction is learned much faster than another."""
+    def __init__(self, groups, weight_decay):
+        super().__init__(groups, {"weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                weight = p.to_local().flatten(1)  # a view: to change it changes the parameter
+                gradient = p.grad.to_local().flatten(1)
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(gradient)
+                momentum = self.state[p]["momentum"].lerp_(gradient, 0.05)
+                update = orthogonalize(gradient.lerp(momentum, 0.95))  # Nesterov's momentum looks a step ahead
+                rows, columns = weight.shape
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.sub_(group["lr"] * max(1, rows / columns) ** 0.5 * update)
+
+
+def orthogonalize(matrix):
+    """Brings the singular values of a matrix, all but the tiniest, into 0.7 to 1.2, by five steps of Newton-Schulz:
+    each multiplies x by a + b x x^T + c (x x^T)^2. These factors, the smaller matrices, are multiplied first. All is
+    in float32, for bf16 is slow on most CPUs."""
+    rows, columns = matrix.shape
+    if rows > columns:
+        return orthogonalize(matrix.T).T
+    x = matrix / (matrix.norm() + 1e-7)
+    gram = x @ x.T
+    identity = torch.eye(len(x), device=x.device)
+    product = identity
+    for _ in range(5):
+        factor = 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor  # of the next x
+    return product @ x
 
 
 def make_state(optimizers):
@@ -449,7 +480,7 @@ class Learner:
             parallelize(module, mesh, dtype)
         if dd.ddit:
             dd.ddit.register_forward_pre_hook(predict_as_array, prepend=True, with_kwargs=True)
-        self.optimizers, self.views = make_optimizers(modules, recipe)
+        self.optimizers = make_optimizers(modules, recipe)
         self.parameters = [p for module in modules.values() for p in module.parameters()]
         self.averages = [p.detach().clone() for p in self.parameters] if recipe.ema else []
 

@@ -283,11 +283,6 @@ def machine():
 
 
 def main():
-    if sys.argv[1:] == ["diffusers"]:
-        if all(map(importlib.util.find_spec, ("diffusers", "transformers"))):
-            gpu = torch.cuda.is_available()
-            compare(torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32)
-        return None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as sample.py computes
     print(f"{machine()}, threads: {torch.get_num_threads()}, torch {torch.__version__}, {str(dtype)[6:]} if not said")

@@ -99,7 +99,7 @@ def test_texts_may_be_about_other_images_or_alone():
     def ddit(latents, t, text, predict, image_rows):
         rows.append(len(latents))
         h = text + latents.mean((1, 2, 3))[:, None, None] + t[:, None, None]
-        return latents[:image_rows] * h.mean((1, 2))[:image_rows, None, None, None], mix(h[predict])
+        return latents[:image_rows] * h.mean((1, 2))[:image_rows, None, None, None], mix(h[image_rows:][predict])
 
     t5 = torch.nn.Embedding(5, 6)
     latents, other, noise = torch.randn(3, 8, 2, 4, 4)
