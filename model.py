@@ -130,7 +130,7 @@ class JointBlock(nn.Module):
         self.x_block = StreamBlock(config)
 
     def forward(self, x, text, vec, image_rows=None):
-        """image_rows: of the first rows only x is wanted, of the others only the text; None: of all rows both."""
+        """image_rows, for the last block: rows [:image_rows] go on with x alone, [image_rows:] with the text alone."""
         (text_q, text_k, text_v), text_vectors = self.context_block.before(text, vec)
         (image_q, image_k, image_v), image_vectors = self.x_block.before(x, vec)
         q = torch.cat([text_q, image_q], dim=2)
@@ -139,7 +139,7 @@ class JointBlock(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v)  # no mask: EOS padding is text, too
         attended = rearrange(attended, "b h n d -> b n (h d)")
         to_text, to_image = attended.split([text.shape[1], x.shape[1]], dim=1)
-        drawn = slice(image_rows)
+        drawn = slice(image_rows)  # both slices: if None, all rows
         read = slice(image_rows, None)
         x = self.x_block.after(x[drawn], to_image[drawn], image_vectors[drawn])
         text = self.context_block.after(text[read], to_text[read], text_vectors[read])
@@ -227,8 +227,8 @@ class DDiT(nn.Module):
     def forward(self, latents, t, text, predict=None, image_rows=None):
         """latents (B,C,H,W), H and W multiples of the patch; t (B,) in [0,1]; text (B,L,text_dim), T5's
         states -> velocity (B,C,H,W), logits (B,L,V).
-        image_rows: the first so many rows give velocities only, the others logits only; None: all give both.
-        predict: bool on the CPU, (L) for each row with logits; they are computed where it is true, (N,V)."""
+        image_rows: rows [:image_rows] give velocities only, [image_rows:] logits only; None: all give both.
+        predict: bool on the CPU, (rows with logits, L); where it is true logits are computed, (N,V)."""
         vec = self.t_embedder(t)
         x = self.x_embedder["proj"](latents.to(vec.dtype))
         h, w = x.shape[2:]
@@ -237,12 +237,12 @@ class DDiT(nn.Module):
         *blocks, last = self.joint_blocks
         for block in blocks:
             x, text = block(x, text, vec)
-        x, text = last(x, text, vec, image_rows)
+        x, text = last(x, text, vec, image_rows)  # after it nothing mixes rows or streams
         x = self.final_layer(x, vec[:image_rows])
         p = self.config.patch
         velocity = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
         if predict is not None:
-            places = torch.as_tensor(predict).flatten().nonzero()[:, 0]  # train.py gives an array
+            places = torch.as_tensor(predict).flatten().nonzero()[:, 0]  # a tensor, or train.py's array
             text = text.flatten(0, 1)[places.to(text.device, non_blocking=True)]
         return velocity, self.text_head(text)
 

@@ -352,7 +352,7 @@ def parallelize(module, mesh, dtype):
     """Shares a module out among the processes of a mesh, in place, by FSDP2. Its parameters become DTensors:
     `p.to_local()` is what this process holds, in ddp all of it. The network computes in `dtype`. Weights, gradients
     and optimizer stay in float32: a bf16 weight could not take a step smaller than 1/256 of itself."""
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # none is changed in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # we change no view in place
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     parts = [part for part in module.modules() if isinstance(part, JointBlock)]
     for part in parts + [module]:
@@ -360,14 +360,14 @@ def parallelize(module, mesh, dtype):
 
 
 def predict_as_array(ddit, args, kwargs):
-    """Runs before FSDP, which would copy a tensor to the GPU, where `nonzero` waits. It leaves a NumPy array alone."""
+    """Makes `predict` a NumPy array. FSDP would move a tensor to the GPU, where `nonzero` waits."""
     if "predict" in kwargs:
         kwargs["predict"] = kwargs["predict"].numpy()
     return args, kwargs
 
 
 def sync_gradients(learner, last):
-    """In the last pass of a step gradients are summed over the replicas, and gathered weights freed; else neither."""
+    """Lets only the last pass of a step sum gradients over the replicas and free gathered weights."""
     for module in learner.modules.values():
         module.set_requires_all_reduce(last)
         module.set_reshard_after_backward(last)
@@ -387,17 +387,18 @@ def make_optimizers(modules, recipe):
         layers = [part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
         matrices = {layer.weight for layer in layers}
         in_blocks = {p for part in module.modules() if isinstance(part, BLOCKS) for p in part.parameters()}
-        muon = []
+        inside = []
         for p in module.parameters():
             if p not in matrices:
                 plain.append(p)
             elif recipe.muon and p in in_blocks:
-                muon.append(p)
+                inside.append(p)
             else:
                 decayed.append(p)
-        # T5's attention has neither 1/sqrt(d) nor norms on q and k: at Muon's full rate its scores explode.
+        # T5's attention does not scale its scores, and Muon's steps are as large for small weights as for large ones.
+        # At the full rate these scores explode.
         peak = 0.2 * recipe.muon if name == "t5" else recipe.muon
-        muon_groups.append({"params": muon, "peak": peak})
+        muon_groups.append({"params": inside, "peak": peak})
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay, "peak": recipe.rate},
               {"params": plain, "weight_decay": 0.0, "peak": recipe.rate}]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=True)]
@@ -407,8 +408,9 @@ def make_optimizers(modules, recipe):
 
 
 class Muon(torch.optim.Optimizer):
-    """Jordan et al.: the step of a matrix (out, all else) is its momentum, turned into a matrix whose singular values
-    are all about 1. So no direction is learned much faster than another."""
+    """Jordan et al.: a weight, taken as a matrix (out, all else), moves by the running mean of its gradients, whose
+    singular values are first brought to about 1. So no direction is learned much faster than another. `train` sets the
+    rate."""
     def __init__(self, groups, weight_decay):
         super().__init__(groups, {"weight_decay": weight_decay})
 
@@ -416,37 +418,37 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                weight = p.to_local().flatten(1)  # a view: to change it changes the parameter
+                weight = p.to_local().view(len(p), -1)  # to change it changes the parameter
                 gradient = p.grad.to_local().flatten(1)
-                if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(gradient)
-                momentum = self.state[p]["momentum"].lerp_(gradient, 0.05)
-                update = orthogonalize(gradient.lerp(momentum, 0.95))  # Nesterov's momentum looks a step ahead
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(gradient))
+                momentum.lerp_(gradient, 0.05)
+                update = orthogonalize(gradient.lerp(momentum, 0.95))  # Nesterov: the gradient counts once more
                 rows, columns = weight.shape
+                scale = max(1, rows / columns) ** 0.5  # else each output of a tall matrix would change less
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(group["lr"] * max(1, rows / columns) ** 0.5 * update)
+                weight.sub_(group["lr"] * scale * update)
 
 
 def orthogonalize(matrix):
     """Brings the singular values of a matrix, all but the tiniest, into 0.7 to 1.2, by five steps of Newton-Schulz:
-    each multiplies x by a + b x x^T + c (x x^T)^2. These factors, the smaller matrices, are multiplied first. All is
-    in float32, for bf16 is slow on most CPUs."""
+    each multiplies x by a factor a I + b x x^T + c (x x^T)^2. The five factors are multiplied together first: they are
+    smaller than x. All is in float32, for bf16 is slow on most CPUs."""
     rows, columns = matrix.shape
     if rows > columns:
         return orthogonalize(matrix.T).T
-    x = matrix / (matrix.norm() + 1e-7)
+    x = matrix / (matrix.norm() + 1e-7)  # no singular value is above 1
     gram = x @ x.T
     identity = torch.eye(len(x), device=x.device)
     product = identity
     for _ in range(5):
         factor = 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
         product = factor @ product
-        gram = factor @ gram @ factor  # of the next x
+        gram = factor @ gram @ factor  # that of factor @ x; factor is symmetric
     return product @ x
 
 
 def make_state(optimizers):
-    """Lets optimizers make their state, for a checkpoint to be read into: by a step with gradients and rates of 0."""
+    """Makes the optimizers' state, which a checkpoint is read into, by a step with gradients and rates of 0."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
@@ -469,9 +471,9 @@ class Learner:
         self.checkpoints = f"{folder}/checkpoints"
         self.saved = time.monotonic()
         self.autocast = dd.device.type == "cuda" and dtype == torch.bfloat16
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # see `save`: we mean it
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a lone process saves without it
         for block in [part for part in dd.modules() if isinstance(part, JointBlock | t5.Block)]:
-            if args.compile:  # block.compile(), around FSDP's hooks and a checkpoint, compiles nothing
+            if args.compile:  # not block.compile(): around FSDP's hooks it compiles nothing
                 block.forward = torch.compile(block.forward)
             if args.checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -517,8 +519,8 @@ class Learner:
         problem = ""
         logging.disable(logging.WARNING)  # torch would print tracebacks of what one line says
         try:
-            # A lone process saves without collectives: gloo's threads start OpenMP teams of their own. So there are
-            # more threads than cores, and training took 1.6 times as long.
+            # A lone process saves without collectives: gloo's threads would start OpenMP teams, more threads than
+            # cores, and training took 1.6 times as long.
             writer = HuggingFaceStorageWriter(beside, save_distributed=True)
             dcp.save(self.state(step), storage_writer=writer, no_dist=dist.get_world_size() == 1)
         except (Exception, CheckpointException) as error:
