@@ -398,12 +398,12 @@ def make_optimizers(modules, recipe):
         # T5's attention does not scale its scores, and Muon's steps are as large for small weights as for large ones.
         # At the full rate these scores explode.
         peak = 0.2 * recipe.muon if name == "t5" else recipe.muon
-        muon_groups.append({"params": inside, "peak": peak})
+        muon_groups.append({"params": inside, "weight_decay": recipe.weight_decay, "peak": peak})
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay, "peak": recipe.rate},
               {"params": plain, "weight_decay": 0.0, "peak": recipe.rate}]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=True)]
     if recipe.muon:
-        optimizers.append(Muon(muon_groups, recipe.weight_decay))
+        optimizers.append(Muon(muon_groups, {}))
     return optimizers
 
 
@@ -411,9 +411,6 @@ class Muon(torch.optim.Optimizer):
     """Jordan et al.: a weight, taken as a matrix (out, all else), moves by the running mean of its gradients, whose
     singular values are first brought to about 1. So no direction is learned much faster than another. `train` sets the
     rate."""
-    def __init__(self, groups, weight_decay):
-        super().__init__(groups, {"weight_decay": weight_decay})
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:

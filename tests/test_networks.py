@@ -82,8 +82,8 @@ def test_predict_and_draw_give_the_same_rows(ddit):
     assert 0 < predict[1:].sum() < predict[1:].numel()
     for image_rows in range(4):
         drawn, predicted = ddit(*inputs(), predict=predict[image_rows:], image_rows=image_rows)
-        assert torch.allclose(drawn, velocity[:image_rows], atol=1e-5)
-        assert torch.allclose(predicted, logits[image_rows:][predict[image_rows:]], atol=1e-5)
+        torch.testing.assert_close(drawn, velocity[:image_rows], rtol=0, atol=1e-5)
+        torch.testing.assert_close(predicted, logits[image_rows:][predict[image_rows:]], rtol=0, atol=1e-5)
 
 
 def test_image_larger_than_the_position_table(ddit):

@@ -731,10 +731,12 @@ def test_muon_is_its_closed_form(shape):
     torch.manual_seed(0)
     p, one, two = map(torch.nn.Parameter, torch.randn(3, *shape))
     weight = p.detach().flatten(1).double()
-    optimizer = train.Muon([{"params": [p], "lr": 0.1}], weight_decay=0.5)
-    for p.grad, direction in ((one, one), (two, 1.95 * two + 0.9025 * one)):
-        for tensor in (p, p.grad):
-            tensor.to_local = tensor.detach
+    for tensor in (p, one, two):
+        tensor.to_local = tensor.detach
+    optimizer = train.Muon([{"params": [p], "lr": 0.1, "weight_decay": 0.5}], {})
+    # The second momentum is 0.05 (two + 0.95 one). Of it 0.95, and 0.05 of two, is the direction, here times 20.
+    for gradient, direction in ((one, one), (two, 1.95 * two + 0.9025 * one)):
+        p.grad = gradient
         optimizer.step()
         u, s, vh = torch.linalg.svd(direction.flatten(1).double(), full_matrices=False)
         s = s / s.norm()
